@@ -1,0 +1,257 @@
+"""Work around named modules: read, change, replace and collect what flows through a network.
+
+A model is a plain Linen module that knows nothing of quantization, adapters or pruning. A *hook* names
+modules by a regular expression over their path (`layer1_0/conv1`) and says what to do there. `apply` is
+`model.apply` under a list of hooks:
+
+  ranges = lambda site, x: site.write('max', jnp.max(x)) or x
+  y, state = apply(model, variables, images, hooks=[Hook(r'.*/relu\\d', output=ranges)],
+                   mutable=['hooks'])
+
+Arrays that hooks read (scales, masks, compensations) and write (features, statistics) are an ordinary
+variable collection (`'hooks'` unless a hook says otherwise), a pytree that mirrors the module tree. So
+`jax.grad` reaches them, `jit` and `vmap` see no side effect, and they are carried through `nn.remat` and
+`nn.scan` with the parameters.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+Array = jax.Array
+PyTree = Any
+
+
+class HookPoint(nn.Module):
+  """Returns its input. Gives a path to a value that no module of its own computes.
+
+  Attention's operands, a softmax, the sum of a residual block: `HookPoint(name='softmax')(weights)`.
+  """
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns `x` unchanged."""
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """The module call at which a hook is working, and the arrays that belong to it.
+
+  Attributes:
+    module: the bound Linen module.
+    path: its path in the model, e.g. `layer1_0/conv1`; the empty string is the model itself.
+    collection: the variable collection of `read` and `write`.
+  """
+
+  module: nn.Module
+  path: str
+  collection: str = 'hooks'
+
+  def read(self, name: str) -> Array:
+    """Returns the array `name` stored for this module; raises ValueError where there is none."""
+    value = self.module.scope.get_variable(self.collection, name)
+    if value is None:
+      raise ValueError(
+        f'Module {self.path!r} has no {name!r} in collection {self.collection!r}: pass '
+        f'`apply` variables that hold it (was the model calibrated?).'
+      )
+    return value
+
+  def has(self, name: str) -> bool:
+    """Returns whether an array `name` is stored for this module."""
+    return self.module.scope.has_variable(self.collection, name)
+
+  def write(self, name: str, value: PyTree) -> None:
+    """Stores `value` as `name` for this module, if `apply` was asked for the collection."""
+    if self.module.is_mutable_collection(self.collection):
+      self.module.scope.put_variable(self.collection, name, value)
+
+
+Transform = Callable[[Site, Array], Array]
+Replacement = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+  """What to do at the modules whose whole path matches `pattern`.
+
+  Exactly one of the three is given.
+
+  Attributes:
+    pattern: regular expression that must match the whole path (`re.fullmatch`).
+    input: `(site, x) -> x`, applied to the module's first positional argument.
+    output: `(site, y) -> y`, applied to what the module returns.
+    call: `(site, call, *args, **kwargs) -> y`, in place of the module's call; `call` is the
+      module's own (and the inner hooks'), so that a block can be dropped (`return args[0]`),
+      wrapped, or compensated from its own input.
+    collection: the variable collection of the site's arrays.
+  """
+
+  pattern: str
+  input: Transform | None = None
+  output: Transform | None = None
+  call: Replacement | None = None
+  collection: str = 'hooks'
+
+  def __post_init__(self):
+    given = [name for name in ('input', 'output', 'call') if getattr(self, name) is not None]
+    if len(given) != 1:
+      raise ValueError(
+        f'Hook({self.pattern!r}) takes exactly one of input=, output=, call=; got {given or "none"}.'
+      )
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise ValueError(
+        f'Hook pattern {self.pattern!r} is no regular expression: {error}.'
+      ) from None
+
+
+def path_string(path: Sequence[str]) -> str:
+  """Returns a module path as one string: `('layer1_0', 'conv1') -> 'layer1_0/conv1'`."""
+  return '/'.join(path)
+
+
+@contextlib.contextmanager
+def intercepting(hooks: Sequence[Hook]) -> Iterator[None]:
+  """Runs Linen calls inside the context under `hooks`; the first hook of the list is the innermost.
+
+  Raises:
+    ValueError: on leaving the context, if a hook has matched no module that was called. The message
+      names the pattern and the closest paths.
+  """
+  matched: set[int] = set()
+  paths: set[str] = set()
+  patterns = [re.compile(hook.pattern) for hook in hooks]
+
+  def interceptor(next_fun, args, kwargs, context):
+    if context.method_name != '__call__':
+      return next_fun(*args, **kwargs)
+    path = path_string(context.module.path)
+    paths.add(path)
+    call = next_fun
+    for index, (hook, pattern) in enumerate(zip(hooks, patterns, strict=True)):
+      if pattern.fullmatch(path):
+        matched.add(index)
+        call = _around(hook, Site(context.module, path, hook.collection), call)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(interceptor):
+    yield
+  unmatched = [hook.pattern for index, hook in enumerate(hooks) if index not in matched]
+  if unmatched:
+    raise_unmatched(unmatched, paths, 'hook pattern', 'module')
+
+
+def _around(hook: Hook, site: Site, call: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `call` with `hook` around it."""
+
+  def wrapped(*args, **kwargs):
+    if hook.input is not None:
+      if not args:
+        raise ValueError(f'Hook on the input of {site.path!r}: the module is called without one.')
+      return call(hook.input(site, args[0]), *args[1:], **kwargs)
+    if hook.output is not None:
+      return hook.output(site, call(*args, **kwargs))
+    return hook.call(site, call, *args, **kwargs)
+
+  return wrapped
+
+
+def raise_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, of: str) -> None:
+  """Raises ValueError: `patterns` match none of `paths`; suggests the closest ones."""
+  known = sorted(path for path in paths if path)
+  close = [
+    name for pattern in patterns for name in difflib.get_close_matches(pattern, known, 3, 0.5)
+  ]
+  shown = close or known[:8]
+  raise ValueError(
+    f'No {of} matches {what} {", ".join(map(repr, patterns))}. '
+    f'{"Closest" if close else "Some"} of the {len(known)} paths: {", ".join(shown)}.'
+  )
+
+
+def apply(
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  *args: Any,
+  hooks: Sequence[Hook] = (),
+  **kwargs: Any,
+) -> Any:
+  """Returns `model.apply(variables, *args, **kwargs)` with `hooks` around the named modules.
+
+  Pure: what hooks write comes back as a collection, if `mutable` names it. A hook on the root module has
+  the empty path. A hook whose pattern matches nothing raises ValueError (while tracing, under `jit`).
+  """
+  with intercepting(hooks):
+    return model.apply(variables, *args, **kwargs)
+
+
+def module_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+  """Returns the paths of all modules that `model(*args, **kwargs)` calls, in order of first call.
+
+  Traces abstractly: no memory, no computation. Arguments may be `jax.ShapeDtypeStruct`s.
+  """
+  paths: dict[str, None] = {}
+
+  def record(next_fun, args, kwargs, context):
+    if context.method_name == '__call__':
+      paths.setdefault(path_string(context.module.path))
+    return next_fun(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    jax.eval_shape(lambda *a: model.init(jax.random.key(0), *a, **kwargs), *args)
+  return [path for path in paths if path]
+
+
+def capture(
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  patterns: Sequence[str],
+  *args: Any,
+  **kwargs: Any,
+) -> tuple[Any, dict[str, Array]]:
+  """Returns the model's output and the outputs of the modules that match `patterns`, by path.
+
+  With blocks under `nn.scan` a captured value has the blocks' axis in front.
+  """
+
+  def keep(site: Site, y: Array) -> Array:
+    site.write('output', y)
+    return y
+
+  mutable = kwargs.pop('mutable', [])
+  mutable = [mutable] if isinstance(mutable, str) else list(mutable)
+  hooks = [Hook(pattern, output=keep, collection='captures') for pattern in patterns]
+  out, state = apply(model, variables, *args, hooks=hooks, mutable=[*mutable, 'captures'], **kwargs)
+  state = dict(state)
+  flat = traverse_util.flatten_dict(dict(state.pop('captures', {})), sep='/')
+  captured = {path.removesuffix('output').rstrip('/'): value for path, value in flat.items()}
+  return ((out, state) if mutable else out), captured
+
+
+def map_matching(
+  fn: Callable[[str, Array], Array], tree: PyTree, pattern: str, *, what: str = 'parameter'
+) -> PyTree:
+  """Returns `tree` with `fn(path, leaf)` at the leaves whose whole path matches `pattern`.
+
+  The pure transform of a parameter tree that goes with hooks on activations: fake-quantize kernels, merge
+  low-rank updates, mask.
+
+  Raises:
+    ValueError: if no leaf matches.
+  """
+  flat = traverse_util.flatten_dict(dict(tree), sep='/')
+  chosen = {path for path in flat if re.fullmatch(pattern, path)}
+  if not chosen:
+    raise_unmatched([pattern], list(flat), 'pattern', what)
+  new = {path: fn(path, leaf) if path in chosen else leaf for path, leaf in flat.items()}
+  return traverse_util.unflatten_dict(new, sep='/')

@@ -1,0 +1,27 @@
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+import pathlib
+
+import jax
+import pytest
+from golden_vectors import Vectors
+
+jax.config.update(
+  'jax_compilation_cache_dir',
+  os.environ.get(
+    'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parent.parent / '.jax_cache')
+  ),
+)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+@pytest.fixture
+def vectors(request) -> Vectors:
+  """The arrays of one reference file (see `golden_vectors.golden`)."""
+  return Vectors(request.param)
