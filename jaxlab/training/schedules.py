@@ -1,0 +1,198 @@
+"""Values over training: learning rate, weight decay, momentum of a teacher, temperature.
+
+A schedule is a function `step -> value` (as optax has it) that works on Python and traced integers. The
+first step is 0. Wrapping it in `per_epoch` makes a staircase, `with_warmup` puts a linear start before it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+Schedule = optax.Schedule
+
+constant = optax.constant_schedule
+
+
+def with_warmup(
+  schedule: Schedule, warmup_steps: int, start: float = 0.0, *, inclusive: bool = False
+) -> Schedule:
+  """Puts a linear warm-up of `warmup_steps` steps before a schedule.
+
+  At step `s < warmup_steps` the value is `start + (schedule(0) - start) * s / warmup_steps`, afterwards
+  `schedule(s - warmup_steps)`.
+
+  Args:
+    schedule: what follows; its step 0 is the first one after the warm-up.
+    warmup_steps: length of the warm-up; 0 returns `schedule`.
+    start: value at step 0.
+    inclusive: divide by `warmup_steps - 1`, so that the warm-up ends on the peak, which comes twice:
+      `linspace(start, peak, warmup_steps)`.
+
+  Raises:
+    ValueError: if `warmup_steps` is negative.
+  """
+  if warmup_steps < 0:
+    raise ValueError(f'warmup_steps must not be negative, got {warmup_steps}.')
+  if warmup_steps == 0:
+    return schedule
+
+  def warmed(step: ArrayLike) -> jax.Array:
+    step = jnp.asarray(step)
+    share = _float(step) / max(warmup_steps - inclusive, 1)
+    ramp = start + (schedule(0) - start) * share
+    return jnp.where(step < warmup_steps, ramp, schedule(jnp.maximum(step - warmup_steps, 0)))
+
+  return warmed
+
+
+def per_epoch(schedule: Schedule, steps_per_epoch: int) -> Schedule:
+  """Makes a schedule over epochs a staircase over steps: `schedule(step // steps_per_epoch)`.
+
+  Raises:
+    ValueError: if `steps_per_epoch` is not positive.
+  """
+  if steps_per_epoch < 1:
+    raise ValueError(f'steps_per_epoch must be positive, got {steps_per_epoch}.')
+  return lambda step: schedule(jnp.asarray(step) // steps_per_epoch)
+
+
+def linear_warmup(base: float, warmup_steps: int, start: float = 0.0) -> Schedule:
+  """From `start` to `base` in `warmup_steps` steps, then constant."""
+  return with_warmup(constant(base), warmup_steps, start)
+
+
+def cosine(
+  base: float,
+  total_steps: int,
+  end: float = 0.0,
+  *,
+  warmup_steps: int = 0,
+  warmup_start: float = 0.0,
+  warmup_inclusive: bool = False,
+) -> Schedule:
+  """Half a cosine from `base` to `end`, after a linear warm-up.
+
+    end + (base - end) * (1 + cos(pi * i / n)) / 2,  i = step - warmup_steps, n = total_steps - warmup_steps
+
+  The last step of training is `i = n - 1`, so `end` is reached only after it. `base < end` rises.
+
+  Args:
+    base: the value after the warm-up.
+    total_steps: all steps, warm-up included.
+    end: the value from step `total_steps` on.
+    warmup_steps: length of the warm-up.
+    warmup_start: value at step 0, if there is a warm-up.
+    warmup_inclusive: see `with_warmup`.
+
+  Raises:
+    ValueError: if there is no step after the warm-up.
+
+  Examples:
+    >>> [round(float(cosine(1.0, 4)(step)), 3) for step in range(5)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+  """
+  length = total_steps - warmup_steps
+  if length < 1:
+    raise ValueError(f'total_steps must exceed warmup_steps, got {total_steps} and {warmup_steps}.')
+
+  def decay(step: ArrayLike) -> jax.Array:
+    share = jnp.minimum(_float(step), length) / length
+    return end + (base - end) * (1 + jnp.cos(math.pi * share)) / 2
+
+  return with_warmup(decay, warmup_steps, warmup_start, inclusive=warmup_inclusive)
+
+
+def cosine_per_epoch(base: float, epochs: int, steps_per_epoch: int, end: float = 0.0) -> Schedule:
+  """`cosine` that changes between epochs only: `base * (1 + cos(pi * epoch / epochs)) / 2` for `end = 0`."""
+  return per_epoch(cosine(base, epochs, end), steps_per_epoch)
+
+
+def multistep(base: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
+  """`base`, multiplied by `factor` at every milestone: from step `milestones[i]` on, `factor ** (i + 1)`.
+
+  Raises:
+    ValueError: if the milestones do not increase.
+  """
+  milestones = list(milestones)
+  if milestones != sorted(set(milestones)):
+    raise ValueError(f'milestones must increase, got {milestones}.')
+  return optax.piecewise_constant_schedule(base, dict.fromkeys(milestones, factor))
+
+
+def make_schedule(
+  name: str,
+  base: float,
+  *,
+  epochs: float,
+  steps_per_epoch: int,
+  end: float = 0.0,
+  warmup_epochs: float = 0.0,
+  warmup_start: float = 0.0,
+  warmup_inclusive: bool = False,
+  milestones: Sequence[float] = (),
+  factor: float = 0.1,
+) -> Schedule:
+  """Builds a schedule over steps from lengths in epochs.
+
+  Args:
+    name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch) or 'multistep'.
+    base: the value after the warm-up.
+    epochs: length of the training, warm-up included; may be a fraction.
+    steps_per_epoch: optimizer steps in an epoch.
+    end: last value of a cosine.
+    warmup_epochs: length of the linear warm-up, counted in steps; may be a fraction.
+    warmup_start: value at step 0, if there is a warm-up.
+    warmup_inclusive: see `with_warmup`.
+    milestones: of 'multistep', in epochs from the start of the training.
+    factor: of 'multistep'.
+
+  Returns:
+    A function `step -> value`.
+
+  Raises:
+    ValueError: for an unknown name, an option the schedule does not have, or impossible lengths.
+
+  Examples:
+    >>> schedule = make_schedule('cosine', 0.1, epochs=10, steps_per_epoch=50, warmup_epochs=1)
+    >>> [round(float(schedule(step)), 4) for step in (0, 25, 50, 275)]
+    [0.0, 0.05, 0.1, 0.05]
+  """
+  if name not in ('constant', 'cosine', 'cosine_per_epoch', 'multistep'):
+    raise ValueError(
+      f'Unknown schedule {name!r}: choose constant, cosine, cosine_per_epoch or multistep.'
+    )
+  if end and not name.startswith('cosine'):
+    raise ValueError(f'end={end} belongs to the cosine schedules, not to {name!r}.')
+  if bool(milestones) != (name == 'multistep'):
+    raise ValueError(
+      f'milestones belong to the schedule multistep and to it alone, got {milestones!r} for {name!r}.'
+    )
+  if steps_per_epoch < 1 or epochs <= 0:
+    raise ValueError(
+      f'epochs and steps_per_epoch must be positive, got {epochs} and {steps_per_epoch}.'
+    )
+  warmup_steps = round(warmup_epochs * steps_per_epoch)
+  if name == 'constant':
+    schedule = constant(base)
+  elif name == 'cosine':
+    schedule = cosine(base, round(epochs * steps_per_epoch) - warmup_steps, end)
+  elif name == 'cosine_per_epoch':
+    whole = math.ceil(epochs) - round(warmup_epochs)
+    if round(warmup_epochs) != warmup_epochs:
+      raise ValueError(f'cosine_per_epoch takes whole warmup_epochs, got {warmup_epochs}.')
+    schedule = cosine_per_epoch(base, whole, steps_per_epoch, end)
+  else:
+    steps = [round(milestone * steps_per_epoch) - warmup_steps for milestone in milestones]
+    if steps[0] < 0:
+      raise ValueError(f'The first of milestones={milestones} lies within the warm-up.')
+    schedule = multistep(base, steps, factor)
+  return with_warmup(schedule, warmup_steps, warmup_start, inclusive=warmup_inclusive)
+
+
+def _float(step: ArrayLike) -> jax.Array:
+  """Returns a step count in the default float type (float64 under x64)."""
+  return jnp.asarray(step, jnp.result_type(float))

@@ -1,0 +1,120 @@
+import jax
+import numpy as np
+import pytest
+from golden_vectors import assert_close, golden
+
+from jaxlab.training import schedules
+
+
+@pytest.fixture(params=['float32', 'float64'])
+def rtol(request):
+  """Runs a test in both precisions; the tolerance of each."""
+  with jax.enable_x64(request.param == 'float64'):
+    yield {'float32': 1e-5, 'float64': 1e-9}[request.param]
+
+
+def values(schedule, steps):
+  return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps)))
+
+
+@golden('ssl_baselines', 'dino_schedules')
+def test_cosine_with_inclusive_warmup_agrees_with_reference(vectors, rtol):
+  epochs, steps_per_epoch = vectors.param('epochs'), vectors.param('steps_per_epoch')
+  rate = schedules.make_schedule(
+    'cosine',
+    vectors.param('base_lr'),
+    epochs=epochs,
+    steps_per_epoch=steps_per_epoch,
+    end=vectors.param('min_lr'),
+    warmup_epochs=vectors.param('warmup_epochs'),
+    warmup_inclusive=True,
+  )
+  steps = epochs * steps_per_epoch
+  assert_close(values(rate, steps), vectors['out_lr'], rtol)
+  decay = schedules.cosine(0.04, steps, 0.4)
+  assert_close(values(decay, steps), vectors['out_weight_decay'], rtol)
+  momentum = schedules.cosine(0.996, steps, 1.0)
+  assert_close(values(momentum, steps), vectors['out_teacher_momentum'], rtol)
+
+
+def test_cosine_starts_at_base_halves_in_the_middle_and_stays_at_the_end():
+  lr = values(schedules.cosine(2.0, 8, 1.0), 12)
+  assert_close(lr[[0, 4, 8, 11]], [2, 1.5, 1, 1], 1e-6)
+  assert np.all(np.diff(lr[:9]) < 0)
+
+
+def test_warmup_rises_linearly_to_the_schedule_it_precedes():
+  lr = values(schedules.cosine(1.0, 12, warmup_steps=4, warmup_start=0.2), 12)
+  assert_close(lr[:5], [0.2, 0.4, 0.6, 0.8, 1.0], 1e-6)
+  assert_close(lr[4:], values(schedules.cosine(1.0, 8), 8), 1e-6)
+  assert_close(values(schedules.linear_warmup(1.0, 2), 4), [0, 0.5, 1, 1], 1e-6)
+
+
+@pytest.mark.parametrize(('steps', 'expected'), [(1, [0, 1, 1]), (2, [0, 1, 1]), (3, [0, 0.5, 1])])
+def test_inclusive_warmup_is_linspace(steps, expected):
+  warmed = schedules.with_warmup(schedules.constant(1.0), steps, inclusive=True)
+  assert_close(values(warmed, 3), expected, 1e-6)
+
+
+def test_cosine_per_epoch_is_constant_within_an_epoch():
+  lr = values(schedules.cosine_per_epoch(0.1, 4, 3), 12).reshape(4, 3)
+  assert np.all(lr == lr[:, :1])
+  assert_close(lr[:, 0], 0.05 * (1 + np.cos(np.pi * np.arange(4) / 4)), 1e-6)
+
+
+def test_multistep_multiplies_from_each_milestone_on():
+  lr = values(schedules.multistep(1.0, [2, 4], 0.1), 6)
+  assert_close(lr, [1, 1, 0.1, 0.1, 0.01, 0.01], 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'direct'),
+  [
+    ('constant', {}, schedules.constant(0.3)),
+    ('cosine', {'end': 0.1}, schedules.cosine(0.3, 20, 0.1)),
+    ('cosine_per_epoch', {}, schedules.cosine_per_epoch(0.3, 4, 5)),
+    ('multistep', {'milestones': (1, 3), 'factor': 0.5}, schedules.multistep(0.3, [5, 15], 0.5)),
+  ],
+)
+def test_make_schedule_counts_in_epochs(name, options, direct):
+  made = schedules.make_schedule(name, 0.3, epochs=4, steps_per_epoch=5, **options)
+  assert_close(values(made, 20), values(direct, 20), 1e-6)
+
+
+def test_milestones_count_from_the_start_of_the_warmup():
+  made = schedules.make_schedule(
+    'multistep', 1.0, epochs=4, steps_per_epoch=2, warmup_epochs=1, milestones=(2,)
+  )
+  assert_close(values(made, 6), [0, 0.5, 1, 1, 0.1, 0.1], 1e-6)
+
+
+def test_staircase_starts_after_the_warmup():
+  made = schedules.make_schedule(
+    'cosine_per_epoch', 1.0, epochs=3, steps_per_epoch=2, warmup_epochs=1
+  )
+  assert_close(values(made, 6), [0, 0.5, 1, 1, 0.5, 0.5], 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda: make('cosin'), "Unknown schedule 'cosin'"),
+    (lambda: make('constant', end=0.1), 'end=0.1'),
+    (lambda: make('multistep'), 'milestones'),
+    (lambda: make('cosine', milestones=(1,)), 'milestones'),
+    (lambda: make('multistep', milestones=(1,), warmup_epochs=2), 'within the warm-up'),
+    (lambda: make('multistep', milestones=(2, 1)), 'must increase'),
+    (lambda: make('cosine', warmup_epochs=4), 'total_steps'),
+    (lambda: make('cosine_per_epoch', warmup_epochs=0.5), 'whole warmup_epochs'),
+    (lambda: make('cosine', steps_per_epoch=0), 'must be positive'),
+    (lambda: schedules.with_warmup(schedules.constant(1.0), -1), 'not be negative'),
+    (lambda: schedules.per_epoch(schedules.constant(1.0), 0), 'must be positive'),
+  ],
+)
+def test_bad_arguments_raise(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def make(name, steps_per_epoch=2, **options):
+  return schedules.make_schedule(name, 1.0, epochs=4, steps_per_epoch=steps_per_epoch, **options)
