@@ -1,0 +1,101 @@
+"""Networks by the names of timm."""
+
+import difflib
+import re
+from typing import Any
+
+from flax import linen as nn
+
+from jaxlab.models.initializers import kaiming_normal_fan_in
+from jaxlab.models.resnet import ResNet
+from jaxlab.models.vit import ViT
+
+# Depths of He et al. 2016, table 1.
+_RESNETS = {
+  18: {'stage_sizes': (2, 2, 2, 2), 'block': 'basic'},
+  34: {'stage_sizes': (3, 4, 6, 3), 'block': 'basic'},
+  50: {'stage_sizes': (3, 4, 6, 3), 'block': 'bottleneck'},
+  101: {'stage_sizes': (3, 4, 23, 3), 'block': 'bottleneck'},
+}
+_CIFAR_STEM_DEPTHS = (18, 34, 50)
+_CIFAR_DEPTHS = (20, 32, 56, 110)  # 6 n + 2 with three stages of n blocks
+
+# DeiT, table 1; ViT-Base is that of Dosovitskiy et al. 2021.
+_VITS = {
+  'tiny': {'width': 192, 'depth': 12, 'num_heads': 3},
+  'small': {'width': 384, 'depth': 12, 'num_heads': 6},
+  'base': {'width': 768, 'depth': 12, 'num_heads': 12},
+}
+_VIT_NAME = re.compile(r'(vit|deit)_(tiny|small|base)(_distilled)?_patch(\d+)_(\d+)')
+
+
+def names(patch_size: int = 16, image_size: int = 224) -> list[str]:
+  """Returns the names that `create` knows; transformers also come in other patch and image sizes."""
+  vits = [
+    f'{family}_{size}{distilled}_patch{patch_size}_{image_size}'
+    for family, distilled in (('vit', ''), ('deit', ''), ('deit', '_distilled'))
+    for size in _VITS
+  ]
+  resnets = [f'resnet{depth}' for depth in _RESNETS]
+  cifar = [f'cifar_resnet{depth}' for depth in (*_CIFAR_STEM_DEPTHS, *_CIFAR_DEPTHS)]
+  return [*resnets, *cifar, *vits]
+
+
+def create(name: str, **overrides: Any) -> nn.Module:
+  """Returns the network `name`, a Linen module over normalized float images, NHWC.
+
+  `model.apply({'params': ..., 'batch_stats': ...}, images, train=...)`. Names and sizes are timm's:
+  `resnet{18,34,50,101}`, `{vit,deit}_{tiny,small,base}_patch{p}_{image size}` and
+  `deit_{...}_distilled_patch{p}_{image size}` have 1000 classes; `cifar_resnet{18,34,50}` (3x3 stem, no
+  pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages, parameter-free shortcuts) have 10.
+
+  Args:
+    name: the network's name.
+    **overrides: fields of `ResNet` or `ViT`; `num_classes=None` gives the pooled features.
+
+  Raises:
+    ValueError: for an unknown name or field, with the closest known ones.
+
+  >>> create('cifar_resnet20', num_classes=None).stage_sizes
+  (3, 3, 3)
+  >>> create('deit_small_patch16_224', drop_path=0.1).width
+  384
+  """
+  model, fields = _parse(name)
+  unknown = sorted(set(overrides) - set(model.__dataclass_fields__))
+  if unknown:
+    known = sorted(set(model.__dataclass_fields__) - {'parent', 'name'})
+    raise ValueError(
+      f'create({name!r}): {model.__name__} has no field {", ".join(map(repr, unknown))}; '
+      f'its fields: {", ".join(known)}.'
+    )
+  return model(**{**fields, **overrides})
+
+
+def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
+  """Returns the module class and the fields that belong to `name`."""
+  if match := _VIT_NAME.fullmatch(name):
+    family, size, distilled, patch, image = match.groups()
+    if not (family == 'vit' and distilled):
+      fields = {**_VITS[size], 'patch_size': int(patch), 'image_size': int(image)}
+      return ViT, {**fields, 'distilled': bool(distilled), 'num_classes': 1000}
+  elif match := re.fullmatch(r'(cifar_)?resnet(\d+)', name):
+    cifar, depth = bool(match[1]), int(match[2])
+    if not cifar and depth in _RESNETS:
+      return ResNet, {**_RESNETS[depth], 'num_classes': 1000}
+    if cifar and depth in _CIFAR_STEM_DEPTHS:
+      return ResNet, {**_RESNETS[depth], 'stem': 'cifar', 'num_classes': 10}
+    if cifar and depth in _CIFAR_DEPTHS:
+      return ResNet, {
+        'stage_sizes': ((depth - 2) // 6,) * 3,
+        'strides': (1, 2, 2),
+        'width': 16,
+        'stem': 'cifar',
+        'shortcut': 'pad',
+        'conv_init': kaiming_normal_fan_in,
+        'fc_init': kaiming_normal_fan_in,
+        'num_classes': 10,
+      }
+  close = difflib.get_close_matches(name, names(), 3, 0.5)
+  hint = f'closest: {", ".join(close)}' if close else f'known: {", ".join(names())}'
+  raise ValueError(f'create: no network is called {name!r}; {hint}.')

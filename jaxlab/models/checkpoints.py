@@ -1,0 +1,272 @@
+"""Weights of timm and torchvision, to our trees and back.
+
+A PyTorch name is a function of ours: `layer1_0/conv1/kernel` is `layer1.0.conv1.weight`. What a family calls
+differently is a short list of renames.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from jaxlab.models.architectures import create
+from jaxlab.models.position_embedding import resample_position_embedding
+from jaxlab.models.vit import ViT, stack_blocks, unstack_blocks
+
+PyTree = Any
+StateDict = Mapping[str, np.ndarray]
+Renames = Sequence[tuple[str, str]]
+
+_LEAVES = {
+  'kernel': 'weight',
+  'scale': 'weight',
+  'embedding': 'weight',
+  'mean': 'running_mean',
+  'var': 'running_var',
+}
+
+# Applied in order to the dotted name, ours -> theirs. ResNets need none: timm's names are torchvision's.
+TIMM: Renames = ((r'\.attention\.', '.attn.'),)
+TORCHVISION_VIT: Renames = (
+  (r'^cls_token$', 'class_token'),
+  (r'^pos_embed$', 'encoder.pos_embedding'),
+  (r'^patch_embed\.proj\.', 'conv_proj.'),
+  (r'^blocks\.(\d+)\.', r'encoder.layers.encoder_layer_\1.'),
+  (r'\.attention\.qkv\.', '.self_attention.in_proj_'),
+  (r'\.attention\.proj\.', '.self_attention.out_proj.'),
+  (r'\.norm([12])\.', r'.ln_\1.'),
+  (r'\.mlp\.fc1\.', '.mlp.0.'),
+  (r'\.mlp\.fc2\.', '.mlp.3.'),
+  (r'^norm\.', 'encoder.ln.'),
+  (r'^head\.', 'heads.head.'),
+)
+
+# timm's default weights of each name (the tag behind the point on huggingface.co/timm).
+_DEFAULT_TAGS = {
+  'resnet18': 'a1_in1k',
+  'resnet34': 'a1_in1k',
+  'resnet50': 'a1_in1k',
+  'resnet101': 'a1h_in1k',
+  'vit_tiny_patch16_224': 'augreg_in21k_ft_in1k',
+  'vit_small_patch16_224': 'augreg_in21k_ft_in1k',
+  'vit_base_patch16_224': 'augreg2_in21k_ft_in1k',
+  'deit_tiny_patch16_224': 'fb_in1k',
+  'deit_small_patch16_224': 'fb_in1k',
+  'deit_base_patch16_224': 'fb_in1k',
+  'deit_tiny_distilled_patch16_224': 'fb_in1k',
+  'deit_small_distilled_patch16_224': 'fb_in1k',
+  'deit_base_distilled_patch16_224': 'fb_in1k',
+}
+
+
+def torch_name(path: str, renames: Renames = TIMM) -> str:
+  """Returns the PyTorch name of the leaf at `path`.
+
+  >>> torch_name('blocks_3/attention/qkv/kernel')
+  'blocks.3.attn.qkv.weight'
+  >>> torch_name('layer1_0/downsample_1/var')
+  'layer1.0.downsample.1.running_var'
+  """
+  *modules, leaf = path.split('/')
+  modules = [re.sub(r'_(\d+)$', r'.\1', module) for module in modules]
+  name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
+  for pattern, replacement in renames:
+    name = re.sub(pattern, replacement, name)
+  return name
+
+
+def abstract_variables(model: nn.Module, image_shape: Sequence[int] | None = None) -> PyTree:
+  """Returns the shapes of `model`'s variables, without computing any.
+
+  Args:
+    model: a network over images.
+    image_shape: (height, width, channels); None: the model's `image_size` or 224, and 3 channels.
+  """
+  if image_shape is None:
+    size = getattr(model, 'image_size', 224)
+    image_shape = (*((size, size) if isinstance(size, int) else size), 3)
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def from_torch(
+  model: nn.Module | PyTree,
+  state_dict: StateDict,
+  *,
+  renames: Renames | None = None,
+  ignore: Sequence[str] = (),
+  resample: bool = False,
+) -> PyTree:
+  """Returns the variables of `model` with the weights of a PyTorch checkpoint.
+
+  Kernels are transposed (out, in, ...) -> (..., in, out); norms' statistics go to `batch_stats`;
+  `num_batches_tracked` is dropped; values are cast to the model's dtypes.
+
+  Args:
+    model: a network over color images, or its (abstract) variables, e.g. of `abstract_variables`.
+    state_dict: arrays by PyTorch name (see `read_state_dict`).
+    renames: ordered (regular expression, replacement) on dotted names, ours -> theirs; None: `TIMM`, or
+      `TORCHVISION_VIT` where the checkpoint looks like that.
+    ignore: regular expressions of checkpoint names that the model does without, e.g. `r'fc\\..*'`.
+    resample: bring `pos_embed` to the model's grid (`resample_position_embedding`); its own must be
+      square, and the model's too unless a `ViT` is given.
+
+  Returns:
+    Variables as NumPy arrays, in the layout of the model (`ViT(scan=True)`: stacked).
+
+  Raises:
+    ValueError: listing every name that is missing or unexpected and every shape that differs; or for a
+      pattern of `ignore` that matches nothing.
+  """
+  variables = abstract_variables(model) if isinstance(model, nn.Module) else model
+  variables = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dict(variables))
+  scanned = 'blocks' in variables['params']
+  if scanned:
+    variables['params'] = jax.eval_shape(unstack_blocks, variables['params'])
+  if renames is None:
+    renames = TORCHVISION_VIT if 'class_token' in state_dict else TIMM
+  given = _select(state_dict, ignore)
+  expected = traverse_util.flatten_dict(variables, sep='/')
+  by_name = {torch_name(path.split('/', 1)[1], renames): path for path in expected}
+
+  problems = [f'missing: {name}' for name in by_name if name not in given]
+  problems += [f'unexpected: {name}' for name in given if name not in by_name]
+  loaded = {}
+  for name, path in by_name.items():
+    if name not in given:
+      continue
+    value, target = np.asarray(given[name]), expected[path]
+    if resample and path == 'params/pos_embed' and value.ndim == 3:
+      prefix = len({'cls_token', 'dist_token'} & set(variables['params']))
+      value = _resample(value, target.shape, prefix, model.grid if isinstance(model, ViT) else None)
+    if path.endswith('/kernel'):
+      value = _from_torch_layout(value)
+    if value.shape != target.shape:
+      hint = ' (resample=True brings it to the grid)' if path == 'params/pos_embed' else ''
+      problems.append(f'shape: {name} is {value.shape}, {path} needs {target.shape}{hint}')
+      continue
+    loaded[path] = value.astype(target.dtype)
+  if problems:
+    raise ValueError(
+      f'The checkpoint does not fit the model in {len(problems)} places:\n  '
+      + '\n  '.join(problems)
+    )
+  tree = traverse_util.unflatten_dict(loaded, sep='/')
+  if scanned:
+    tree['params'] = stack_blocks(tree['params'])
+  return tree
+
+
+def to_torch(variables: PyTree, *, renames: Renames = TIMM) -> dict[str, np.ndarray]:
+  """Returns `variables` as a PyTorch state dict of NumPy arrays; the inverse of `from_torch`."""
+  variables = dict(variables)
+  if 'blocks' in variables['params']:
+    variables['params'] = unstack_blocks(variables['params'])
+  state_dict = {}
+  for path, value in traverse_util.flatten_dict(variables, sep='/').items():
+    value = np.asarray(value)
+    if path.endswith('/kernel'):
+      value = np.ascontiguousarray(_to_torch_layout(value))
+    state_dict[torch_name(path.split('/', 1)[1], renames)] = value
+  return state_dict
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Returns the arrays of a `.safetensors` file, or of an `.npz` file without pickles, by name.
+
+  Raises:
+    ValueError: for any other file: PyTorch's own files are pickles, which can execute code.
+  """
+  path = os.fspath(path)
+  if path.endswith('.safetensors'):
+    from safetensors import numpy as safetensors_numpy
+
+    return safetensors_numpy.load_file(path)
+  if path.endswith('.npz'):
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in file.files}
+  raise ValueError(
+    f'{path!r} is neither .safetensors nor .npz. Convert a PyTorch file once, where it is trusted: '
+    f"safetensors.torch.save_file(torch.load(path), 'model.safetensors')."
+  )
+
+
+def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
+  """Returns the network `name` and its public weights, from huggingface.co/timm (cached).
+
+  Args:
+    name: a name of `create`, with timm's tag or without: `resnet50`, `resnet50.tv_in1k`.
+    **overrides: fields of the model. `num_classes=None` leaves the classifier away; another `image_size`
+      resamples the position embedding.
+
+  Returns:
+    `(model, variables)`.
+
+  Raises:
+    ValueError: if the name has no default tag, or the weights do not fit the model.
+    ConnectionError: if the file is neither in the cache nor can be downloaded.
+  """
+  architecture, _, tag = name.partition('.')
+  model = create(architecture, **overrides)
+  tag = tag or _DEFAULT_TAGS.get(architecture)
+  if tag is None:
+    raise ValueError(
+      f'load_pretrained({name!r}): no default weights; give a tag of huggingface.co/timm, as in '
+      f"'resnet50.tv_in1k', or one of {', '.join(_DEFAULT_TAGS)}."
+    )
+  state_dict = read_state_dict(_download(f'timm/{architecture}.{tag}', 'model.safetensors'))
+  ignore = () if model.num_classes else (r'(fc|head|head_dist)\..*',)
+  return model, from_torch(model, state_dict, ignore=ignore, resample=isinstance(model, ViT))
+
+
+def _download(repository: str, filename: str) -> str:
+  import huggingface_hub
+
+  try:
+    return huggingface_hub.hf_hub_download(repository, filename)
+  except (OSError, huggingface_hub.errors.EntryNotFoundError) as error:
+    raise ConnectionError(
+      f'Could not get {filename} of huggingface.co/{repository}: neither cached nor reachable '
+      f'({type(error).__name__}: {error}). Download it where there is a network and use '
+      f'from_torch(model, read_state_dict(file)).'
+    ) from error
+
+
+def _select(state_dict: StateDict, ignore: Sequence[str]) -> dict[str, np.ndarray]:
+  """Returns the entries that carry weights; `ignore` patterns must each match something."""
+  useless = [p for p in ignore if not any(re.fullmatch(p, name) for name in state_dict)]
+  if useless:
+    raise ValueError(f'ignore patterns that match no name of the checkpoint: {useless}.')
+  skipped = (*ignore, r'(.*\.)?num_batches_tracked')
+  return {
+    name: value
+    for name, value in state_dict.items()
+    if not any(re.fullmatch(pattern, name) for pattern in skipped)
+  }
+
+
+def _from_torch_layout(kernel: np.ndarray) -> np.ndarray:
+  """(out, in, *window) -> (*window, in, out)."""
+  return kernel.transpose(*range(2, kernel.ndim), 1, 0) if kernel.ndim > 1 else kernel
+
+
+def _to_torch_layout(kernel: np.ndarray) -> np.ndarray:
+  """(*window, in, out) -> (out, in, *window)."""
+  return kernel.transpose(-1, -2, *range(kernel.ndim - 2)) if kernel.ndim > 1 else kernel
+
+
+def _resample(value, shape, num_prefix_tokens, grid):
+  """Resamples `value` to a `pos_embed` of `shape`, if the number of tokens differs."""
+  if value.shape[1] == shape[1]:
+    return value
+  if grid is None:
+    side = int((shape[1] - num_prefix_tokens) ** 0.5)
+    grid = (side, side)
+  resampled = resample_position_embedding(value, grid, num_prefix_tokens=num_prefix_tokens)
+  return np.asarray(resampled)

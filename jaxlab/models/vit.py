@@ -1,0 +1,325 @@
+"""Vision transformers: ViT (Dosovitskiy et al. 2021) and DeiT (Touvron et al. 2021).
+
+Modules are named as in timm, `blocks.3.mlp.fc1` as `blocks_3/mlp/fc1` (and `attn` as `attention`).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
+from jaxlab.models.intercept import HookPoint
+from jaxlab.models.position_embedding import resample_position_embedding
+from jaxlab.models.resnet import check_images
+
+Array = jax.Array
+PyTree = Any
+
+
+class Attention(nn.Module):
+  """Multi-head self-attention, `softmax(q k^T / sqrt(head width)) v`, with one projection `qkv`.
+
+  Hook points: `query`, `key`, `value` `[batch, tokens, heads, head width]` as projected, and `softmax`
+  `[batch, heads, queries, keys]`. The softmax is taken in at least float32.
+  """
+
+  num_heads: int
+  qkv_bias: bool = True
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps `[batch, tokens, width]` to the same shape."""
+    batch, tokens, width = x.shape
+    dense = _dense(self.dtype)
+    qkv = dense(3 * width, use_bias=self.qkv_bias, name='qkv')(x)
+    qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+    query = HookPoint(name='query')(qkv[:, :, 0])
+    key = HookPoint(name='key')(qkv[:, :, 1])
+    value = HookPoint(name='value')(qkv[:, :, 2])
+    query = query * (query.shape[-1] ** -0.5)
+    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key)
+    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
+    weights = HookPoint(name='softmax')(weights.astype(value.dtype))
+    y = jnp.einsum('bhqk,bkhd->bqhd', weights, value).reshape(batch, tokens, width)
+    return dense(width, name='proj')(y)
+
+
+class Mlp(nn.Module):
+  """`fc2(gelu(fc1(x)))` with the exact (erf) GELU, hook point `gelu`."""
+
+  hidden: int
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps `[batch, tokens, width]` to the same shape."""
+    dense = _dense(self.dtype)
+    y = dense(self.hidden, name='fc1')(x)
+    y = HookPoint(name='gelu')(nn.gelu(y, approximate=False))
+    return dense(x.shape[-1], name='fc2')(y)
+
+
+class Block(nn.Module):
+  """A pre-norm transformer block: attention, then MLP, each around a shortcut."""
+
+  num_heads: int
+  mlp_ratio: float = 4.0
+  qkv_bias: bool = True
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array, survival: Array | None = None) -> Array:
+    """Maps `[batch, tokens, width]` to the same shape.
+
+    `survival` `[2, batch]` multiplies the two branches of each example (drop path): 0 or 1 / keep rate.
+    """
+
+    def branch(y: Array, index: int) -> Array:
+      return y if survival is None else y * survival[index][:, None, None].astype(y.dtype)
+
+    attention = Attention(self.num_heads, self.qkv_bias, self.dtype, name='attention')
+    x = x + branch(attention(_layer_norm(self.dtype, 'norm1')(x)), 0)
+    mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
+    return x + branch(mlp(_layer_norm(self.dtype, 'norm2')(x)), 1)
+
+
+class PatchEmbed(nn.Module):
+  """Cuts images into patches and projects each: a convolution whose stride is its kernel size."""
+
+  patch_size: int
+  width: int
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps `[batch, height, width, channels]` to `[batch, rows, columns, embedding]`."""
+    patch = (self.patch_size, self.patch_size)
+    bias_init = torch_default_bias(self.patch_size**2 * x.shape[-1])
+    return nn.Conv(
+      self.width,
+      patch,
+      strides=patch,
+      padding='VALID',
+      kernel_init=torch_default,
+      bias_init=bias_init,
+      dtype=self.dtype,
+      name='proj',
+    )(x)
+
+
+class ViT(nn.Module):
+  """A vision transformer over float images `[batch, height, width, channels]`.
+
+  Patches in raster order behind the class token (and the distillation token), plus `pos_embed`; `blocks_i`;
+  `norm`; pooling; `head`. With `distilled` a second classifier `head_dist` reads the distillation token: in
+  training both logits are returned as a pair, otherwise their mean.
+
+  Attributes:
+    patch_size: side of a patch in pixels.
+    image_size: side, or (height, width), for which `pos_embed` is stored.
+    width: channels of a token.
+    depth: number of blocks.
+    num_heads: attention heads, a divisor of `width`.
+    mlp_ratio: hidden channels of the MLP over `width`.
+    num_classes: size of the classifier(s); None returns the pooled features `[batch, width]`.
+    distilled: whether there are a distillation token and its classifier.
+    pooling: `'token'` (the class token; with `distilled` the mean of the two tokens' features, if there is
+      no classifier) or `'mean'` (of the normalized patch tokens).
+    drop_path: chance that a branch of the last block is dropped for an example in training; falls linearly
+      to 0 at the first block. Needs the rng stream `drop_path`.
+    qkv_bias: whether the projection `qkv` has a bias.
+    dynamic_image_size: accept images of any size divisible by the patch, resampling `pos_embed`
+      (`resample_position_embedding`).
+    dtype: of the computation (parameters stay float32); None: as the input.
+    remat: recompute each block's activations in the backward pass instead of storing them.
+    scan: one compiled block under `nn.scan`, with its parameters stacked under `blocks` (`stack_blocks`).
+
+  Raises:
+    ValueError: at construction, if `image_size` is not divisible by the patch or `width` by the heads; when
+      called, if the images have another size.
+  """
+
+  patch_size: int = 16
+  image_size: int | tuple[int, int] = 224
+  width: int = 192
+  depth: int = 12
+  num_heads: int = 3
+  mlp_ratio: float = 4.0
+  num_classes: int | None = None
+  distilled: bool = False
+  pooling: str = 'token'
+  drop_path: float = 0.0
+  qkv_bias: bool = True
+  dynamic_image_size: bool = False
+  dtype: Any = None
+  remat: bool = False
+  scan: bool = False
+
+  def __post_init__(self):
+    self._grid_of(*self._image_hw)
+    if self.width % self.num_heads:
+      raise ValueError(f'ViT: width={self.width} is not divisible by num_heads={self.num_heads}.')
+    if self.pooling not in ('token', 'mean') or (self.distilled and self.pooling == 'mean'):
+      raise ValueError(
+        f"ViT: pooling={self.pooling!r}; choose 'token' or 'mean' (distilled: 'token' only)."
+      )
+    if not 0 <= self.drop_path < 1:
+      raise ValueError(f'ViT: drop_path={self.drop_path} is not in [0, 1).')
+    if self.num_classes is not None and self.num_classes < 1:
+      raise ValueError(f'ViT: num_classes={self.num_classes}; give None for pooled features.')
+    super().__post_init__()
+
+  @property
+  def _image_hw(self) -> tuple[int, int]:
+    size = self.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Rows and columns of patches for which `pos_embed` is stored."""
+    return self._grid_of(*self._image_hw)
+
+  @property
+  def num_prefix_tokens(self) -> int:
+    """Number of tokens before the patches."""
+    return 2 if self.distilled else 1
+
+  def _grid_of(self, height: int, width: int) -> tuple[int, int]:
+    if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
+      raise ValueError(
+        f'ViT: an image of {height} x {width} pixels does not divide into patches of '
+        f'patch_size={self.patch_size}; resize the image or change the patch.'
+      )
+    return height // self.patch_size, width // self.patch_size
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array | tuple[Array, Array]:
+    """Returns logits `[batch, num_classes]`, or features `[batch, width]` without classifier."""
+    check_images(x)
+    batch, height, width, _ = x.shape
+    grid = self._grid_of(height, width)
+    if grid != self.grid and not self.dynamic_image_size:
+      raise ValueError(
+        f'ViT for images of {self._image_hw} got {(height, width)}: give image_size={(height, width)} '
+        f'(and resample a checkpoint), or dynamic_image_size=True.'
+      )
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(x)
+    x = x.reshape(batch, grid[0] * grid[1], self.width)
+    x = self._add_position(self._add_prefix(x), grid)
+    x = self._run_blocks(x, train)
+    x = _layer_norm(self.dtype, 'norm')(x)
+
+    if self.distilled:
+      pooled = (x[:, 0], x[:, 1])
+    else:
+      pooled = (x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1),)
+    if self.num_classes is None:
+      return sum(pooled) / len(pooled)
+    dense = _dense(self.dtype)
+    heads = ('head', 'head_dist')[: len(pooled)]
+    logits = tuple(dense(self.num_classes, name=h)(p) for h, p in zip(heads, pooled))
+    return logits if self.distilled and train else sum(logits) / len(logits)
+
+  def _add_prefix(self, x: Array) -> Array:
+    shape = (1, 1, self.width)
+    tokens = [self.param('cls_token', nn.initializers.normal(1e-6), shape)]
+    if self.distilled:
+      tokens.append(self.param('dist_token', vit_normal, shape))
+    tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in tokens]
+    return jnp.concatenate([*tokens, x], axis=1)
+
+  def _add_position(self, x: Array, grid: tuple[int, int]) -> Array:
+    num_tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
+    pos_embed = self.param('pos_embed', vit_normal, (1, num_tokens, self.width))
+    pos_embed = resample_position_embedding(
+      pos_embed, grid, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid
+    )
+    return x + pos_embed.astype(x.dtype)
+
+  def _run_blocks(self, x: Array, train: bool) -> Array:
+    survival = None
+    if train and self.drop_path:
+      # Drawn for all blocks at once, so that `scan` and `remat` drop the same branches.
+      rates = np.linspace(0, self.drop_path, self.depth)
+      survival = draw_survival(self.make_rng('drop_path'), rates, x.shape[0])
+    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    options = {
+      'num_heads': self.num_heads,
+      'mlp_ratio': self.mlp_ratio,
+      'qkv_bias': self.qkv_bias,
+      'dtype': self.dtype,
+    }
+    if not self.scan:
+      for index in range(self.depth):
+        own = None if survival is None else survival[index]
+        x = block(**options, name=f'blocks_{index}')(x, own)
+      return x
+    run = nn.scan(
+      lambda module, carry, own: (module(carry, own), None),
+      variable_axes={True: 0},
+      split_rngs={'params': True},
+      length=self.depth,
+    )
+    return run(block(**options, name='blocks'), x, survival)[0]
+
+
+def draw_survival(key: Array, rates: np.ndarray, batch: int) -> Array:
+  """Returns drop path's factors `[depth, 2, batch]`: 0 with chance `rates[i]`, else 1 / (1 - rate).
+
+  One independent draw for each block, branch (attention, MLP) and example, as timm's `DropPath`.
+  """
+  keep = jnp.asarray(1 - np.asarray(rates), jnp.float32)[:, None, None]
+  return jax.random.bernoulli(key, keep, (len(rates), 2, batch)) / keep
+
+
+def stack_blocks(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Returns `params` with the subtrees `blocks_0, blocks_1, ...` as one, `blocks`, of stacked arrays.
+
+  From the layout of a plain `ViT` to that of `ViT(scan=True)`; for any collection with blocks at its top.
+
+  Raises:
+    ValueError: if there are no blocks, or not `blocks_0` to `blocks_{n-1}`.
+  """
+  names = [name for name in params if re.fullmatch(r'blocks_\d+', name)]
+  expected = [f'blocks_{index}' for index in range(len(names))]
+  if not names or set(names) != set(expected):
+    raise ValueError(f'stack_blocks needs blocks_0, blocks_1, ...; got {sorted(params)}.')
+  rest = {name: value for name, value in params.items() if name not in names}
+  stacked = jax.tree.map(_stack, *(params[name] for name in expected))
+  return {**rest, 'blocks': stacked}
+
+
+def unstack_blocks(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """Inverse of `stack_blocks`: from the layout of `ViT(scan=True)` to that of a plain `ViT`."""
+  if 'blocks' not in params:
+    raise ValueError(f"unstack_blocks needs a subtree 'blocks'; got {sorted(params)}.")
+  rest = {name: value for name, value in params.items() if name != 'blocks'}
+  depth = len(jax.tree.leaves(params['blocks'])[0])
+  for index in range(depth):
+    rest[f'blocks_{index}'] = jax.tree.map(lambda leaf, i=index: leaf[i], params['blocks'])
+  return rest
+
+
+def _stack(*leaves):
+  """Stacks along a new first axis; NumPy arrays stay NumPy arrays, and keep their dtype."""
+  return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
+
+def _dense(dtype: Any):
+  """Returns a maker of timm's ViT Linear: normal weights of deviation 0.02, biases from 0."""
+
+  def make(features: int, **kwargs) -> nn.Dense:
+    return nn.Dense(features, kernel_init=vit_normal, dtype=dtype, **kwargs)
+
+  return make
+
+
+def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+  """Returns timm's LayerNorm of ViTs; the two-pass variance survives outlier channels."""
+  return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)

@@ -1,0 +1,232 @@
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden_vectors import assert_close, golden
+from random_variables import random_images, random_variables, run, run_capture
+
+from jaxlab.models import (
+  ResNet,
+  ViT,
+  abstract_variables,
+  create,
+  from_torch,
+  load_pretrained,
+  read_state_dict,
+  stack_blocks,
+  to_torch,
+)
+from jaxlab.models.checkpoints import TIMM, TORCHVISION_VIT
+from jaxlab.models.position_embedding import resample_position_embedding
+
+VIT = {'patch_size': 4, 'image_size': 8, 'width': 12, 'depth': 2, 'num_heads': 2, 'num_classes': 5}
+RESNET = {'stage_sizes': (1, 1), 'width': 4, 'widths': (4, 8), 'stem': 'cifar', 'num_classes': 5}
+
+
+def rule_tensor(name, shape):
+  """The weights under which the reference outputs were computed, a function of name and shape."""
+  noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+  if name.endswith('running_var'):
+    value = 1.0 + 0.1 * np.abs(noise)
+  elif name.endswith(('bias', 'running_mean')):
+    value = 0.1 * noise
+  elif name.endswith('weight') and len(shape) <= 1:
+    value = 1.0 + 0.1 * noise
+  elif name.endswith('weight'):
+    value = noise / np.sqrt(np.prod(shape[1:]))
+  else:
+    value = 0.1 * noise
+  return value.astype(np.float32)
+
+
+def check_timm(vectors, features_of):
+  name = vectors.path.stem.removeprefix('timm_')
+  shapes = [json.loads(shape) for shape in vectors['checkpoint_shapes'].tolist()]
+  names = vectors['checkpoint_names'].tolist()
+  state_dict = {n: rule_tensor(n, tuple(s)) for n, s in zip(names, shapes, strict=True)}
+  nchw = tuple(vectors['in_image_shape'])
+  images = np.random.default_rng(int(vectors['in_image_seed'])).standard_normal(nchw)
+  images = images.astype(np.float32).transpose(0, 2, 3, 1)
+
+  model = create(name, num_classes=vectors['out_logits'].shape[1])
+  variables = from_torch(model, state_dict)
+  logits, captured = run_capture(model, variables, [features_of(model)], images)
+  features = captured[features_of(model)]
+  if features.ndim == 4:
+    features = features.transpose(0, 3, 1, 2)
+  assert features.shape == tuple(vectors['out_features_shape'])
+  for actual, expected in (
+    (logits, vectors['out_logits']),
+    (features[0].ravel()[:4096], vectors['out_features_flat_first_4096']),
+  ):
+    assert np.abs(actual - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+
+
+@golden('models', 'timm_resnet')
+def test_resnet_agrees_with_timm(vectors):
+  check_timm(vectors, lambda m: f'layer{len(m.stage_sizes)}_{m.stage_sizes[-1] - 1}')
+
+
+@golden('models', 'timm_vit_')
+def test_vit_agrees_with_timm(vectors):
+  check_timm(vectors, lambda m: 'norm')
+
+
+@golden('models', 'timm_deit_')
+def test_deit_agrees_with_timm(vectors):
+  check_timm(vectors, lambda m: 'norm')
+
+
+@pytest.mark.parametrize(
+  'model, renames',
+  [
+    (ResNet(**RESNET, block='bottleneck', cardinality=2), TIMM),
+    (ViT(**VIT, distilled=True), TIMM),
+    (ViT(**VIT, scan=True), TIMM),
+    (ViT(**VIT), TORCHVISION_VIT),
+  ],
+)
+def test_round_trip_is_exact(model, renames):
+  variables = random_variables(model, random_images())
+  state_dict = to_torch(variables, renames=renames)
+  back = from_torch(variables, state_dict)
+  assert jax.tree.structure(back) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+  again = to_torch(back, renames=renames)
+  assert again.keys() == state_dict.keys()
+  for name, value in state_dict.items():
+    np.testing.assert_array_equal(again[name], value)
+
+
+def test_names_and_layouts_are_torchs():
+  state_dict = to_torch(random_variables(ResNet(**RESNET), random_images()))
+  assert state_dict['conv1.weight'].shape == (4, 3, 3, 3)
+  assert state_dict['layer2.0.downsample.0.weight'].shape == (8, 4, 1, 1)
+  assert state_dict['layer2.0.downsample.1.running_var'].shape == (8,)
+  assert state_dict['fc.weight'].shape == (5, 8)
+  state_dict = to_torch(random_variables(ViT(**VIT), random_images()), renames=TORCHVISION_VIT)
+  assert set(state_dict) == {
+    *('class_token', 'conv_proj.weight', 'conv_proj.bias', 'encoder.pos_embedding'),
+    *(f'encoder.ln.{p}' for p in ('weight', 'bias')),
+    *(f'heads.head.{p}' for p in ('weight', 'bias')),
+    *(
+      f'encoder.layers.encoder_layer_{i}.{name}'
+      for i in range(2)
+      for name in (
+        *(
+          f'{module}.{p}'
+          for module in ('ln_1', 'ln_2', 'mlp.0', 'mlp.3')
+          for p in ('weight', 'bias')
+        ),
+        *(f'self_attention.{n}' for n in ('in_proj_weight', 'in_proj_bias')),
+        *(f'self_attention.out_proj.{p}' for p in ('weight', 'bias')),
+      )
+    ),
+  }
+
+
+def test_all_mismatches_are_listed_at_once():
+  model = ResNet(**RESNET)
+  state_dict = to_torch(random_variables(model, random_images()))
+  state_dict['layer9.0.conv1.weight'] = state_dict.pop('conv1.weight')
+  state_dict['fc.weight'] = state_dict['fc.weight'][:3]
+  state_dict['bn1.num_batches_tracked'] = np.array(3)
+  with pytest.raises(ValueError) as error:
+    from_torch(model, state_dict)
+  message = str(error.value)
+  assert 'in 3 places' in message
+  assert 'missing: conv1.weight' in message
+  assert 'unexpected: layer9.0.conv1.weight' in message
+  assert 'shape: fc.weight is (8, 3), params/fc/kernel needs (8, 5)' in message
+  assert 'num_batches_tracked' not in message
+
+
+def test_ignored_names_leave_a_backbone_and_useless_patterns_raise():
+  state_dict = to_torch(random_variables(ResNet(**RESNET), random_images()))
+  backbone = ResNet(**{**RESNET, 'num_classes': None})
+  with pytest.raises(ValueError, match=r'unexpected: fc\.bias'):
+    from_torch(backbone, state_dict)
+  variables = from_torch(backbone, state_dict, ignore=[r'fc\..*'])
+  assert 'fc' not in variables['params']
+  with pytest.raises(ValueError, match=r"match no name of the checkpoint: \['head"):
+    from_torch(backbone, state_dict, ignore=[r'fc\..*', r'head\..*'])
+
+
+def test_position_embedding_is_resampled_on_request():
+  state_dict = to_torch(random_variables(ViT(**VIT), random_images()))
+  larger = ViT(**{**VIT, 'image_size': (16, 12)})
+  with pytest.raises(ValueError, match=r'pos_embed is \(1, 5, 12\).*resample=True'):
+    from_torch(larger, state_dict)
+  variables = from_torch(larger, state_dict, resample=True)
+  expected = resample_position_embedding(state_dict['pos_embed'], (4, 3))
+  np.testing.assert_array_equal(variables['params']['pos_embed'], expected)
+  square = ViT(**{**VIT, 'image_size': 16})
+  variables = from_torch(abstract_variables(square), state_dict, resample=True)
+  assert variables['params']['pos_embed'].shape == (1, 17, 12)
+
+
+def test_scanned_model_loads_what_the_plain_one_does():
+  plain = random_variables(ViT(**VIT), x := random_images())
+  scanned = from_torch(ViT(**VIT, scan=True), to_torch(plain))
+  jax.tree.map(np.testing.assert_array_equal, scanned['params'], stack_blocks(plain['params']))
+  assert_close(run(ViT(**VIT, scan=True), scanned, x), run(ViT(**VIT), plain, x), 1e-5)
+
+
+def test_files_are_read_without_pickles(tmp_path):
+  from safetensors.flax import save_file
+
+  state_dict = to_torch(random_variables(ResNet(**RESNET), random_images()))
+  state_dict['fc.weight'] = state_dict['fc.weight'].astype(ml_dtypes.bfloat16)
+  save_file(
+    {name: jnp.asarray(a) for name, a in state_dict.items()}, tmp_path / 'model.safetensors'
+  )
+  loaded = read_state_dict(tmp_path / 'model.safetensors')
+  assert loaded.keys() == state_dict.keys()
+  for name, value in state_dict.items():
+    np.testing.assert_array_equal(np.asarray(loaded[name], np.float32), value.astype(np.float32))
+  del state_dict['fc.weight']
+  np.savez(tmp_path / 'model.npz', **state_dict)
+  assert read_state_dict(tmp_path / 'model.npz').keys() == state_dict.keys()
+  np.savez(tmp_path / 'pickled.npz', weights=np.array([{'a': 1}], dtype=object))
+  with pytest.raises(ValueError, match='allow_pickle'):
+    read_state_dict(tmp_path / 'pickled.npz')
+  with pytest.raises(ValueError, match=r'neither \.safetensors nor \.npz'):
+    read_state_dict(tmp_path / 'model.pth')
+
+
+def test_pretrained_weights_without_network_or_tag_raise(monkeypatch, tmp_path):
+  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+  monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+  with pytest.raises(
+    ConnectionError, match=r'model.safetensors of huggingface.co/timm/resnet18.a1_in1k'
+  ):
+    load_pretrained('resnet18')
+  with pytest.raises(ValueError, match='no default weights; give a tag'):
+    load_pretrained('cifar_resnet20')
+
+
+def test_pretrained_weights_fit_the_overridden_model(monkeypatch, tmp_path):
+  from safetensors.numpy import save_file
+
+  fields = {'depth': 1, 'width': 12, 'num_heads': 2, 'patch_size': 4}
+  stored = create('vit_tiny_patch16_224', image_size=8, **fields)
+  state_dict = to_torch(random_variables(stored, random_images()))
+  save_file(state_dict, tmp_path / 'model.safetensors')
+  asked = []
+
+  def download(repository, filename):
+    asked.append(repository)
+    return str(tmp_path / filename)
+
+  monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
+  model, variables = load_pretrained(
+    'vit_tiny_patch16_224.own', image_size=16, num_classes=None, **fields
+  )
+  assert asked == ['timm/vit_tiny_patch16_224.own']
+  assert 'head' not in variables['params']
+  np.testing.assert_array_equal(variables['params']['cls_token'], state_dict['cls_token'])
+  assert run(model, variables, random_images((2, 16, 16, 3))).shape == (2, 12)

@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_vectors import assert_close, golden
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from random_variables import random_images, random_variables, run
+
+from jaxlab.models.normalization import BatchNorm
+
+
+def variables_of(scale, bias, dtype):
+  stats = {'mean': np.zeros_like(scale), 'var': np.ones_like(scale)}
+  tree = {'params': {'scale': scale, 'bias': bias}, 'batch_stats': stats}
+  return jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)
+
+
+def images(shape):
+  return 2 * random_images(shape) + 0.7
+
+
+@golden('ssl_baselines', 'batch_norm_torch')
+@pytest.mark.parametrize('dtype, rtol', [('float64', 1e-9), ('float32', 1e-5)])
+def test_sequence_of_batches_then_eval_agrees_with_torch(vectors, dtype, rtol):
+  with jax.enable_x64(dtype == 'float64'):
+    norm = BatchNorm(momentum=1 - vectors.param('momentum'), epsilon=vectors.param('eps'))
+    variables = variables_of(vectors['param_weight'], vectors['param_bias'], dtype)
+    for x, y in zip(vectors['in_x_sequence'], vectors['out_y_sequence'], strict=True):
+      x = jnp.asarray(x, dtype)
+      out, state = run(norm, variables, x, True)
+      assert out.dtype == dtype
+      assert_close(out, y, rtol)
+      variables = {**variables, **state}
+    assert_close(variables['batch_stats']['mean'], vectors['out_running_mean'], rtol)
+    assert_close(variables['batch_stats']['var'], vectors['out_running_var'], rtol)
+    out = run(norm, variables, jnp.asarray(vectors['in_x_eval'], dtype))
+    assert_close(out, vectors['out_y_eval'], rtol)
+
+
+def test_images_are_normalized_per_channel_over_batch_and_positions():
+  norm = BatchNorm()
+  x = images((4, 5, 6, 3))
+  variables = variables_of(np.ones(3), np.zeros(3), 'float32')
+  y, state = run(norm, variables, x, True)
+  flat = np.asarray(x, np.float64).reshape(-1, 3)
+  expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+  assert_close(y.reshape(-1, 3), expected, 1e-5)
+  stats = state['batch_stats']
+  assert_close(stats['mean'], 0.1 * flat.mean(0), 1e-5)
+  assert_close(stats['var'], 0.9 + 0.1 * flat.var(0, ddof=1), 1e-5)
+
+
+def test_groups_equal_separate_batches_and_average_their_statistics():
+  x = images((6, 4, 3))
+  grouped, single = BatchNorm(groups=3), BatchNorm()
+  variables = random_variables(grouped, x)
+  y, state = run(grouped, variables, x, True)
+  parts = [run(single, variables, part, True) for part in jnp.split(x, 3)]
+  assert_close(y, jnp.concatenate([part[0] for part in parts]), 1e-6)
+  for name in ('mean', 'var'):
+    expected = np.mean([part[1]['batch_stats'][name] for part in parts], axis=0)
+    assert_close(state['batch_stats'][name], expected, 1e-6)
+  assert float(jnp.abs(y - run(single, variables, x, True)[0]).max()) > 0.1
+
+
+@pytest.mark.parametrize('groups', [1, 8])
+def test_sharded_batch_has_the_statistics_of_one_device(groups):
+  norm = BatchNorm(groups=groups)
+  x = images((16, 4, 3))
+  variables = random_variables(norm, x)
+
+  def loss(x):
+    y, state = run(norm, variables, x, True)
+    return jnp.mean(jnp.sin(y) ** 2), (y, state)
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  mesh = Mesh(np.array(jax.devices()), ('data',))
+  sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+  for actual, expected in zip(
+    jax.tree.leaves(step(sharded)), jax.tree.leaves(step(x)), strict=True
+  ):
+    assert_close(actual, expected, 1e-5, atol=1e-6)
+
+
+def test_bfloat16_keeps_float32_statistics():
+  x = images((64, 4))
+  norm = BatchNorm(dtype=jnp.bfloat16)
+  variables = random_variables(norm, x)
+  low, state = run(norm, variables, x.astype(jnp.bfloat16), True)
+  high, expected = run(norm, variables, x, True)
+  assert low.dtype == jnp.bfloat16
+  assert_close(low, high, 0.02)
+  assert state['batch_stats']['var'].dtype == jnp.float32
+  assert_close(state['batch_stats']['var'], expected['batch_stats']['var'], 5e-3)
+
+
+def test_constant_channel_has_finite_output_and_gradient():
+  norm = BatchNorm()
+  x = jnp.full((8, 3), 1000.1)
+  variables = random_variables(norm, x)
+  y, grad = jax.value_and_grad(lambda x: jnp.sum(run(norm, variables, x, True)[0] ** 2))(x)
+  assert np.isfinite(y) and np.isfinite(grad).all()
+
+
+def test_vmap_equals_loop():
+  norm = BatchNorm()
+  x = images((3, 8, 4))
+  variables = random_variables(norm, x[0])
+
+  def train(x):
+    return run(norm, variables, x, True)[0]
+
+  assert_close(jax.vmap(train)(x), jnp.stack([train(one) for one in x]), 1e-6)
+
+
+def test_parameters_follow_the_options_and_init_leaves_the_statistics():
+  x = images((4, 3))
+  assert 'params' not in random_variables(BatchNorm(use_scale=False, use_bias=False), x)
+  variables = BatchNorm(use_bias=False).init(jax.random.key(0), x, True)
+  assert set(variables['params']) == {'scale'}
+  np.testing.assert_array_equal(variables['batch_stats']['mean'], 0)
+  np.testing.assert_array_equal(variables['batch_stats']['var'], 1)
+
+
+def test_single_value_per_channel_raises_in_training_only():
+  norm = BatchNorm()
+  one = jax.ShapeDtypeStruct((1, 3), jnp.float32)
+  variables = jax.eval_shape(lambda x: norm.init(jax.random.key(0), x, True), one)
+  jax.eval_shape(norm.apply, variables, one)
+
+  def train(norm, shape):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(
+      lambda v, x: norm.apply(v, x, True, mutable=['batch_stats']), variables, x
+    )
+
+  train(norm, (1, 2, 2, 3))
+  with pytest.raises(ValueError, match='one value per channel'):
+    train(norm, (1, 3))
+  with pytest.raises(ValueError, match='one value per channel'):
+    train(BatchNorm(groups=4), (4, 3))
+
+
+def test_batch_that_does_not_split_into_groups_raises():
+  norm = BatchNorm(groups=3)
+  with pytest.raises(ValueError, match='does not split into groups=3'):
+    norm.init(jax.random.key(0), jnp.ones((4, 3)), True)
