@@ -1,0 +1,25 @@
+"""One program for a laptop, a GPU box and a pod: meshes, partition rules, several hosts.
+
+`make_mesh` names the axes `data`, `fsdp`, `tensor`; `state_shardings` lays a train state out on them by
+rules; `shard_program` jits a program with these shardings; `initialize` joins the hosts of a pod; `aot`
+compiles for a pod that is not there.
+"""
+
+from jaxlab.parallel.hosts import initialize, is_primary
+from jaxlab.parallel.mesh import batch_sharding, check_batch_size, make_mesh, replicated
+from jaxlab.parallel.partition import fsdp_spec, state_shardings, tree_paths
+from jaxlab.parallel.program import ShardedProgram, shard_program
+
+__all__ = [
+  'ShardedProgram',
+  'batch_sharding',
+  'check_batch_size',
+  'fsdp_spec',
+  'initialize',
+  'is_primary',
+  'make_mesh',
+  'replicated',
+  'shard_program',
+  'state_shardings',
+  'tree_paths',
+]

@@ -1,0 +1,32 @@
+"""From a program to a trained state: the loop, its checkpoints and metrics, optimizers and schedules.
+
+A run is a `Program` of pure functions over a `TrainState`; `fit` drives it on any mesh, saves it so that
+nothing is lost, and goes on where it was left.
+"""
+
+from jaxlab.training.accumulate import accumulate_gradients
+from jaxlab.training.checkpoints import Checkpoints
+from jaxlab.training.feed import DataIterator
+from jaxlab.training.fit import fit
+from jaxlab.training.inference import map_batches
+from jaxlab.training.metrics import MetricWriter, Progress, read_metrics
+from jaxlab.training.optimizers import make_optimizer
+from jaxlab.training.precision import cast_floating
+from jaxlab.training.schedules import make_schedule
+from jaxlab.training.state import Program, TrainState
+
+__all__ = [
+  'Checkpoints',
+  'DataIterator',
+  'MetricWriter',
+  'Program',
+  'Progress',
+  'TrainState',
+  'accumulate_gradients',
+  'cast_floating',
+  'fit',
+  'make_optimizer',
+  'make_schedule',
+  'map_batches',
+  'read_metrics',
+]

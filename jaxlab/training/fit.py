@@ -1,0 +1,190 @@
+"""The training loop: one for all programs, meshes and hosts."""
+
+import collections
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxlab.data.pipeline import prefetch_to_device
+from jaxlab.parallel import batch_sharding, is_primary, make_mesh, shard_program
+from jaxlab.training.checkpoints import Checkpoints
+from jaxlab.training.feed import DataIterator, Declared
+from jaxlab.training.metrics import MetricWriter, Progress
+from jaxlab.training.state import Program, TrainState
+
+# Steps that may be under way on the device while the host prepares the next: enough to keep it busy,
+# few enough that their batches fit into its memory and that SIGTERM is answered at once.
+_STEPS_AHEAD = 4
+_BATCHES_AHEAD = 2
+
+
+def fit(
+  program: Program,
+  data: DataIterator,
+  *,
+  num_steps: int,
+  key: jax.Array,
+  mesh: Mesh | None = None,
+  workdir: str | None = None,
+  config: Mapping[str, Any] | None = None,
+  log_every: int = 50,
+  checkpoint_every: int = 1000,
+  keep: int = 2,
+  evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+  eval_every: int | None = None,
+  best_metric: str | None = None,
+  best_mode: str = 'max',
+  description: str = 'train',
+) -> tuple[TrainState, list[dict[str, Any]]]:
+  """Runs `program` up to step `num_steps`, from the start or from where `workdir` was left.
+
+  The step is compiled once, the state lives on the mesh and is donated from step to step, and metrics
+  stay on the device until they are logged: the host runs a few steps ahead and waits for results only
+  where it logs, evaluates or saves.
+
+  Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for
+  bit; on another mesh it goes on from the same state. SIGTERM saves and exits with status 0.
+
+  Args:
+    program: the pure functions, see `Program`.
+    data: endless iterator of this process's part of each batch, see `DataIterator`.
+    num_steps: the step to end at.
+    key: draws the initial state.
+    mesh: from `make_mesh`; all devices along `data` if None.
+    workdir: for checkpoints (`checkpoints/`), the config and metrics (`metrics.jsonl`, TensorBoard); with
+      None nothing is written and nothing survives.
+    config: the run's settings. A `workdir` that holds a run of other settings is refused.
+    log_every: steps between rows of metrics; a row holds their means since the last one.
+    checkpoint_every: steps between checkpoints; the last step is always saved.
+    keep: how many of the newest checkpoints to keep.
+    evaluate: `state -> {name: number}`, called in all processes every `eval_every` steps and at the end.
+    eval_every: None for the end only.
+    best_metric: a name in what `evaluate` returns: the best state by it is kept as well.
+    best_mode: `max` or `min`.
+    description: the run's name on the screen.
+
+  Returns:
+    The final state, and the rows of metrics (`{'step': ..., 'loss': ..., ...}`) from step 1 on.
+
+  Raises:
+    ValueError: before the first step, if config, mesh, batch, rules or `workdir` do not fit together.
+    FloatingPointError: if the loss (the metric `loss`) or a parameter is not finite; names the step and
+      the last good checkpoint. Such a state is never saved.
+    SystemExit: with status 0, after SIGTERM.
+  """
+  for name, every in {'log_every': log_every, 'checkpoint_every': checkpoint_every}.items():
+    if every < 1:
+      raise ValueError(f'{name}={every}, expected a positive number of steps.')
+  if best_metric and not evaluate:
+    raise ValueError(f'best_metric={best_metric!r} needs evaluate=, which returns it.')
+  mesh = make_mesh() if mesh is None else mesh
+  sharded = shard_program(program, mesh)
+  with contextlib.ExitStack() as stack:
+    checkpoints, start, state = None, 0, None
+    if workdir is not None:
+      checkpoints = Checkpoints(
+        workdir, config=config, keep=keep, best_metric=best_metric, best_mode=best_mode
+      )
+      stack.callback(checkpoints.close)
+      if (restored := checkpoints.restore(sharded.state)) is not None:
+        start, state, position = restored
+        data.set_state(position)
+    if state is None:
+      state = sharded.init(key)
+    writer = MetricWriter(workdir if is_primary() else None, start)
+    stack.callback(writer.close)
+    progress = stack.enter_context(Progress(description, start, num_steps, visible=is_primary()))
+    if start:
+      progress.say(f'{description}: going on from step {start} in {workdir}')
+    terminated = stack.enter_context(_termination(checkpoints is not None))
+
+    window: list[dict[str, jax.Array]] = []
+    ahead = collections.deque(maxlen=_STEPS_AHEAD)
+    batches = prefetch_to_device(
+      Declared(data, sharded.batch), batch_sharding(mesh), _BATCHES_AHEAD
+    )
+    for step in range(start + 1, num_steps + 1):
+      batch, position = _next(batches, step, num_steps)
+      state, metrics = sharded.step(state, batch)
+      window.append(metrics)
+      if len(ahead) == _STEPS_AHEAD:
+        jax.block_until_ready(ahead[0])
+      ahead.append(metrics)
+      progress.advance(step)
+
+      last, stop = step == num_steps, terminated(step)
+      evaluates = evaluate and (last or (eval_every and step % eval_every == 0))
+      saves = checkpoints and (last or stop or step % checkpoint_every == 0)
+      saves = saves or (checkpoints and evaluates and best_metric)
+      if saves or evaluates or step % log_every == 0:
+        means = _means(window, step, checkpoints)
+        window.clear()
+        progress.show(step, writer.write(step, {**means, **progress.rate(step)}))
+      scores = None
+      if evaluates:
+        began = time.perf_counter()
+        scores = dict(evaluate(state))
+        if best_metric and best_metric not in scores:
+          raise ValueError(f'best_metric={best_metric!r} is not in evaluate(): {list(scores)}.')
+        progress.show(step, writer.write(step, scores))
+        progress.pause(time.perf_counter() - began)
+      if saves:
+        checkpoints.save(step, state, position, scores)
+        writer.flush()
+      if stop and not last:
+        checkpoints.wait()
+        progress.say(f'{description}: SIGTERM, saved step {step}; the same command goes on from it')
+        raise SystemExit(0)
+    jax.block_until_ready(state)
+    return state, writer.rows
+
+
+def _next(batches: Iterator[Any], step: int, num_steps: int) -> tuple[Any, Any]:
+  try:
+    return next(batches)
+  except StopIteration:
+    raise ValueError(
+      f'The data ended before step {step} of num_steps={num_steps}: let it repeat.'
+    ) from None
+
+
+def _means(
+  window: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints | None
+) -> dict[str, float]:
+  """Fetches the metrics of the steps up to `step` and returns their means."""
+  rows = jax.device_get(window)
+  for index, row in enumerate(rows):
+    if not np.all(np.isfinite(row.get('loss', 0.0))):
+      at = step - len(rows) + 1 + index
+      good = checkpoints.last_good() if checkpoints else 'Without a workdir nothing was saved.'
+      raise FloatingPointError(f'The loss is {float(row["loss"])} at step {at}. {good}')
+  return {name: float(np.mean([row[name] for row in rows], dtype=np.float64)) for name in rows[-1]}
+
+
+@contextlib.contextmanager
+def _termination(catch: bool) -> Iterator[Callable[[int], bool]]:
+  """Yields `step -> whether to save and stop after it`, true once SIGTERM has come.
+
+  Several processes must stop after the same step: there, jax's preemption service listens to the signal
+  and agrees on one. A single process catches the signal itself, if it is the main thread's.
+  """
+  if catch and jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
+  received: list[int] = []
+  previous = None
+  if catch:
+    with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
+      previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+  try:
+    yield lambda step: bool(received)
+  finally:
+    if previous is not None:
+      signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,205 @@
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from small_program import CONFIG, FSDP_RULES, Data, make_program
+
+from jaxlab.parallel import make_mesh
+from jaxlab.training import fit, read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(num_steps, workdir=None, *, program=None, data=None, **options):
+  return fit(
+    program or make_program(),
+    data or Data(),
+    num_steps=num_steps,
+    key=jax.random.key(0),
+    workdir=workdir and str(workdir),
+    **{'config': CONFIG, 'log_every': 1, 'checkpoint_every': 3, **options},
+  )
+
+
+def start(*arguments, **environment):
+  """Starts `small_program` in a process of its own, with the devices and the cache of this one."""
+  command = [sys.executable, str(ROOT / 'tests' / 'small_program.py'), *map(str, arguments)]
+  paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+  cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+  environment = {**os.environ, **cache, 'PYTHONPATH': paths, **environment}
+  return subprocess.Popen(
+    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+
+
+def signal_after(process, number, workdir, step):
+  """Sends the signal once the run has written the metrics of `step`."""
+  deadline = time.monotonic() + 240
+  while not any(row['step'] >= step for row in read_metrics(workdir)):
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  process.send_signal(number)
+  return process.communicate(timeout=240)[0]
+
+
+@pytest.fixture(scope='module')
+def uninterrupted():
+  state, _ = run(40)
+  return jax.device_get(state)
+
+
+def test_killed_and_terminated_run_ends_bit_for_bit_the_same(tmp_path, uninterrupted):
+  arguments = ('--workdir', tmp_path, '--num_steps', 40, '--delay', 0.1)
+  process = start(*arguments)
+  signal_after(process, signal.SIGKILL, tmp_path, random.randint(4, 12))
+  assert process.returncode == -signal.SIGKILL
+
+  process = start(*arguments)
+  text = signal_after(process, signal.SIGTERM, tmp_path, random.randint(17, 25))
+  assert process.returncode == 0, text
+  assert 'SIGTERM, saved step' in text
+  stopped = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
+  assert 17 <= stopped < 40
+
+  state, history = run(40, tmp_path)
+  chex.assert_trees_all_equal(jax.device_get(state), uninterrupted)
+  assert [row['step'] for row in history] == list(range(1, 41))
+
+
+def test_run_goes_on_on_another_mesh(tmp_path, uninterrupted):
+  run(20, tmp_path)
+  program = make_program(FSDP_RULES)
+  state, _ = run(40, tmp_path, program=program, mesh=make_mesh(fsdp=4))
+  assert state.params['conv']['kernel'].addressable_shards[0].data.shape == (3, 3, 3, 4)
+  chex.assert_trees_all_close(jax.device_get(state), uninterrupted, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_agree_with_one(tmp_path, uninterrupted):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+  arguments = ('--workdir', tmp_path, '--num_steps', 5, '--fsdp', 4, '--out', tmp_path / 'out.npz')
+  hosts = [
+    start(
+      *arguments,
+      XLA_FLAGS=flags,
+      JAX_COORDINATOR_ADDRESS=address,
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(index),
+    )
+    for index in range(2)
+  ]
+  texts = [host.communicate(timeout=300)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], '\n'.join(texts)
+  assert 'train 5/5' in texts[0] and 'train' not in texts[1]
+  both = np.load(tmp_path / 'out.npz')
+  one, history = run(5)
+  chex.assert_trees_all_close(
+    [both[name] for name in both.files], jax.tree.leaves(jax.device_get(one)), rtol=1e-4, atol=1e-5
+  )
+  losses = [[row['loss'] for row in rows] for rows in (read_metrics(tmp_path), history)]
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+  # One process reads what two have written, on another mesh.
+  state, _ = run(6, tmp_path)
+  assert int(state.step) == 6
+
+
+def test_step_is_compiled_once(caplog):
+  with jax.log_compiles():
+    run(6, evaluate=lambda state: {'top1': 0.0}, eval_every=2)
+  compiled = [record.getMessage() for record in caplog.records]
+  assert sum('Finished tracing step for jit' in text for text in compiled) == 1
+  assert sum('Finished XLA compilation of jit(step)' in text for text in compiled) == 1
+
+
+def test_rows_are_means_over_the_steps_since_the_last_row():
+  _, every = run(6)
+  _, thirds = run(6, log_every=3)
+  losses = np.array([row['loss'] for row in every])
+  assert [row['step'] for row in thirds] == [3, 6]
+  np.testing.assert_allclose([row['loss'] for row in thirds], losses.reshape(2, 3).mean(1))
+
+
+def test_finished_run_is_returned_without_a_step(tmp_path):
+  first, history = run(4, tmp_path)
+  again, rows = run(4, tmp_path, data=Data(end=0))
+  chex.assert_trees_all_equal(first, again)
+  assert rows == history
+
+
+@pytest.mark.parametrize('mode, kept', [('max', 2), ('min', 4)])
+def test_best_state_is_kept_beside_the_last(tmp_path, mode, kept):
+  scores = {2: 0.9, 4: 0.1, 6: 0.3, 8: 0.5}
+  run(
+    8, tmp_path, keep=1, checkpoint_every=100, eval_every=2, best_metric='top1', best_mode=mode,
+    evaluate=lambda state: {'top1': scores[int(state.step)]},
+  )  # fmt: skip
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == [str(kept), '8']
+  assert [row['top1'] for row in read_metrics(tmp_path) if 'top1' in row] == [*scores.values()]
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+  with pytest.raises(FloatingPointError, match=r'loss is nan at step 5.*good checkpoint is .*/3'):
+    run(40, tmp_path, program=make_program(blow_up_at=5), log_every=10)
+  assert os.listdir(tmp_path / 'checkpoints') == ['3']
+  with pytest.raises(FloatingPointError, match=r'Without a workdir'):
+    run(40, program=make_program(blow_up_at=5))
+
+
+def test_state_that_is_not_finite_is_never_saved(tmp_path):
+  with pytest.raises(FloatingPointError, match=r'parameter is not finite after step 1'):
+    run(2, tmp_path, program=make_program(learning_rate=np.inf), checkpoint_every=1)
+  assert os.listdir(tmp_path / 'checkpoints') == []
+
+
+class Spoiled(Data):
+  def __init__(self, change):
+    super().__init__()
+    self.change = change
+
+  def __next__(self):
+    return self.change(super().__next__())
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda b: {'image': b['image']}, r"has no \['label'\].*it has \['image'\]"),
+    (lambda b: {**b, 'image': b['image'][:8]}, r"batch\['image'\] is float32\[8, 8, 8, 3\].*16, 8"),
+    (lambda b: {**b, 'label': b['label'].astype(np.int64)}, "'label'.*is int64.*for int32"),
+    (lambda b: {**b, 'image': b['image'] * np.nan}, "'image'.*not finite"),
+  ],
+)
+def test_batch_that_does_not_fit_is_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    run(2, data=Spoiled(change))
+
+
+def test_data_that_ends_too_early_is_an_error():
+  with pytest.raises(ValueError, match='ended before step 4 of num_steps=9'):
+    run(9, data=Data(end=3))
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'log_every': 0}, 'log_every=0'),
+    ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
+    ({'best_metric': 'top1'}, 'needs evaluate'),
+    ({'best_metric': 'top1', 'evaluate': lambda s: {'top5': 1.0}}, r"not in evaluate.*'top5'"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    run(1, **options)
