@@ -1,0 +1,118 @@
+"""Data: random-access sources, composed scenes, seeded and resumable batches, on-device augmentation.
+
+A source is `len(source)` and `source[i] -> {'image', 'label', 'index', ...}`; `make_loader` turns it into
+batches and `prefetch_to_device` brings them to the devices. Augmentations are pure functions
+`(key, image) -> image` of single float images, for `jax.vmap` inside of the jitted step.
+"""
+
+from jaxlab.data.augment import (
+  compose,
+  deterministic,
+  example_keys,
+  gaussian_blur,
+  grayscale,
+  random_apply,
+  random_flip,
+  random_gaussian_blur,
+  random_grayscale,
+  random_solarize,
+  solarize,
+)
+from jaxlab.data.color import (
+  draw_color_jitter,
+  jitter_colors,
+  random_color_jitter,
+  random_contrast_brightness,
+)
+from jaxlab.data.crop import (
+  center_crop,
+  crop_and_resize,
+  draw_erasing,
+  draw_resized_crop,
+  erase,
+  random_crop,
+  random_cutout,
+  random_erasing,
+  random_resized_crop,
+)
+from jaxlab.data.datasets import load
+from jaxlab.data.decode import DecodeImage, decode_image
+from jaxlab.data.image import CIFAR10_MEAN_STD, IMAGENET_MEAN_STD, normalize, to_float
+from jaxlab.data.pipeline import (
+  Loader,
+  check_batch,
+  epoch_batches,
+  make_loader,
+  prefetch_to_device,
+  process_shard,
+  to_device,
+)
+from jaxlab.data.scenes import Scenes, pasted
+from jaxlab.data.sources import (
+  Catalogue,
+  Digits,
+  FashionMNIST,
+  ImageFolder,
+  InMemory,
+  Source,
+  check_images,
+  check_labels,
+  in_memory,
+  materialize,
+)
+from jaxlab.data.views import draw_views, siamese_augment
+
+__all__ = [
+  'CIFAR10_MEAN_STD',
+  'IMAGENET_MEAN_STD',
+  'Catalogue',
+  'DecodeImage',
+  'Digits',
+  'FashionMNIST',
+  'ImageFolder',
+  'InMemory',
+  'Loader',
+  'Scenes',
+  'Source',
+  'center_crop',
+  'check_batch',
+  'check_images',
+  'check_labels',
+  'compose',
+  'crop_and_resize',
+  'decode_image',
+  'deterministic',
+  'draw_color_jitter',
+  'draw_erasing',
+  'draw_resized_crop',
+  'draw_views',
+  'epoch_batches',
+  'erase',
+  'example_keys',
+  'gaussian_blur',
+  'grayscale',
+  'in_memory',
+  'jitter_colors',
+  'load',
+  'make_loader',
+  'materialize',
+  'normalize',
+  'pasted',
+  'prefetch_to_device',
+  'process_shard',
+  'random_apply',
+  'random_color_jitter',
+  'random_contrast_brightness',
+  'random_crop',
+  'random_cutout',
+  'random_erasing',
+  'random_flip',
+  'random_gaussian_blur',
+  'random_grayscale',
+  'random_resized_crop',
+  'random_solarize',
+  'siamese_augment',
+  'solarize',
+  'to_device',
+  'to_float',
+]

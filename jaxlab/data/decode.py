@@ -1,0 +1,95 @@
+"""Host-side decoding and resizing of encoded images, as transforms of records."""
+
+import dataclasses
+import io
+from typing import Any
+
+import numpy as np
+
+from jaxlab.data.sources import Record
+
+
+def decode_image(data: bytes, draft: int | None = None) -> np.ndarray:
+  """Returns an encoded image (JPEG, PNG, ...) as uint8 RGB `[height, width, 3]`.
+
+  Args:
+    data: the file's bytes. Gray and palette images become RGB; EXIF orientation is ignored, as
+      torchvision does.
+    draft: let the JPEG decoder shrink by 2, 4 or 8 while both sides stay at least this long: several
+      times faster on large photographs, and slightly different pixels.
+
+  Raises:
+    ValueError: if the bytes are no complete image.
+  """
+  return np.array(_open(data, draft))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeImage:
+  """Record transform: decodes `image`, resizes its shorter side, cuts out the center.
+
+  The evaluation rule of ImageNet: shorter side to `resize` (bilinear with antialias, through PIL), then
+  the central `size` x `size` pixels. It gives every record one shape, from which random crops are made
+  on the device. A plain callable, as grain's `map` and `make_loader(transform=...)` take.
+
+  Attributes:
+    size: side of the result in pixels.
+    resize: length of the shorter side before the cut; default: `size` (nothing but the longer side's
+      ends are lost). 256 with size 224 is the usual evaluation.
+    draft: whether JPEGs may be decoded at reduced size when they are much larger (see `decode_image`).
+  """
+
+  size: int
+  resize: int | None = None
+  draft: bool = False
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f'size is {self.size}, expected a positive number of pixels.')
+    if self.resize is not None and self.resize < self.size:
+      raise ValueError(
+        f'the crop of size {self.size} is larger than the resized image of side {self.resize}; '
+        'choose resize >= size.'
+      )
+
+  def __call__(self, record: Record) -> Record:
+    """Returns the record with `image` uint8 `[size, size, channels]`; from bytes or uint8 HWC."""
+    try:
+      image = self._convert(record['image'])
+    except ValueError as error:
+      raise ValueError(f'record {record.get("index")}: {error}') from error
+    return {**record, 'image': image}
+
+  def _convert(self, image: Any) -> np.ndarray:
+    from PIL import Image
+
+    shorter = self.resize or self.size
+    if isinstance(image, bytes):
+      picture = _open(image, shorter if self.draft else None)
+    else:
+      if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+        raise ValueError(f'image is {image.dtype}{image.shape}, expected bytes or uint8 HWC.')
+      picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    width, height = picture.size
+    # The longer side is truncated, as torchvision does.
+    if width <= height:
+      width, height = shorter, int(shorter * height / width)
+    else:
+      width, height = int(shorter * width / height), shorter
+    left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+    pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = pixels.reshape(height, width, -1)
+    return np.ascontiguousarray(pixels[top : top + self.size, left : left + self.size])
+
+
+def _open(data: bytes, draft: int | None) -> Any:
+  from PIL import Image
+
+  try:
+    picture = Image.open(io.BytesIO(data))
+    if draft:
+      # Pillow takes the largest reduction that leaves width and height at least as asked.
+      picture.draft('RGB', (draft, draft))
+    return picture.convert('RGB')
+  except OSError as error:
+    raise ValueError(f'cannot decode an image of {len(data)} bytes: {error}') from error

@@ -1,0 +1,70 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxlab import data
+
+
+def _photo(height, width):
+  y, x = np.mgrid[:height, :width]
+  image = np.stack([y * 255 / height, x * 255 / width, (y + x) % 256 / 2], axis=-1)
+  return image.astype(np.uint8)
+
+
+def _encode(image, kind, **options):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, kind, **options)
+  return file.getvalue()
+
+
+def test_lossless_bytes_are_decoded_to_rgb():
+  image = _photo(7, 9)
+  np.testing.assert_array_equal(data.decode_image(_encode(image, 'PNG')), image)
+  gray = data.decode_image(_encode(image[..., 0], 'PNG'))
+  np.testing.assert_array_equal(gray, np.repeat(image[..., :1], 3, axis=-1))
+
+
+@pytest.mark.parametrize('shape', [(60, 90), (91, 60), (64, 64)])
+def test_evaluation_rule_is_resize_of_the_shorter_side_and_center_crop(shape):
+  image = _photo(*shape)
+  record = {'image': _encode(image, 'PNG'), 'label': np.int32(1), 'index': np.int32(0)}
+  result = data.DecodeImage(size=28, resize=32)(record)
+  height, width = (
+    (32, int(32 * shape[1] / shape[0]))
+    if shape[0] <= shape[1]
+    else (int(32 * shape[0] / shape[1]), 32)
+  )
+  resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+  top, left = round((height - 28) / 2), round((width - 28) / 2)
+  np.testing.assert_array_equal(result['image'], resized[top : top + 28, left : left + 28])
+  assert result['label'] == 1
+  same = data.DecodeImage(size=28, resize=32)({'image': image})['image']
+  np.testing.assert_array_equal(same, result['image'])
+
+
+def test_draft_mode_gives_nearly_the_same_pixels():
+  jpeg = _encode(_photo(512, 640), 'JPEG', quality=95)
+  record = {'image': jpeg, 'index': 0}
+  full = data.DecodeImage(56, 64)(record)['image'].astype(int)
+  fast = data.DecodeImage(56, 64, draft=True)(record)['image'].astype(int)
+  assert data.decode_image(jpeg, draft=64).shape == (64, 80, 3)
+  assert full.shape == fast.shape == (56, 56, 3)
+  assert 0 < np.abs(full - fast).mean() < 3
+
+
+def test_gray_arrays_keep_their_channel():
+  assert data.DecodeImage(8)({'image': _photo(16, 20)[..., :1]})['image'].shape == (8, 8, 1)
+
+
+def test_bad_input_is_named():
+  with pytest.raises(ValueError, match='record 3: cannot decode an image of 9 bytes'):
+    data.DecodeImage(8)({'image': b'no image!', 'index': 3})
+  jpeg = _encode(_photo(64, 64), 'JPEG')
+  with pytest.raises(ValueError, match='cannot decode'):
+    data.decode_image(jpeg[: len(jpeg) // 2])
+  with pytest.raises(ValueError, match='size 32 is larger than the resized image of side 28'):
+    data.DecodeImage(32, 28)
+  with pytest.raises(ValueError, match='expected bytes or uint8 HWC'):
+    data.DecodeImage(8)({'image': np.zeros((9, 9, 3), np.float32)})
