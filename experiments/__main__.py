@@ -1,0 +1,57 @@
+"""`python -m experiments` lists the papers, their settings, what each needs, and what was run here."""
+
+import ast
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+
+from experiments.launcher import CONFIGS, load_config, settings
+
+
+def papers() -> list[str]:
+  """Returns the papers that have both configurations and a module."""
+  folders = sorted(path.parent.name for path in CONFIGS.glob('*/embedded.py'))
+  return [name for name in folders if importlib.util.find_spec(f'experiments.{name}')]
+
+
+def summary(path: pathlib.Path) -> str:
+  """Returns the first line of a module's docstring, without importing it."""
+  return (ast.get_docstring(ast.parse(path.read_text())) or '').partition('\n')[0]
+
+
+def need(paper: str, setting: pathlib.Path) -> str:
+  """Returns what a setting needs: its data and its batch."""
+  config = load_config(setting)
+  data = config.get('data', {}).get('name', 'nothing')
+  embedded = {'digits', 'pasted_digits', 'digit_scenes'}
+  return f'{data} ({"embedded" if data in embedded else "on disk"}), batch {config.batch_size}'
+
+
+def measured(paper: str, setting: str, runs: pathlib.Path = pathlib.Path('runs')) -> Iterator[str]:
+  """Yields the seeds of which `runs` holds results."""
+  for file in sorted((runs / paper / setting).rglob('results.json')):
+    yield str(json.loads(file.read_text())['seed'])
+
+
+def main() -> None:
+  """Prints the list."""
+  from rich.console import Console
+  from rich.table import Table
+
+  for paper in papers():
+    table = Table(title=f'{paper}: {summary(pathlib.Path(__file__).parent / f"{paper}.py")}')
+    for column in ('setting', 'what', 'needs', 'results in runs/'):
+      table.add_column(column)
+    for path in settings(paper):
+      seeds = ', '.join(measured(paper, path.stem))
+      table.add_row(path.stem, summary(path), need(paper, path), f'seeds {seeds}' if seeds else '')
+    Console().print(table)
+    print(
+      f'  python -m experiments.{paper} --config=mlcollections_configs/{paper}/SETTING.py '
+      f'--workdir=DIR\n'
+    )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,146 @@
+"""Compiles an experiment's train step for a TPU pod, on a machine without one.
+
+  python -m experiments.aot --config=mlcollections_configs/ssql/imagenet_resnet50.py --topology=v5e:4x4
+
+prints HBM and FLOPs per chip, the collectives with the bytes of their results on one chip, and whether the
+step fits. The mesh is that of the config (`config.mesh`, `data=-1` takes the remaining chips) unless `--mesh`
+says otherwise. Needs the TPU compiler: pip install 'jaxlab[tpu]'.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+  """Returns the command line's options; `overrides` are the `--config.key=value`."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.aot', description=__doc__.split('\n')[0], allow_abbrev=False
+  )
+  parser.add_argument('--config', required=True, help='mlcollections_configs/<paper>/<setting>.py')
+  parser.add_argument('--topology', default='v5e:4x4', help='v5e:16x16, v6e:4x4, v5p:4x4x4, ...')
+  parser.add_argument('--mesh', default='', help='data=-1,fsdp=4,tensor=1')
+  parser.add_argument('--json', help='write the report to this file as well')
+  options, rest = parser.parse_known_args(arguments)
+  unknown = [text for text in rest if not text.startswith('--config.')]
+  if unknown:
+    parser.error(f'unknown arguments: {" ".join(unknown)}')
+  options.overrides = [text.removeprefix('--config.') for text in rest]
+  return options
+
+
+def load_program(config: Any) -> Any:
+  """Returns `experiments.<paper>.program(config)`; the paper is the folder of the config's file.
+
+  Raises:
+    ValueError: if there is no such experiment, or it has no train step.
+  """
+  if importlib.util.find_spec(f'experiments.{config.paper}') is None:
+    raise ValueError(f'there is no experiments/{config.paper}.py for this config.')
+  module = importlib.import_module(f'experiments.{config.paper}')
+  if not hasattr(module, 'program'):
+    raise ValueError(f'experiments/{config.paper}.py has no `program(config)` to compile.')
+  return module.program(config)
+
+
+def mesh_sizes(text: str, config: Any) -> dict[str, int]:
+  """Returns the axes' sizes from `data=-1,fsdp=4`, else from `config.mesh`, else `data=-1`.
+
+  >>> mesh_sizes('data=-1,fsdp=4', None)
+  {'data': -1, 'fsdp': 4}
+  """
+  if not text:
+    return {name: int(size) for name, size in dict(config.get('mesh', {})).items()}
+  sizes = dict(part.partition('=')[::2] for part in text.split(','))
+  for name, size in sizes.items():
+    if name not in ('data', 'fsdp', 'tensor') or not size.lstrip('-').isdigit():
+      raise ValueError(f'--mesh={text}: expected data=N,fsdp=N,tensor=N.')
+  return {name: int(size) for name, size in sizes.items()}
+
+
+def show(found: dict[str, Any]) -> None:
+  """Prints the report as a table."""
+  from rich.console import Console
+  from rich.table import Table
+
+  def size_of(count: int) -> str:
+    return f'{count / 2**30:.2f} GiB' if count >= 2**28 else f'{count / 2**20:.2f} MiB'
+
+  console = Console()
+  axes = ' x '.join(f'{name} {size}' for name, size in found['mesh'].items())
+  console.print(f'{found["config"]} on {found["topology"]}: {axes}', soft_wrap=True)
+  table = Table()
+  table.add_column('per chip')
+  table.add_column('', justify='right')
+  for name, size in found['hbm'].items():
+    if name == 'fits':
+      verdict = {True: '[green]yes', False: '[red]no', None: 'unknown'}[size]
+      table.add_row('fits', verdict)
+    elif size is not None:
+      table.add_row(f'HBM {name}', size_of(size))
+  table.add_section()
+  table.add_row('FLOPs a step', f'{found["flops"]:.4e}')
+  table.add_row('batch, global', str(found['batch_size']))
+  table.add_section()
+  for kind, total in found['collectives'].items():
+    table.add_row(f'{kind} x {total["count"]}', size_of(total['bytes']))
+  table.add_row('compile time', f'{found["compile_seconds"]:.1f} s')
+  console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+  """Compiles, prints, and returns the report."""
+  options = parse(arguments)
+  from experiments.launcher import load_config, override
+  from jaxlab.parallel import aot
+
+  config = load_config(options.config)
+  override(config, options.overrides)
+  mesh = aot.tpu_topology_mesh(options.topology, **mesh_sizes(options.mesh, config))
+  program = load_program(config)
+  import jax
+
+  batch_size = jax.tree.leaves(program.batch)[0].shape[0]
+  began = time.perf_counter()
+  compiled = aot.compile_step(program, mesh)
+  seconds = time.perf_counter() - began
+  found = {
+    'config': options.config,
+    'topology': options.topology,
+    'mesh': dict(mesh.shape),
+    'batch_size': batch_size,
+    'compile_seconds': seconds,
+    **aot.report(compiled),
+  }
+  show(found)
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+  return found
+
+
+def _environment() -> None:
+  """Sets what `libtpu` reads before jax is imported."""
+  if 'jax' in sys.modules:
+    import jax
+
+    jax.config.update('jax_platforms', 'cpu')
+  os.environ.update(
+    TPU_SKIP_MDS_QUERY='1',
+    TPU_WORKER_HOSTNAMES='localhost',
+    TPU_ACCELERATOR_TYPE='v5litepod-16',
+    JAX_PLATFORMS='cpu',
+  )
+
+
+if __name__ == '__main__':
+  _environment()
+  try:
+    main()
+  except (ValueError, ModuleNotFoundError, MemoryError) as error:
+    sys.exit(f'experiments.aot: {error}')

@@ -1,0 +1,126 @@
+"""Measures what matters in a training step, as ratios within one run.
+
+  python -m experiments.bench [--sizes=embedded,resnet18] [--repeats=5]
+
+- loop: steps fed by the input pipeline (shuffle, gather, transfer, metrics) against the bare step on a batch
+  that lies on the device;
+- quantization: the fake-quantized step (SSQL) against the plain one (SimSiam), which does half the passes;
+- compile time of both, and how often the step was compiled while bit-widths were drawn at random.
+
+Times are the minimum over repeats that alternate between the two sides, so that a busy machine disturbs
+both alike.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+SIZES = ('embedded', 'resnet18')
+STEPS = {'embedded': 20, 'resnet18': 2}
+
+
+def configuration(size: str) -> Any:
+  """Returns the configuration of a size: the embedded one, or CIFAR ResNet-18 on 32x32 noise."""
+  from experiments import launcher
+
+  config = launcher.load_config(launcher.CONFIGS / 'ssql' / 'embedded.py')
+  if size == 'resnet18':
+    cifar = launcher.load_config(launcher.CONFIGS / 'ssql' / 'cifar10_resnet18.py')
+    with config.unlocked():
+      config.update(cifar)
+      config.batch_size = 128
+  return config
+
+
+def source(config: Any) -> Any:
+  """Returns random images of the size that `config` asks for."""
+  import numpy as np
+
+  from jaxlab import data
+
+  shape = (8 * config.batch_size, *config.data.stored_image)
+  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+  return data.InMemory({'image': images, 'label': np.zeros(len(images), np.int32)}, 10)
+
+
+def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+  """Returns each side's shortest time in seconds, the sides taken in turns."""
+  times: dict[str, list[float]] = {name: [] for name in sides}
+  for _ in range(repeats):
+    for name, run in sides.items():
+      start = time.perf_counter()
+      run()
+      times[name].append(time.perf_counter() - start)
+  return {name: min(values) for name, values in times.items()}
+
+
+def measure(size: str, repeats: int) -> dict[str, Any]:
+  """Returns the figures of one size."""
+  import jax
+
+  from experiments import ssql, training
+  from jaxlab import data, parallel
+  from jaxlab.parallel import shard_program
+
+  config = configuration(size)
+  mesh = training.mesh(config)
+  images, steps = source(config), STEPS[size]
+  loader = data.make_loader(images, batch_size=config.batch_size, seed=0)
+  feed = data.prefetch_to_device(
+    ({'image': b['image'], 'index': b['index']} for b in loader), parallel.batch_sharding(mesh)
+  )
+  resident, _ = next(feed)
+  figures: dict[str, Any] = {'batch_size': config.batch_size}
+  programs, states, runs = {}, {}, {}
+  for variant in ('base', 'ssql'):
+    programs[variant] = shard_program(ssql.program(config, variant), mesh)
+    states[variant] = programs[variant].init(jax.random.key(0))
+    start = time.perf_counter()
+    states[variant], metrics = programs[variant].step(states[variant], resident)
+    jax.block_until_ready(metrics)
+    figures[f'first_step_seconds_{variant}'] = time.perf_counter() - start
+
+    def bare(variant=variant):
+      for _ in range(steps):
+        states[variant], metrics = programs[variant].step(states[variant], resident)
+      jax.block_until_ready(metrics)
+
+    runs[f'bare_{variant}'] = bare
+
+  def loop():
+    for _ in range(steps):
+      batch, _ = next(feed)
+      states['ssql'], metrics = programs['ssql'].step(states['ssql'], batch)
+    jax.block_until_ready(metrics)
+
+  times = alternate(runs | {'loop_ssql': loop}, repeats)
+  figures |= {f'{name}_seconds_per_step': value / steps for name, value in times.items()}
+  figures['loop_over_bare'] = times['loop_ssql'] / times['bare_ssql']
+  figures['quantized_over_plain'] = times['bare_ssql'] / times['bare_base']
+  figures['recompilations'] = programs['ssql'].step._cache_size() - 1
+  return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(prog='python -m experiments.bench', description=__doc__)
+  parser.add_argument('--sizes', default=','.join(SIZES))
+  parser.add_argument('--repeats', type=int, default=5)
+  options = parser.parse_args(arguments)
+  unknown = set(options.sizes.split(',')) - set(SIZES)
+  if unknown:
+    parser.error(f'--sizes: {", ".join(sorted(unknown))} is none of {", ".join(SIZES)}')
+  found = {size: measure(size, options.repeats) for size in options.sizes.split(',')}
+  from rich.console import Console
+  from rich.table import Table
+
+  table = Table('', *found)
+  for name in next(iter(found.values())):
+    table.add_row(name, *(f'{figures[name]:.4g}' for figures in found.values()))
+  Console().print(table)
+  return found
+
+
+if __name__ == '__main__':
+  main()

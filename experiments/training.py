@@ -1,0 +1,94 @@
+"""From a configuration to data, mesh and a trained state: what all experiments do alike."""
+
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from jaxlab import data, parallel, training
+
+
+def mesh(config: ConfigDict) -> jax.sharding.Mesh:
+  """Returns the device mesh of `config.mesh` (`data`, `fsdp`, `tensor`; -1 is the rest)."""
+  return parallel.make_mesh(**config.mesh)
+
+
+def load_data(config: ConfigDict, split: str) -> data.Source:
+  """Returns the `'train'` or `'test'` split of `config.data`.
+
+  Raises:
+    ValueError: if the images are not what the configuration says, or the training split has another size
+      (the schedule was made for it).
+    FileNotFoundError: if the data are not there; the message says how to get them.
+  """
+  source = data.load(
+    config.data.name, config.data[f'{split}_split'], **config.data[f'{split}_options']
+  )
+  if split == 'train' and len(source) != config.data.train_size:
+    raise ValueError(
+      f'data.train_size={config.data.train_size}, but {config.data.name} has {len(source)} training '
+      f'records: set --config.data.train_size={len(source)}.'
+    )
+  batch = next(iter(data.epoch_batches(source, 2, **reading(config, split))))
+  image_shape = config.data.stored_image if split == 'train' else None
+  data.check_batch(batch, num_classes=source.num_classes, image_shape=image_shape)
+  return source
+
+
+def reading(config: ConfigDict, split: str) -> dict[str, Any]:
+  """Returns how records of a split are read: options of `make_loader`."""
+  decode = config.data.get(f'{split}_decode')
+  return {
+    'transform': data.DecodeImage(**decode) if decode else None,
+    'num_threads': config.data.get('num_threads', 0),
+    'num_workers': config.data.get('num_workers', 0),
+  }
+
+
+def train(
+  program: training.Program,
+  source: data.Source,
+  config: ConfigDict,
+  workdir: epath.PathLike,
+  *,
+  num_steps: int,
+  description: str,
+) -> tuple[training.TrainState, list[dict[str, Any]]]:
+  """Trains `program` on shuffled batches of `source`, from wherever `workdir` was left.
+
+  Returns the final state and the rows of metrics. Uses `batch_size`, `seed`, `log_every`, `checkpoint_every`,
+  `mesh` and `data` of the configuration.
+  """
+  devices = mesh(config)
+  parallel.check_batch_size(config.batch_size, devices)
+  index, count = data.process_shard(parallel.batch_sharding(devices), config.batch_size)
+  loader = data.make_loader(
+    source,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=index,
+    process_count=count,
+    **reading(config, 'train'),
+  )
+  try:
+    return training.fit(
+      program,
+      loader,
+      num_steps=num_steps,
+      key=jax.random.key(config.seed),
+      mesh=devices,
+      workdir=str(workdir),
+      config={**_trajectory(config), 'num_steps': num_steps, 'run': description},
+      log_every=config.log_every,
+      checkpoint_every=config.checkpoint_every,
+      description=description,
+    )
+  finally:
+    loader.close()
+
+
+def _trajectory(config: ConfigDict) -> dict[str, Any]:
+  """Returns the entries that decide what is trained: a run may be resumed under other values of the rest."""
+  rest = {'mesh', 'log_every', 'checkpoint_every', 'eval', 'claims', 'runs', 'paper', 'setting'}
+  return {key: value for key, value in config.to_dict().items() if key not in rest}

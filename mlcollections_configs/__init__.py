@@ -1,0 +1,1 @@
+"""Configurations: one folder a paper, one file a setting."""

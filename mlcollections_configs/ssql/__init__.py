@@ -1,0 +1,1 @@
+"""Settings of SSQL (Cao et al., ECCV 2022)."""
