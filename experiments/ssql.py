@@ -179,7 +179,7 @@ def moco_loss(queue: Array, temperature: float) -> Callable[[list[Array], list[A
 
   def loss(predictions: list[Array], targets: list[Array]) -> Array:
     query = losses.normalize(predictions[0])
-    return jnp.mean(losses.info_nce_queue(query, targets[0], queue, temperature)[0])
+    return losses.info_nce_queue(query, targets[0], queue, temperature)[0]
 
   return loss
 
@@ -192,6 +192,10 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
     variant: 'base', 'ssql' or 'reverse', see `objective`.
     epochs: in place of `config.epochs`.
   """
+  if variant not in ('base', 'ssql', 'reverse'):
+    raise ValueError(f"variant={variant!r} is none of 'base', 'ssql', 'reverse' (config.runs).")
+  for bits in (*config.bits.values(), *config.reverse_bits.values()):
+    bit_policy(*bits)  # raises for bits that do not exist
   nets = networks(config)
   augment = data.siamese_augment(config.data.image_size, **config.augment)
   steps = config.data.train_size // config.batch_size
@@ -209,18 +213,17 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
       z = jnp.zeros((len(images), config.model.projector.features))
       predictor = nets.predictor.init(predictor_key, z, train=True)
       params['predictor'], stats['predictor'] = predictor['params'], predictor['batch_stats']
-    extra = {}
+    extra = {'key': jax.random.key_data(key)}
     if config.base != 'simsiam':
       extra['target'] = {'params': encoder['params'], 'batch_stats': encoder['batch_stats']}
     if config.base == 'moco':
-      extra['queue'] = losses.queue_init(
+      extra['queue'], extra['queue_pointer'] = losses.queue_init(
         queue_key, config.model.projector.features, config.queue_size
       )
-      extra['queue_pointer'] = jnp.int32(0)
     return TrainState(jnp.int32(0), params, optimizer.init(params), {'batch_stats': stats}, extra)
 
   def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-    key = jax.random.key(config.seed)
+    key = jax.random.wrap_key_data(state.extra['key'])
     views = data.draw_views(
       augment, data.example_keys(key, state.step, batch['index']), batch['image']
     )
@@ -283,25 +286,24 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
   A run is a variant, `'base'`, `'ssql'` or `'reverse'`, or one with more epochs, `'base*2'`.
   """
   names = {'base': NAMES[config.base], 'ssql': 'SSQL', 'reverse': 'reverse SSQL'}
+  plans = [plan(config, item) for item in config.runs]
   sources = {split: training.load_data(config, split) for split in ('train', 'test')}
   backbone = networks(config).encoder.backbone
   policy = functools.partial(bit_policy, prefix='')
   evaluate = quantized_features.evaluator(config, backbone, sources, policy)
   untrained = jax.jit(program(config, 'base').init)(jax.random.key(config.seed))
   rows = [row('untrained', 'reference', evaluate(backbone_variables(untrained)))]
-  for item in config.runs:
-    variant, _, factor = item.partition('*')
-    epochs = config.epochs * int(factor or 1)
-    name = names[variant] + (f' {factor}x epochs' if factor else '')
+  for item, (variant, factor, pretraining) in zip(config.runs, plans, strict=True):
+    name = names[variant] + (f' {factor}x epochs' if factor > 1 else '')
     state, history = training.train(
-      program(config, variant, epochs),
+      pretraining,
       sources['train'],
       config,
       workdir / item.replace('*', '_x'),
-      num_steps=epochs * (len(sources['train']) // config.batch_size),
+      num_steps=config.epochs * factor * (len(sources['train']) // config.batch_size),
       description=name,
     )
-    role = 'reference' if factor else 'baseline' if variant == 'base' else 'method'
+    role = 'reference' if factor > 1 else 'baseline' if variant == 'base' else 'method'
     metrics = evaluate(backbone_variables(state)) | {'z_std': history[-1]['z_std']}
     rows.append(row(name, role, metrics))
   quantized_features.show(config, rows, workdir / 'accuracy_over_bits.png')
@@ -309,6 +311,15 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
   if not {item['name'] for item in rows}.issuperset(compared.values()):
     return results(config, rows)
   return results(config, rows, [{**claim, **compared} for claim in config.claims])
+
+
+def plan(config: ConfigDict, item: str) -> tuple[str, int, Program]:
+  """Returns variant, factor on the epochs, and program of an entry of `config.runs`."""
+  variant, _, factor = item.partition('*')
+  if not (factor or '1').isdigit():
+    raise ValueError(f"runs holds names such as 'ssql' or 'base*2'; got {item!r}.")
+  factor = int(factor or 1)
+  return variant, factor, program(config, variant, config.epochs * factor)
 
 
 def backbone_variables(state: TrainState) -> dict[str, PyTree]:

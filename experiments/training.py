@@ -18,10 +18,11 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
   """Returns the `'train'` or `'test'` split of `config.data`.
 
   Raises:
-    ValueError: if the images are not what the configuration says, or the training split has another size
-      (the schedule was made for it).
+    ValueError: if the batch does not divide over the devices, the images are not what the configuration
+      says, or the training split has another size (the schedule was made for it).
     FileNotFoundError: if the data are not there; the message says how to get them.
   """
+  parallel.check_batch_size(config.batch_size, mesh(config))
   source = data.load(
     config.data.name, config.data[f'{split}_split'], **config.data[f'{split}_options']
   )
@@ -61,7 +62,6 @@ def train(
   `mesh` and `data` of the configuration.
   """
   devices = mesh(config)
-  parallel.check_batch_size(config.batch_size, devices)
   index, count = data.process_shard(parallel.batch_sharding(devices), config.batch_size)
   loader = data.make_loader(
     source,

@@ -1,7 +1,7 @@
 """jaxlab: research methods as pure functions for JAX and Flax.
 
-`from jaxlab import losses, quantizers, models, evaluation, data, parallel, training`. Rooms load when they are
-first used.
+`from jaxlab import losses, quantizers, models, evaluation, data, parallel, training`. Rooms load when they
+are first used.
 """
 
 import importlib

@@ -1,8 +1,10 @@
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Tests compile much and compute little: without LLVM's optimizations they compile three times as fast.
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 )
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 

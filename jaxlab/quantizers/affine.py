@@ -45,7 +45,9 @@ class AffineQuantizer:
       - `'symmetric'`: `s = m / (2^(b-1) - 1)`, `z = 0`, signed codes. The extreme is a code: the choice
         of integer engines.
       - `'half_range'`: `s = m / ((2^b - 1) / 2)`, `z = 0`, signed codes. The extreme sits on a
-        rounding tie (SSQL's weights, FQ-ViT, torch.ao).
+        rounding tie (SSQL's weights, FQ-ViT, torch.ao), which half-to-even rounds outwards. So that the
+        last bit of a division does not decide it, on another mesh otherwise than on this one, `s` is
+        made four units in the last place smaller.
       - `'asymmetric'`: `s = (maximum - minimum) / (2^b - 1)`, `z = -round(minimum / s)`, not clipped;
         unsigned codes (SSQL's activations, RepQ-ViT, QwT).
       - `'asymmetric_clipped'`: the same with `s >= 1.19e-7` and `z` clipped to the codes (FQ-ViT).
@@ -191,6 +193,8 @@ def params_from_range(
     extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
     half = (levels - 1) / 2 if quantizer.rule == 'half_range' else jnp.maximum(levels / 2 - 1, 1)
     scale = extreme / half
+    if quantizer.rule == 'half_range':
+      scale = scale * (1 - 4 * jnp.finfo(dtype).eps)
     return AffineParams(scale, jnp.zeros_like(scale), low, high)
   scale = (maximum - minimum) / (levels - 1)
   if quantizer.rule == 'asymmetric_clipped':

@@ -115,7 +115,7 @@ def check_step(vectors, x64, momentum):
     targets = None
     if momentum is not None:
       target = to_tree(vectors.tree('init_target.'), dtype, target_name)
-      targets, moved = models.momentum_pass(
+      targets, moved = jax.jit(models.momentum_pass, static_argnums=(0, 4))(
         nets.encoder, params['encoder'], target, views, momentum
       )
       for i in (0, 1):
@@ -125,13 +125,22 @@ def check_step(vectors, x64, momentum):
       check_tree(moved['batch_stats'], after['batch_stats'], rtol, atol)
 
     @jax.jit
-    def value_and_grad(params):
-      return jax.value_and_grad(
-        lambda p: ssql.objective(nets, p, stats, views, bits, variant='ssql', targets=targets),
-        has_aux=True,
-      )(params)
+    def everything(params):
+      policy = ssql.bit_policy(*bits)
+      in_float = ssql.online_pass(nets, params, stats, views, policy)
+      quantized = ssql.online_pass(
+        nets, params, in_float.batch_stats, views, policy, in_float.ranges
+      )
+      return (
+        in_float,
+        quantized,
+        jax.value_and_grad(
+          lambda p: ssql.objective(nets, p, stats, views, bits, variant='ssql', targets=targets),
+          has_aux=True,
+        )(params),
+      )
 
-    (loss, (new_stats, _)), gradient = value_and_grad(params)
+    in_float, quantized, ((loss, (new_stats, _)), gradient) = everything(params)
     assert_close(loss, vectors['out_loss'], rtol)
     for name in ('online', 'predictor'):
       ours = 'encoder' if name == 'online' else name
@@ -141,14 +150,11 @@ def check_step(vectors, x64, momentum):
       check_tree(new_stats[ours], expected['batch_stats'], rtol, atol)
     frozen = gradient['encoder']['projector']['fc2']['bias']
     np.testing.assert_array_equal(frozen, np.zeros_like(frozen))
-
-    in_float = ssql.online_pass(nets, params, stats, views, ssql.bit_policy(*bits))
-    quantized = ssql.online_pass(
-      nets, params, in_float.batch_stats, views, ssql.bit_policy(*bits), in_float.ranges
-    )
     for i in (0, 1):
       assert_close(in_float.predictions[i], vectors[f'out_p{i + 1}'], rtol)
       assert_close(quantized.predictions[i], vectors[f'out_p{i + 1}_quant'], rtol)
+      if momentum is None:
+        assert_close(in_float.projections[i], vectors[f'out_z{i + 1}'], rtol)
     check_activation_parameters(in_float.ranges, vectors, rtol)
 
 
