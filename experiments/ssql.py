@@ -291,6 +291,7 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
   backbone = networks(config).encoder.backbone
   policy = functools.partial(bit_policy, prefix='')
   evaluate = quantized_features.evaluator(config, backbone, sources, policy)
+  training.say('untrained: features in float and at all bit-widths')
   untrained = jax.jit(program(config, 'base').init)(jax.random.key(config.seed))
   rows = [row('untrained', 'reference', evaluate(backbone_variables(untrained)))]
   for item, (variant, factor, pretraining) in zip(config.runs, plans, strict=True):
@@ -304,6 +305,7 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
       description=name,
     )
     role = 'reference' if factor > 1 else 'baseline' if variant == 'base' else 'method'
+    training.say(f'{name}: features in float and at all bit-widths')
     metrics = evaluate(backbone_variables(state)) | {'z_std': history[-1]['z_std']}
     rows.append(row(name, role, metrics))
   quantized_features.show(config, rows, workdir / 'accuracy_over_bits.png')

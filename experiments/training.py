@@ -31,7 +31,9 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
       f'data.train_size={config.data.train_size}, but {config.data.name} has {len(source)} training '
       f'records: set --config.data.train_size={len(source)}.'
     )
-  batch = next(iter(data.epoch_batches(source, 2, **reading(config, split))))
+  first = data.epoch_batches(source, 2, transform=reading(config, split)['transform'])
+  batch = next(first)
+  first.close()
   image_shape = config.data.stored_image if split == 'train' else None
   data.check_batch(batch, num_classes=source.num_classes, image_shape=image_shape)
   return source
@@ -71,6 +73,7 @@ def train(
     process_count=count,
     **reading(config, 'train'),
   )
+  say(f'{description}: {num_steps} steps; the first one is compiled')
   try:
     return training.fit(
       program,
@@ -86,6 +89,12 @@ def train(
     )
   finally:
     loader.close()
+
+
+def say(text: str) -> None:
+  """Prints a line, once for all processes."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 def _trajectory(config: ConfigDict) -> dict[str, Any]:
