@@ -341,7 +341,7 @@ def _flat_dot_general(
 
 
 def gelu(x: Array) -> Array:
-  """Returns the exact GELU `x / 2 * (1 + erf(x / sqrt(2)))`; by erf, which a CPU computes faster than erfc."""
+  """Returns the exact GELU `x / 2 * (1 + erf(x / sqrt(2)))`; erf is faster on a CPU than erfc."""
   return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
