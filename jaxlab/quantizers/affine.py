@@ -76,6 +76,11 @@ class AffineQuantizer:
       value = getattr(self, name)
       if value not in options.__args__:
         raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, options.__args__))}.')
+    if self.narrow and (self.bits == 1 or not self.signed):
+      raise ValueError(
+        f'narrow=True leaves no code out of {self.bits} bit under rule={self.rule!r}: it takes signed codes '
+        f'of at least 2 bits.'
+      )
     if (self.granularity == 'group') != (self.group_size is not None):
       raise ValueError(
         f"group_size goes with granularity='group'; got granularity={self.granularity!r}, "

@@ -164,6 +164,19 @@ def test_group_scales_belong_to_runs_of_the_axis():
   np.testing.assert_allclose(quantizers.fake_quantize(spec, x, params), x, rtol=1e-6)
 
 
+@settings(max_examples=60, deadline=None)
+@given(extreme=st.floats(2**-20, 2**20, width=32), bits=st.integers(2, 8))
+def test_the_tie_of_a_half_range_extreme_is_rounded_outwards(extreme, bits):
+  quantizer = AffineQuantizer(bits, 'half_range')
+  x = jnp.array([-extreme, extreme, 0.0], jnp.float32)
+  for params in (
+    quantizers.calibrate(quantizer, x),
+    jax.jit(quantizers.calibrate, static_argnums=0)(quantizer, x),
+  ):
+    codes = quantizers.quantize(quantizer, x, params)
+    np.testing.assert_array_equal(codes, [-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 0])
+
+
 def test_any_empty_range_returns_the_whole_tensor_under_ssql_rule():
   x = jax.random.normal(jax.random.key(0), (4, 3)).at[:, 1].set(0.0)
   spec = AffineQuantizer(2, 'half_range', 'channel')
@@ -216,6 +229,8 @@ def test_gradient_is_one_at_both_bounds_and_zero_beyond():
     (lambda: AffineQuantizer(bits=0), r'bits must lie in \[1, 16\]; got 0'),
     (lambda: AffineQuantizer(bits=17), 'got 17'),
     (lambda: AffineQuantizer(bits=2.5), 'whole numbers; got 2.5'),
+    (lambda: AffineQuantizer(bits=1, narrow=True), 'at least 2 bits'),
+    (lambda: AffineQuantizer(rule='asymmetric', narrow=True), 'signed codes'),
     (lambda: AffineQuantizer(rule='symetric'), "rule='symetric' is none of"),
     (lambda: AffineQuantizer(granularity='row'), "granularity='row'"),
     (lambda: AffineQuantizer(granularity='group'), 'group_size goes with'),
