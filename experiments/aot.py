@@ -135,6 +135,7 @@ def _environment() -> None:
     TPU_WORKER_HOSTNAMES='localhost',
     TPU_ACCELERATOR_TYPE='v5litepod-16',
     JAX_PLATFORMS='cpu',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
   )
 
 

@@ -10,6 +10,8 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pathlib
 
+# Before any backend starts: it adds compiler flags, which processes started by tests would inherit.
+import experiments  # noqa: F401
 import jax
 import pytest
 from golden_vectors import Vectors

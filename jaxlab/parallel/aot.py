@@ -35,6 +35,8 @@ def compile_only_environment() -> dict[str, str]:
     'TPU_WORKER_HOSTNAMES': 'localhost',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
     'JAX_PLATFORMS': 'cpu',
+    # Nothing is run on a chip: several compilations may go on side by side.
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   }
 
 
