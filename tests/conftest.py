@@ -10,19 +10,16 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import pathlib
 
-# Before any backend starts: it adds compiler flags, which processes started by tests would inherit.
-import experiments  # noqa: F401
-import jax
+cache = pathlib.Path(__file__).parent.parent / '.jax_cache'
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+
+import jax  # noqa: F401
 import pytest
 from golden_vectors import Vectors
 
-jax.config.update(
-  'jax_compilation_cache_dir',
-  os.environ.get(
-    'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parent.parent / '.jax_cache')
-  ),
-)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+# Before any backend starts: it adds compiler flags, which processes started by tests inherit.
+import experiments  # noqa: F401
 
 
 @pytest.fixture
