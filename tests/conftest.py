@@ -7,11 +7,9 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 )
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-
-import pathlib
-
-cache = pathlib.Path(__file__).parent.parent / '.jax_cache'
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', os.path.join(os.path.dirname(__file__), '..', '.jax_cache')
+)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 
 import jax  # noqa: F401
