@@ -2,7 +2,7 @@
 
   python -m experiments.ssql
 
-About 5 minutes on two CPU cores. Each of 1297 training digits lies at a random place and scale on a plain
+Five to six minutes of CPU time. Each of 1297 training digits lies at a random place and scale on a plain
 16x16 canvas; the 2000 test images show 500 others four times. With `--config.runs=["base","ssql","base*2"]`
 SimSiam also runs for as long as SSQL takes (a step of SSQL is two of SimSiam).
 """
