@@ -124,8 +124,8 @@ def objective(
     batch_stats: same keys.
     views: the augmented views; MoCo's online network sees the first alone.
     bits: weight and activation bit-widths of this step, scalars, traced or not.
-    variant: `'base'`: `L(p, z)`. `'ssql'`: `(L(p, z) + L(p_q, z)) / 2`, Eq. 7 of the paper up to the
-      factor. `'reverse'`: the float network predicts the quantized features, `L(p, z_q)`.
+    variant: `'base'`: `L(p, z)`. `'ssql'`: `(L(p, z) + L(p_q, z)) / 2`, as the official code
+      (the paper sums the two). `'reverse'`: the float network predicts the quantized features, `L(p, z_q)`.
     targets: a momentum network's features of the views; None: the online network's own (SimSiam).
     loss: `(predictions, targets) -> scalar`.
     float_term: in the reverse variant, averages in `L(p, z)` as SSQL does. Whether the authors did is not
@@ -194,6 +194,8 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
   """
   if variant not in ('base', 'ssql', 'reverse'):
     raise ValueError(f"variant={variant!r} is none of 'base', 'ssql', 'reverse' (config.runs).")
+  if variant == 'reverse' and config.base == 'moco':
+    raise ValueError("runs: 'reverse' is defined for base 'simsiam' and 'byol', not for 'moco'.")
   for bits in (*config.bits.values(), *config.reverse_bits.values()):
     bit_policy(*bits)  # raises for bits that do not exist
   nets = networks(config)
