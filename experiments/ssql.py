@@ -207,7 +207,7 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
   image = (config.data.image_size, config.data.image_size, config.data.channels)
 
   def init(key: Array) -> TrainState:
-    encoder_key, predictor_key, queue_key = jax.random.split(key, 3)
+    encoder_key, predictor_key, queue_key, step_key = jax.random.split(key, 4)
     images = jnp.zeros((2 * config.model.backbone.get('norm_groups', 1), *image))
     encoder = nets.encoder.init(encoder_key, images, train=True)
     params, stats = {'encoder': encoder['params']}, {'encoder': encoder['batch_stats']}
@@ -215,7 +215,7 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
       z = jnp.zeros((len(images), config.model.projector.features))
       predictor = nets.predictor.init(predictor_key, z, train=True)
       params['predictor'], stats['predictor'] = predictor['params'], predictor['batch_stats']
-    extra = {'key': jax.random.key_data(key)}
+    extra = {'key': jax.random.key_data(step_key)}
     if config.base != 'simsiam':
       extra['target'] = {'params': encoder['params'], 'batch_stats': encoder['batch_stats']}
     if config.base == 'moco':
@@ -225,11 +225,12 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
     return TrainState(jnp.int32(0), params, optimizer.init(params), {'batch_stats': stats}, extra)
 
   def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-    key = jax.random.wrap_key_data(state.extra['key'])
-    views = data.draw_views(
-      augment, data.example_keys(key, state.step, batch['index']), batch['image']
+    view_key, bits_key, order_key = jax.random.split(
+      jax.random.wrap_key_data(state.extra['key']), 3
     )
-    bits = draw_bits(jax.random.fold_in(key, state.step), config, variant)
+    keys = data.example_keys(view_key, state.step, batch['index'])
+    views = data.draw_views(augment, keys, batch['image'])
+    bits = draw_bits(jax.random.fold_in(bits_key, state.step), config, variant)
     extra, targets, loss = dict(state.extra), None, siamese_loss
     if config.base == 'byol':
       targets, extra['target'] = models.momentum_pass(
@@ -237,11 +238,11 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
       )
     elif config.base == 'moco':
       # With statistics per group, a query and its key must not be normalized in the same company.
-      order = jax.random.permutation(jax.random.fold_in(key, state.step), config.batch_size)
-      keys, extra['target'] = models.momentum_pass(
+      order = jax.random.permutation(jax.random.fold_in(order_key, state.step), config.batch_size)
+      momentum_keys, extra['target'] = models.momentum_pass(
         nets.encoder, state.params['encoder'], extra['target'], [views[1][order]], config.momentum
       )
-      targets, views = [losses.normalize(keys[0])[jnp.argsort(order)]], views[:1]
+      targets, views = [losses.normalize(momentum_keys[0])[jnp.argsort(order)]], views[:1]
       loss = moco_loss(extra['queue'], config.temperature)
       extra['queue'], extra['queue_pointer'] = losses.queue_push(
         extra['queue'], extra['queue_pointer'], targets[0]
