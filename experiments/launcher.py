@@ -6,6 +6,7 @@ Without `--config` the paper's `embedded.py` is run: it needs no download and ta
 """
 
 import argparse
+import ast
 import difflib
 import importlib.metadata
 import importlib.util
@@ -92,12 +93,12 @@ def _get(config: Any, key: str) -> Any:
 def _parse(key: str, text: str, old: Any) -> Any:
   if isinstance(old, str):
     return text
-  names = {'true': True, 'false': False, 'none': None, 'True': True, 'False': False, 'None': None}
+  names = {'true': True, 'false': False, 'none': None}
   try:
-    value = names[text] if text in names else json.loads(text.replace('(', '[').replace(')', ']'))
-  except json.JSONDecodeError:
+    value = names[text] if text in names else ast.literal_eval(text)
+  except (ValueError, SyntaxError):
     value = text
-  if isinstance(old, (tuple, list)) and isinstance(value, list):
+  if isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)):
     return tuple(value)
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 ROLES = ('baseline', 'method', 'reference')
@@ -63,7 +64,9 @@ def save_json(path: Any, value: Any) -> None:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> None:
-  """Prints the rows of a comparison side by side, metrics downwards."""
+  """Prints the rows of a comparison side by side, metrics downwards, once for all processes."""
+  if jax.process_index():
+    return
   from rich.console import Console
   from rich.table import Table
 

@@ -26,6 +26,7 @@ def test_a_config_knows_its_paper_and_setting(config):
     ('data.name=cifar10', 'name', 'cifar10'),
     ('runs=["ssql"]', 'runs', ('ssql',)),
     ('augment.scale=(0.1, 1)', 'scale', (0.1, 1)),
+    ('model.backbone.strides=(2,)', 'strides', (2,)),
     ('augment.jitter=none', 'jitter', None),
   ],
 )
