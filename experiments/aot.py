@@ -1,4 +1,4 @@
-"""Compiles an experiment's train step for a TPU pod, on a machine without one.
+"""Compiles an experiment's programs, such as its train step, for a TPU pod, on a machine without one.
 
   python -m experiments.aot --config=mlcollections_configs/ssql/imagenet_resnet50.py --topology=v5e:4x4
 
@@ -35,18 +35,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   return options
 
 
-def load_program(config: Any) -> Any:
-  """Returns `experiments.<paper>.program(config)`; the paper is the folder of the config's file.
+def lower(config: Any, mesh: Any) -> dict[str, Any]:
+  """Returns the lowered programs of `experiments.<paper>` by name (the paper: the config file's folder).
+
+  That is what `lower(config, mesh)` of the module gives, or the train step of its `program(config)`.
 
   Raises:
-    ValueError: if there is no such experiment, or it has no train step.
+    ValueError: if there is no such experiment, or it has neither.
   """
+  from jaxlab.parallel import aot
+
   if importlib.util.find_spec(f'experiments.{config.paper}') is None:
     raise ValueError(f'there is no experiments/{config.paper}.py for this config.')
   module = importlib.import_module(f'experiments.{config.paper}')
+  if hasattr(module, 'lower'):
+    return module.lower(config, mesh)
   if not hasattr(module, 'program'):
-    raise ValueError(f'experiments/{config.paper}.py has no `program(config)` to compile.')
-  return module.program(config)
+    raise ValueError(
+      f'experiments/{config.paper}.py has no `program(config)` or `lower(config, mesh)` to compile.'
+    )
+  return {'step': aot.lower_step(module.program(config), mesh)}
 
 
 def mesh_sizes(text: str, config: Any) -> dict[str, int]:
@@ -65,7 +73,7 @@ def mesh_sizes(text: str, config: Any) -> dict[str, int]:
 
 
 def show(found: dict[str, Any]) -> None:
-  """Prints the report as a table."""
+  """Prints the report as a table, one column a program."""
   from rich.console import Console
   from rich.table import Table
 
@@ -77,20 +85,23 @@ def show(found: dict[str, Any]) -> None:
   console.print(f'{found["config"]} on {found["topology"]}: {axes}', soft_wrap=True)
   table = Table()
   table.add_column('per chip')
-  table.add_column('', justify='right')
-  for name, size in found['hbm'].items():
+  programs = found['programs'].values()
+  for name in found['programs']:
+    table.add_column(name, justify='right')
+  for name in next(iter(programs))['hbm']:
+    sizes = [program['hbm'][name] for program in programs]
     if name == 'fits':
-      verdict = {True: '[green]yes', False: '[red]no', None: 'unknown'}[size]
-      table.add_row('fits', verdict)
-    elif size is not None:
-      table.add_row(f'HBM {name}', size_of(size))
+      verdicts = {True: '[green]yes', False: '[red]no', None: 'unknown'}
+      table.add_row('fits', *(verdicts[size] for size in sizes))
+    elif None not in sizes:
+      table.add_row(f'HBM {name}', *map(size_of, sizes))
   table.add_section()
-  table.add_row('FLOPs a step', f'{found["flops"]:.4e}')
-  table.add_row('batch, global', str(found['batch_size']))
+  table.add_row('FLOPs', *(f'{program["flops"]:.4e}' for program in programs))
   table.add_section()
-  for kind, total in found['collectives'].items():
-    table.add_row(f'{kind} x {total["count"]}', size_of(total['bytes']))
-  table.add_row('compile time', f'{found["compile_seconds"]:.1f} s')
+  for kind in dict.fromkeys(kind for program in programs for kind in program['collectives']):
+    totals = [program['collectives'].get(kind) for program in programs]
+    table.add_row(kind, *(f'{t["count"]} x, {size_of(t["bytes"])}' if t else '' for t in totals))
+  table.add_row('compile time', *(f'{program["compile_seconds"]:.1f} s' for program in programs))
   console.print(table)
 
 
@@ -103,20 +114,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
   config = load_config(options.config)
   override(config, options.overrides)
   mesh = aot.tpu_topology_mesh(options.topology, **mesh_sizes(options.mesh, config))
-  program = load_program(config)
-  import jax
-
-  batch_size = jax.tree.leaves(program.batch)[0].shape[0]
-  began = time.perf_counter()
-  compiled = aot.compile_step(program, mesh)
-  seconds = time.perf_counter() - began
+  programs = {}
+  for name, lowered in lower(config, mesh).items():
+    began = time.perf_counter()
+    compiled = aot.compile_lowered(lowered)
+    seconds = time.perf_counter() - began
+    programs[name] = {'compile_seconds': seconds, **aot.report(compiled)}
   found = {
     'config': options.config,
     'topology': options.topology,
     'mesh': dict(mesh.shape),
-    'batch_size': batch_size,
-    'compile_seconds': seconds,
-    **aot.report(compiled),
+    'programs': programs,
   }
   show(found)
   if options.json:

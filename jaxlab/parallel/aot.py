@@ -76,21 +76,33 @@ def tpu_topology_mesh(
   return make_mesh(data, fsdp, tensor, devices=devices)
 
 
-def compile_step(program: Any, mesh: Mesh) -> jax.stages.Compiled:
-  """Compiles the program's train step for `mesh`; allocates and runs nothing.
+def lower_step(program: Any, mesh: Mesh) -> jax.stages.Lowered:
+  """Lowers the program's train step for `mesh`; allocates and runs nothing.
 
   Raises:
     ValueError: if the batch or a partition rule does not fit the mesh.
-    MemoryError: if the step does not fit the chips' memory; with the compiler's account of it.
   """
   sharded = shard_program(program, mesh)
-  lowered = sharded.step.lower(sharded.state, sharded.batch)
+  return sharded.step.lower(sharded.state, sharded.batch)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles what was lowered.
+
+  Raises:
+    MemoryError: if it does not fit the chips' memory; with the compiler's account of it.
+  """
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' in str(error):
       raise MemoryError(f'The step does not fit: {str(error)[:2000]}') from error
     raise
+
+
+def compile_step(program: Any, mesh: Mesh) -> jax.stages.Compiled:
+  """Compiles the program's train step for `mesh`: `compile_lowered(lower_step(program, mesh))`."""
+  return compile_lowered(lower_step(program, mesh))
 
 
 def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
