@@ -293,10 +293,12 @@ def percentile_range(
   x = cut_groups(quantizer, x)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
+  shares = jnp.asarray([1 - p for p in quantiles] + list(quantiles), x.dtype)
+  bounds = jnp.quantile(x, shares, axes, keepdims=True)  # one sort for all candidates
   best = None
-  for p in quantiles:
-    low = jnp.quantile(x, 1 - p, axes, keepdims=True)
-    high = jnp.quantile(x, p, axes, keepdims=True)
+  for index in range(len(quantiles)):
+    low, high = bounds[index], bounds[index + len(quantiles)]
+    high = jnp.maximum(low, high)  # the interpolation rounds: of a constant, low may exceed high
     error = _squared_error(quantizer, x, params_from_range(quantizer, low, high, bits))
     if best is None:
       best = error, low, high

@@ -1,0 +1,155 @@
+"""Batch-norm folding: a convolution or linear map followed by batch norm, as one with a bias.
+
+For evaluation and integer inference, where the statistics are constants: the integer kernel then carries the
+norm's scale, and the bias goes into the requantization.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from jaxlab.models.intercept import raise_unmatched
+
+Array = jax.Array
+PyTree = Any
+
+# Convolution -> batch norm of `jaxlab.models.resnet`: stem, blocks, projection shortcuts.
+RESNET_PAIRS = ((r'(.*)conv(\d+)', r'\1bn\2'), (r'(.*)downsample_0', r'\1downsample_1'))
+
+
+def fold_batch_norm(
+  kernel: Array,
+  bias: Array | None,
+  scale: Array | None,
+  offset: Array | None,
+  mean: Array,
+  var: Array,
+  epsilon: float = 1e-5,
+) -> tuple[Array, Array]:
+  """Returns `(kernel k, offset + (bias - mean) k)` with `k = scale / sqrt(var + epsilon)`.
+
+  A convolution or linear map with the result does what the original does with the norm behind it.
+
+  Args:
+    kernel: `[..., in, out]`, Flax layout; any number of groups.
+    bias: `[out]`, or None for 0.
+    scale: the norm's `[out]`, or None for 1.
+    offset: the norm's bias `[out]`, or None for 0.
+    mean: running mean `[out]`.
+    var: running variance `[out]`, as it is used in evaluation.
+    epsilon: the norm's own.
+
+  Returns:
+    `(kernel, bias)`, computed in at least float32, in the dtype of `kernel`.
+
+  Raises:
+    ValueError: if a vector does not have the kernel's output channels.
+  """
+  out = kernel.shape[-1]
+  vectors = {'bias': bias, 'scale': scale, 'offset': offset, 'mean': mean, 'var': var}
+  for name, vector in vectors.items():
+    if vector is not None and vector.shape != (out,):
+      raise ValueError(
+        f'{name} of shape {vector.shape} does not fit a kernel {kernel.shape} with {out} output channels.'
+      )
+  wide = jnp.promote_types(jnp.result_type(kernel, mean, var), jnp.float32)
+  factor = (1 if scale is None else scale.astype(wide)) / jnp.sqrt(var.astype(wide) + epsilon)
+  shifted = (0 if bias is None else bias.astype(wide)) - mean.astype(wide)
+  new_bias = (0 if offset is None else offset.astype(wide)) + shifted * factor
+  return (kernel.astype(wide) * factor).astype(kernel.dtype), new_bias.astype(kernel.dtype)
+
+
+def fold_batch_norms(
+  params: PyTree,
+  batch_stats: PyTree,
+  pairs: Sequence[tuple[str, str]] = RESNET_PAIRS,
+  *,
+  epsilon: float = 1e-5,
+) -> tuple[PyTree, PyTree]:
+  """Folds the batch norms of a model; returns `(params, batch_stats)` of the same trees.
+
+  The model and its module tree stay: a folded norm becomes `y = x + bias`, with scale 1, mean 0 and
+  variance `1 - epsilon`, so that it divides by `sqrt(1)`. The new bias is the convolution's own where it has
+  one, else the norm's (where that has none, minus the mean). The output in evaluation is that of the
+  original to rounding; to train the result makes no sense.
+
+  Args:
+    params: the model's parameters.
+    batch_stats: its running statistics.
+    pairs: `(pattern, template)`: modules with a `kernel` whose whole path matches the pattern are folded
+      with the norm at the path that the template expands to (`re.Match.expand`). A norm that follows no
+      such module is left as it is.
+    epsilon: of the model's batch norms.
+
+  Raises:
+    ValueError: if a pattern matches no kernel, a norm does not exist or is taken twice, or the channels
+      differ.
+  """
+  flat = traverse_util.flatten_dict(dict(params), sep='/')
+  stats = traverse_util.flatten_dict(dict(batch_stats), sep='/')
+  for path, norm in norm_of_kernels(flat, stats, pairs).items():
+    kernel, bias = fold_batch_norm(
+      flat[f'{path}/kernel'],
+      flat.get(f'{path}/bias'),
+      flat.get(f'{norm}/scale'),
+      flat.get(f'{norm}/bias'),
+      stats[f'{norm}/mean'],
+      stats[f'{norm}/var'],
+      epsilon,
+    )
+    flat[f'{path}/kernel'] = kernel
+    new = {'scale': jnp.ones_like(bias), 'bias': jnp.zeros_like(bias)}
+    mean = jnp.zeros_like(stats[f'{norm}/mean'])
+    if f'{path}/bias' in flat:
+      flat[f'{path}/bias'] = bias
+    elif f'{norm}/bias' in flat:
+      new['bias'] = bias
+    else:
+      mean = -bias.astype(mean.dtype)
+    for name, value in new.items():
+      if f'{norm}/{name}' in flat:
+        flat[f'{norm}/{name}'] = value.astype(flat[f'{norm}/{name}'].dtype)
+    stats[f'{norm}/mean'] = mean
+    stats[f'{norm}/var'] = jnp.full_like(stats[f'{norm}/var'], 1 - epsilon)
+  return (
+    traverse_util.unflatten_dict(flat, sep='/'),
+    traverse_util.unflatten_dict(stats, sep='/'),
+  )
+
+
+def norm_of_kernels(
+  params: Mapping[str, Array], stats: Mapping[str, Array], pairs: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+  """Returns the path of the norm for the path of each kernel's module that `pairs` names.
+
+  Args:
+    params: flat parameters, `layer1_0/conv1/kernel`.
+    stats: flat statistics, `layer1_0/bn1/mean`.
+    pairs: see `fold_batch_norms`.
+
+  Raises:
+    ValueError: see `fold_batch_norms`.
+  """
+  owners = [
+    path.rpartition('/')[0] for path in params if path.endswith('/kernel') or path == 'kernel'
+  ]
+  found: dict[str, str] = {}
+  for pattern, template in pairs:
+    matches = [(owner, match) for owner in owners if (match := re.fullmatch(pattern, owner))]
+    if not matches:
+      raise_unmatched([pattern], owners, 'convolution pattern', 'module')
+    for owner, match in matches:
+      norm = match.expand(template)
+      if f'{norm}/mean' not in stats or f'{norm}/var' not in stats:
+        raise ValueError(
+          f'{owner!r} would be folded with {norm!r}, which has no running statistics; narrow the '
+          f'pattern {pattern!r} or correct the template {template!r}.'
+        )
+      if norm in found.values() and found.get(owner) != norm:
+        raise ValueError(f'The norm {norm!r} would be folded into {owner!r} and another module.')
+      found[owner] = norm
+  return found

@@ -1,0 +1,369 @@
+"""Quantizers on the operands of products: inputs and kernels of layers, both sides of attention's matmuls.
+
+A network quantized here is `(model, variables, hooks)`, used by
+`jaxlab.models.apply(model, variables, x, hooks=hooks)`. Kernels are fake-quantized in `params`; the constants
+are arrays of the collection `'quantization'`, at the module whose operand they quantize:
+
+- `input`: of the module's first argument. Affine `{scale, zero_point, low, high}`, scalars or
+  `[channels]`; log-sqrt2 `{scale, bits}`.
+- `kernel`: of its kernel, `{scale, zero_point, low, high}`, the first two `[features]`: the codes of the
+  fake-quantized kernel are `round(kernel / scale) + zero_point`.
+- `bias`: what is added to the output of a layer that has no bias of its own (see `repq`).
+
+The hooks hold no constants and name no path: the same ones serve every network and, given a block's own
+slice of the variables, every block of it. Variables whose collection has no `input` run in float.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from jaxlab.models.intercept import Hook, HookPoint, Site, apply
+from jaxlab.quantizers import affine
+from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
+from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize, log_sqrt2_scale
+from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
+from jaxlab.quantizers.ranges import percentile_range
+
+Array = jax.Array
+PyTree = Any
+
+COLLECTION = 'quantization'
+TENSOR = AffineQuantizer(rule='asymmetric', granularity='tensor')
+CHANNEL = AffineQuantizer(rule='asymmetric', granularity='channel', axis=-1)
+
+MIN_BITS, MAX_BITS = 2, 8
+
+# The first and the last layer of the networks of `jaxlab.models`.
+EDGES = r'patch_embed/proj|head|head_dist|head/fc|conv1|fc'
+AFFINE_POINTS = r'(.*/)?(query|key|value)'
+LOGARITHMIC_POINTS = r'(.*/)?softmax'
+
+
+class Quantized(NamedTuple):
+  """A quantized network and the float network that it approximates.
+
+  Attributes:
+    variables: of the quantized network, collection `'quantization'` included.
+    float_variables: of the same network with all quantizers off. Its collection `'quantization'` is empty
+      except for biases that layers without one were given; then it, too, needs the hooks.
+    hooks: for `jaxlab.models.apply`, with either of the two.
+  """
+
+  variables: dict[str, PyTree]
+  float_variables: dict[str, PyTree]
+  hooks: tuple[Hook, ...]
+
+
+def operand_hooks() -> tuple[Hook, ...]:
+  """Returns the hooks that run a network by its collection `'quantization'`: the same for all networks.
+
+  A module with an `input` there gets its first argument fake-quantized (straight-through gradient, constants
+  constant); one with a `bias` gets it added to its output; any other is left alone.
+
+  Raises (when the model is applied):
+    ValueError: if the variables have no collection `'quantization'`: the network was not calibrated.
+  """
+  return (Hook('.*', call=_run_site, collection=COLLECTION),)
+
+
+def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  if not site.path and COLLECTION not in site.module.variables:
+    raise ValueError(
+      f'The variables have no collection {COLLECTION!r}, so nothing would be quantized: pass those of '
+      f'`percentile_ptq` or `repq` (a block: its slice of every collection, which may be empty).'
+    )
+  if site.has('input'):
+    args = (_fake_quantize(args[0], site.read('input')), *args[1:])
+  y = call(*args, **kwargs)
+  return y + site.read('bias').astype(y.dtype) if site.has('bias') else y
+
+
+def _fake_quantize(x: Array, constants: Mapping[str, Array]) -> Array:
+  if 'zero_point' not in constants:
+    return log_sqrt2_fake_quantize(x, constants['scale'], constants['bits'])
+  params = AffineParams(
+    **{name: constants[name] for name in ('scale', 'zero_point', 'low', 'high')}
+  )
+  return affine.fake_quantize(TENSOR, x, params)
+
+
+def edge_policy(
+  weight_bits: Bits, activation_bits: Bits, *, edges: str | None = EDGES, edge_bits: Bits = 8
+) -> BitPolicy:
+  """Returns the policy `(weight_bits, activation_bits)`, with `edge_bits` for both at modules `edges`.
+
+  Patch embedding or stem and the classifier at 8/8 are QwT's exceptions; `edges=None` makes none.
+
+  >>> policy = edge_policy(4, 4)
+  >>> policy.weight_bits('head'), policy.weight_bits('blocks_0/mlp/fc1')
+  (8, 4)
+  """
+  first = () if edges is None else ((edges, edge_bits),)
+  return BitPolicy((*first, ('.*', weight_bits)), (*first, ('.*', activation_bits)))
+
+
+class Plan(NamedTuple):
+  """Which operands of a network are quantized, in order of execution.
+
+  Attributes:
+    kinds: static pairs (path, kind of the quantizer of its input): `'tensor'`, `'channel'`, `'log_sqrt2'`.
+    input_bits: bit-width by path, of `kinds`.
+    kernel_bits: bit-width of kernels by path.
+    kernel_ndims: dimensions of all kernels by path.
+  """
+
+  kinds: tuple[tuple[str, str], ...]
+  input_bits: dict[str, Bits]
+  kernel_bits: dict[str, Bits]
+  kernel_ndims: dict[str, int]
+
+
+def plan(
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  x: Array,
+  policy: BitPolicy,
+  *,
+  per_channel: Sequence[str] = (),
+  **kwargs: Any,
+) -> Plan:
+  """Returns what `policy` asks to be quantized; traces the model abstractly.
+
+  Candidates are the modules with a `kernel` and the hook points `query`, `key`, `value` (affine) and
+  `softmax` (log-sqrt2).
+
+  Args:
+    model: any Linen module.
+    variables: its variables.
+    x: model input, or its shape.
+    policy: its `activations` rules are over *inputs* of candidates.
+    per_channel: paths whose input gets one quantizer a channel.
+    **kwargs: passed to the model.
+
+  Raises:
+    ValueError: if a rule names no candidate, bits are outside 2 to 8, or blocks are stacked.
+  """
+  ndims: dict[str, int] = {}
+  points: dict[str, str] = {}
+
+  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if site.module.scope.has_variable('params', 'kernel'):
+      kernel = site.module.scope.get_variable('params', 'kernel')
+      ndims[site.path], points[site.path] = kernel.ndim, 'tensor'
+    elif isinstance(site.module, HookPoint):
+      for pattern, kind in ((AFFINE_POINTS, 'tensor'), (LOGARITHMIC_POINTS, 'log_sqrt2')):
+        if re.fullmatch(pattern, site.path):
+          points[site.path] = kind
+    return call(*args, **kwargs)
+
+  jax.eval_shape(
+    lambda v, x: apply(model, v, x, hooks=[Hook('.*', call=visit)], **kwargs), dict(variables), x
+  )
+  check_rules(policy.weights, list(ndims), 'weight')
+  check_rules(policy.activations, list(points), 'activation')
+  flat = traverse_util.flatten_dict(dict(variables['params']), sep='/')
+  stacked = [path for path, ndim in ndims.items() if flat[f'{path}/kernel'].ndim != ndim]
+  if stacked:
+    raise ValueError(
+      f'The kernels of {", ".join(stacked[:3])} are stacked (nn.scan): quantize the plain network, with '
+      f'variables of `unstack_blocks`.'
+    )
+  kinds = {path: 'channel' if path in per_channel else kind for path, kind in points.items()}
+  input_bits = {path: bits for path in kinds if (bits := policy.activation_bits(path)) is not None}
+  kernel_bits = {path: bits for path in ndims if (bits := policy.weight_bits(path)) is not None}
+  for path, bits in (*input_bits.items(), *kernel_bits.items()):
+    _check_bits(path, bits)
+  return Plan(tuple((p, kinds[p]) for p in input_bits), input_bits, kernel_bits, ndims)
+
+
+def _check_bits(path: str, bits: Bits) -> None:
+  if isinstance(bits, jax.core.Tracer):
+    return
+  if not MIN_BITS <= float(bits) <= MAX_BITS:
+    raise ValueError(f'bits of {path!r} must lie in [{MIN_BITS}, {MAX_BITS}]; got {bits}.')
+
+
+def quantize_kernels(
+  params: PyTree, kernel_bits: Mapping[str, Bits]
+) -> tuple[PyTree, dict[str, dict[str, Array]]]:
+  """Returns `params` with fake-quantized kernels, and `{path: constants}` of the collection's `kernel`.
+
+  One range per output channel (last axis), by `percentile_range`. Kernels of equal shape share one
+  compilation, for all bit-widths.
+  """
+  flat = traverse_util.flatten_dict(dict(params), sep='/')
+  constants = {}
+  for path, bits in kernel_bits.items():
+    name = f'{path}/kernel'
+    flat[name], constants[path] = _quantize_kernel(flat[name], bits)
+  return traverse_util.unflatten_dict(flat, sep='/'), constants
+
+
+@jax.jit
+def _quantize_kernel(kernel: Array, bits: Bits) -> tuple[Array, dict[str, Array]]:
+  constants = affine_constants(CHANNEL, kernel, bits)
+  return _fake_quantize(kernel, constants), constants
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[str, Array]:
+  """Returns `{scale, zero_point, low, high}` by `percentile_range`, scalars or `[channels]`.
+
+  A range below 16 units in the last place of its bounds is that of a constant: its scale is 0, which leaves
+  values as they are. If `x` is not finite, the scale is NaN.
+  """
+  x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+  minimum, maximum = percentile_range(quantizer, x, bits)
+  shape = () if quantizer.granularity == 'tensor' else (-1,)
+  minimum, maximum = minimum.reshape(shape), maximum.reshape(shape)
+  params = affine.params_from_range(quantizer, minimum, maximum, bits)
+  extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
+  constant = maximum - minimum <= 16 * jnp.finfo(x.dtype).eps * extreme
+  scale = jnp.where(constant, 0, params.scale)
+  return {
+    'scale': jnp.where(jnp.all(jnp.isfinite(x)), scale, jnp.nan),
+    'zero_point': jnp.where(constant, 0, params.zero_point),
+    'low': params.low,
+    'high': params.high,
+  }
+
+
+def calibrate_inputs(
+  model: nn.Module, variables: Mapping[str, PyTree], x: Array, todo: Plan, **kwargs: Any
+) -> dict[str, dict[str, Array]]:
+  """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
+
+  Ranges are fixed in order of execution: each is found on values that all quantizers before it have
+  already been applied to (RepQ-ViT's "first quantized forward"). Per-channel constants also hold `value`
+  `[channels]`, what the channels of scale 0 are equal to.
+
+  Equal models, batch shapes and kinds share one compilation, for all bit-widths (a model with unhashable
+  fields is compiled at each call).
+  """
+  variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
+  static = {'model': model, 'kinds': todo.kinds, 'kwargs': tuple(kwargs.items())}
+  try:
+    hash(model)
+    run = functools.partial(_jitted_calibrate_inputs, **static)
+  except TypeError:
+    run = jax.jit(functools.partial(_calibrate_inputs, **static))
+  inputs = run(variables, x, todo.input_bits)
+  return {path: inputs[path] for path, _ in todo.kinds}  # jit sorts keys
+
+
+def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
+  kinds = dict(kinds)
+
+  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if site.path in kinds:
+      if not site.has('input'):
+        site.write('input', _input_constants(kinds[site.path], args[0], bits[site.path]))
+      args = (_fake_quantize(args[0], site.read('input')), *args[1:])
+    return call(*args, **kwargs)
+
+  hooks = [Hook('.*', call=visit, collection=COLLECTION)]
+  _, state = apply(model, variables, x, hooks=hooks, mutable=[COLLECTION], **dict(kwargs))
+  flat = traverse_util.flatten_dict(dict(state.get(COLLECTION, {})), sep='/')
+  result: dict[str, dict[str, Array]] = {path: {} for path in kinds}
+  for path, value in flat.items():
+    module, _, name = path.rpartition('/')
+    result[module.removesuffix('input').rstrip('/')][name] = value
+  return result
+
+
+_jitted_calibrate_inputs = jax.jit(_calibrate_inputs, static_argnames=('model', 'kinds', 'kwargs'))
+
+
+def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+  if kind == 'log_sqrt2':
+    scale = log_sqrt2_scale(x, bits)
+    scale = jnp.where(jnp.all(jnp.isfinite(x)), scale, jnp.nan)
+    return {'scale': scale, 'bits': jnp.asarray(bits, scale.dtype)}
+  constants = affine_constants(TENSOR if kind == 'tensor' else CHANNEL, x, bits)
+  if kind == 'channel':
+    constants['value'] = x.reshape(-1, x.shape[-1])[0].astype(constants['scale'].dtype)
+  return constants
+
+
+def collection(
+  inputs: Mapping[str, Mapping[str, Array]],
+  kernels: Mapping[str, Mapping[str, Array]],
+  biases: Mapping[str, Array],
+) -> dict[str, PyTree]:
+  """Returns the tree of the collection `'quantization'` from constants by module path."""
+  flat = {f'{path}/input': dict(constants) for path, constants in inputs.items()}
+  flat |= {f'{path}/kernel': dict(constants) for path, constants in kernels.items()}
+  flat |= {f'{path}/bias': bias for path, bias in biases.items()}
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def check_finite(
+  inputs: Mapping[str, Mapping[str, Array]], kernels: Mapping[str, Mapping[str, Array]]
+) -> None:
+  """Raises ValueError if a scale is not finite; names the first kernel, or else the first input.
+
+  What is calibrated behind a broken operand is broken, too. Traced constants pass unseen.
+  """
+  for what, constants in (('kernel', kernels), ('input', inputs)):
+    finite = _finite([own['scale'] for own in constants.values()])
+    if not isinstance(finite, jax.core.Tracer) and not np.all(finite):
+      raise ValueError(
+        f'The {what} of {list(constants)[int(np.argmin(finite))]!r} is not finite: are the weights and the '
+        f'calibration batch free of NaN and infinity?'
+      )
+
+
+@jax.jit
+def _finite(arrays: list[Array]) -> Array:
+  return jnp.asarray([jnp.all(jnp.isfinite(array)) for array in arrays], bool)
+
+
+def percentile_ptq(
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  x: Array,
+  policy: BitPolicy,
+  *,
+  conv_act_bits: Bits = None,
+  **kwargs: Any,
+) -> Quantized:
+  """Post-training quantization with the percentile search: kernels per output channel, inputs per tensor.
+
+  QwT's base for ResNets. Norms stay in float, batch norm is not folded. Attention's operands, if there are
+  any, are quantized as in `repq`. The ranges of inputs are fixed in one forward pass over `x`, in
+  order of execution (`calibrate_inputs`); for data parallelism hand in `x` sharded over the mesh. A
+  traceable function: to compile it ahead of time, jit `lambda v, x: percentile_ptq(model, v, x, policy)[:2]`.
+
+  Args:
+    model: any Linen module.
+    variables: its float variables.
+    x: calibration batch `[batch, ...]`, 32 images in QwT.
+    policy: bit-widths, 2 to 8, e.g. `edge_policy(4, 4)`; its `activations` rules are over the layers whose
+      input is quantized (and hook points of attention). Bits may be traced.
+    conv_act_bits: in place of the policy's, for quantized inputs of convolutions. QwT's code of June 2025
+      takes 8 there whatever is asked for, which its ResNet numbers contain.
+    **kwargs: passed to the model, e.g. `train=False`; hashable.
+
+  Raises:
+    ValueError: if a rule names no layer, bits are outside 2 to 8, blocks are stacked (all before any
+      work), or weights or calibration data are not finite.
+  """
+  todo = plan(model, variables, x, policy, **kwargs)
+  if conv_act_bits is not None:
+    _check_bits('conv_act_bits', conv_act_bits)
+    convs = [path for path in todo.input_bits if todo.kernel_ndims.get(path, 0) > 2]
+    todo.input_bits.update(dict.fromkeys(convs, conv_act_bits))
+  params, kernels = quantize_kernels(variables['params'], todo.kernel_bits)
+  quantized = {**variables, 'params': params}
+  inputs = calibrate_inputs(model, quantized, x, todo, **kwargs)
+  check_finite(inputs, kernels)
+  quantized[COLLECTION] = collection(inputs, kernels, {})
+  return Quantized(quantized, {**variables, COLLECTION: {}}, operand_hooks())
