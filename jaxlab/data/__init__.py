@@ -35,9 +35,19 @@ from jaxlab.data.crop import (
   random_erasing,
   random_resized_crop,
 )
-from jaxlab.data.datasets import load
-from jaxlab.data.decode import DecodeImage, decode_image
-from jaxlab.data.image import CIFAR10_MEAN_STD, IMAGENET_MEAN_STD, normalize, to_float
+from jaxlab.data.datasets import (
+  load,
+)
+from jaxlab.data.decode import (
+  DecodeImage,
+  decode_image,
+)
+from jaxlab.data.image import (
+  CIFAR10_MEAN_STD,
+  IMAGENET_MEAN_STD,
+  normalize,
+  to_float,
+)
 from jaxlab.data.pipeline import (
   Loader,
   check_batch,
@@ -47,7 +57,10 @@ from jaxlab.data.pipeline import (
   process_shard,
   to_device,
 )
-from jaxlab.data.scenes import Scenes, pasted
+from jaxlab.data.scenes import (
+  Scenes,
+  pasted,
+)
 from jaxlab.data.sources import (
   Catalogue,
   Digits,
@@ -60,11 +73,19 @@ from jaxlab.data.sources import (
   in_memory,
   materialize,
 )
-from jaxlab.data.views import draw_views, siamese_augment
+from jaxlab.data.text import (
+  ByteText,
+  check_tokens,
+)
+from jaxlab.data.views import (
+  draw_views,
+  siamese_augment,
+)
 
 __all__ = [
   'CIFAR10_MEAN_STD',
   'IMAGENET_MEAN_STD',
+  'ByteText',
   'Catalogue',
   'DecodeImage',
   'Digits',
@@ -78,6 +99,7 @@ __all__ = [
   'check_batch',
   'check_images',
   'check_labels',
+  'check_tokens',
   'compose',
   'crop_and_resize',
   'decode_image',

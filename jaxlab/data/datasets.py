@@ -12,6 +12,7 @@ from jaxlab.data.sources import (
   Source,
   in_memory,
 )
+from jaxlab.data.text import ByteText
 
 
 def load(name: str, split: str = 'train', **options: Any) -> Source:
@@ -24,12 +25,13 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'pasted_digits'`: each at a random place and scale of a plain canvas, in memory; options of
         `pasted`. With `pastes=n` the test split shows each digit n times, the training split once.
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
-      - `'fashion_mnist'`: options of `FashionMNIST`, and `limit`: only so many records.
+      - `'fashion_mnist'`: options of `FashionMNIST`.
+      - `'text'`: windows of bytes of the text that comes with Python, or of a file; options of `ByteText`.
       - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`.
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
     split: 'train' or 'test'; TFDS and folders have their own names.
-    **options: of the source.
+    **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records.
 
   Raises:
     ValueError: for an unknown name, split or option.
@@ -54,12 +56,19 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       return Scenes(Digits(split), **options)
     if name == 'fashion_mnist':
       limit = options.pop('limit', None)
-      source = FashionMNIST(split, **options)
-      arrays = {field: array[:limit] for field, array in source.arrays.items()}
-      return InMemory(arrays, source.num_classes, source.class_names)
+      return _first(FashionMNIST(split, **options), limit)
+    if name == 'text':
+      limit = options.pop('limit', None)
+      return _first(ByteText(split, **options), limit)
     if name == 'image_folder':
       root = options.pop('root')
       return ImageFolder(f'{root}/{split}', **options)
     return Catalogue(name, split, **options)
   except TypeError as error:
     raise ValueError(f'data set {name!r}: {error}') from error
+
+
+def _first(source: InMemory, limit: int | None) -> InMemory:
+  """Returns a source of the first `limit` records."""
+  arrays = {field: array[:limit] for field, array in source.arrays.items()}
+  return InMemory(arrays, source.num_classes, source.class_names)

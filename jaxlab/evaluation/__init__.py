@@ -13,8 +13,18 @@ from jaxlab.evaluation.classification import (
   tally_update,
   top_k_accuracy,
 )
-from jaxlab.evaluation.diagnostics import effective_rank, feature_std, mean_cosine
-from jaxlab.evaluation.knn import Neighbors, weighted_knn
+from jaxlab.evaluation.diagnostics import (
+  effective_rank,
+  feature_std,
+  mean_cosine,
+)
+from jaxlab.evaluation.knn import (
+  Neighbors,
+  weighted_knn,
+)
+from jaxlab.evaluation.language import (
+  perplexity,
+)
 from jaxlab.evaluation.linear_probe import (
   Probe,
   linear_probe_lars,
@@ -37,6 +47,7 @@ __all__ = [
   'logistic_probe',
   'mean_cosine',
   'per_class_recall',
+  'perplexity',
   'probe_accuracy',
   'probe_logits',
   'tally_compute',

@@ -5,8 +5,20 @@ otherwise; sums and exponentials are taken in at least float32. State (a queue, 
 comes out.
 """
 
-from jaxlab.losses.contrastive import info_nce_queue, normalize, nt_xent, queue_init, queue_push
-from jaxlab.losses.reconstruction import mae_loss
+from jaxlab.losses.contrastive import (
+  info_nce_queue,
+  normalize,
+  nt_xent,
+  queue_init,
+  queue_push,
+)
+from jaxlab.losses.language import (
+  next_token_cross_entropy,
+  next_token_mask,
+)
+from jaxlab.losses.reconstruction import (
+  mae_loss,
+)
 from jaxlab.losses.self_supervised import (
   barlow_twins_loss,
   byol_loss,
@@ -29,6 +41,8 @@ __all__ = [
   'info_nce_queue',
   'mae_loss',
   'negative_cosine_similarity',
+  'next_token_cross_entropy',
+  'next_token_mask',
   'normalize',
   'nt_xent',
   'queue_init',

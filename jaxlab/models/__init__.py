@@ -4,13 +4,25 @@
 PyTorch; `apply` runs a model under hooks on modules chosen by path.
 """
 
-from jaxlab.models.architectures import create
+from jaxlab.models.architectures import (
+  create,
+)
 from jaxlab.models.checkpoints import (
   abstract_variables,
   from_torch,
   load_pretrained,
   read_state_dict,
   to_torch,
+)
+from jaxlab.models.decoders import (
+  from_config,
+)
+from jaxlab.models.generation import (
+  generate,
+  sample_token,
+)
+from jaxlab.models.gpt2 import (
+  GPT2,
 )
 from jaxlab.models.heads import (
   DINOHead,
@@ -30,13 +42,43 @@ from jaxlab.models.intercept import (
   map_matching,
   module_paths,
 )
-from jaxlab.models.normalization import BatchNorm, batch_normalize
-from jaxlab.models.position_embedding import resample_position_embedding
-from jaxlab.models.resnet import BasicBlock, Bottleneck, ResNet
-from jaxlab.models.siamese import Encoder, apply_in_turn, momentum_pass
-from jaxlab.models.vit import ViT, stack_blocks, unstack_blocks
+from jaxlab.models.llama import (
+  Llama,
+)
+from jaxlab.models.mobilenetv2 import (
+  MobileNetV2,
+)
+from jaxlab.models.normalization import (
+  BatchNorm,
+  batch_normalize,
+)
+from jaxlab.models.position_embedding import (
+  resample_position_embedding,
+)
+from jaxlab.models.resnet import (
+  BasicBlock,
+  Bottleneck,
+  ResNet,
+)
+from jaxlab.models.rotary import (
+  rotary_embedding,
+)
+from jaxlab.models.siamese import (
+  Encoder,
+  apply_in_turn,
+  momentum_pass,
+)
+from jaxlab.models.swin import (
+  Swin,
+)
+from jaxlab.models.vit import (
+  ViT,
+  stack_blocks,
+  unstack_blocks,
+)
 
 __all__ = [
+  'GPT2',
   'BasicBlock',
   'BatchNorm',
   'Bottleneck',
@@ -44,9 +86,12 @@ __all__ = [
   'Encoder',
   'Hook',
   'HookPoint',
+  'Llama',
   'MLPHead',
+  'MobileNetV2',
   'ResNet',
   'Site',
+  'Swin',
   'ViT',
   'abstract_variables',
   'apply',
@@ -56,7 +101,9 @@ __all__ = [
   'byol_mlp',
   'capture',
   'create',
+  'from_config',
   'from_torch',
+  'generate',
   'load_pretrained',
   'map_matching',
   'moco_projector',
@@ -64,6 +111,8 @@ __all__ = [
   'momentum_pass',
   'read_state_dict',
   'resample_position_embedding',
+  'rotary_embedding',
+  'sample_token',
   'simsiam_predictor',
   'simsiam_projector',
   'stack_blocks',

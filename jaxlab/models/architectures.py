@@ -1,4 +1,4 @@
-"""Networks by the names of timm."""
+"""Image networks by the names of timm, and decoders by their own."""
 
 import difflib
 import re
@@ -6,8 +6,11 @@ from typing import Any
 
 from flax import linen as nn
 
+from jaxlab.models import decoders
 from jaxlab.models.initializers import kaiming_normal_fan_in
+from jaxlab.models.mobilenetv2 import MobileNetV2, mobilenetv2_fields
 from jaxlab.models.resnet import ResNet
+from jaxlab.models.swin import Swin
 from jaxlab.models.vit import ViT
 
 # Depths of He et al. 2016, table 1.
@@ -26,11 +29,30 @@ _VITS = {
   'small': {'width': 384, 'depth': 12, 'num_heads': 6},
   'base': {'width': 768, 'depth': 12, 'num_heads': 12},
 }
+# Section 3.3 of Liu et al. 2021.
+_SWINS = {
+  'tiny': {'width': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
+  'small': {'width': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
+  'base': {'width': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
+}
+_SWIN_NAME = re.compile(r'swin_(tiny|small|base)_patch(\d+)_window(\d+)_(\d+)')
+
+# timm's width multipliers; its `d` networks are also deeper.
+_MOBILENETS = {
+  '035': (0.35,),
+  '050': (0.5,),
+  '075': (0.75,),
+  '100': (1.0,),
+  '110d': (1.1, 1.2),
+  '120d': (1.2, 1.4),
+  '140': (1.4,),
+}
+
 _VIT_NAME = re.compile(r'(vit|deit)_(tiny|small|base)(_distilled)?_patch(\d+)_(\d+)')
 
 
 def names(patch_size: int = 16, image_size: int = 224) -> list[str]:
-  """Returns the names that `create` knows; transformers also come in other patch and image sizes."""
+  """Returns the image networks that `create` knows; transformers also come in other patch and image sizes."""
   vits = [
     f'{family}_{size}{distilled}_patch{patch_size}_{image_size}'
     for family, distilled in (('vit', ''), ('deit', ''), ('deit', '_distilled'))
@@ -38,20 +60,26 @@ def names(patch_size: int = 16, image_size: int = 224) -> list[str]:
   ]
   resnets = [f'resnet{depth}' for depth in _RESNETS]
   cifar = [f'cifar_resnet{depth}' for depth in (*_CIFAR_STEM_DEPTHS, *_CIFAR_DEPTHS)]
-  return [*resnets, *cifar, *vits]
+  swins = [f'swin_{size}_patch{patch_size}_window7_{image_size}' for size in _SWINS]
+  mobilenets = [f'mobilenetv2_{size}' for size in _MOBILENETS]
+  return [*resnets, *cifar, *mobilenets, *vits, *swins]
 
 
 def create(name: str, **overrides: Any) -> nn.Module:
-  """Returns the network `name`, a Linen module over normalized float images, NHWC.
+  """Returns the network `name`, a Linen module over normalized float images, NHWC, or over tokens.
 
   `model.apply({'params': ..., 'batch_stats': ...}, images, train=...)`. Names and sizes are timm's:
-  `resnet{18,34,50,101}`, `{vit,deit}_{tiny,small,base}_patch{p}_{image size}` and
-  `deit_{...}_distilled_patch{p}_{image size}` have 1000 classes; `cifar_resnet{18,34,50}` (3x3 stem, no
-  pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages, parameter-free shortcuts) have 10.
+  `resnet{18,34,50,101}`, `mobilenetv2_{035,050,075,100,110d,120d,140}`,
+  `{vit,deit}_{tiny,small,base}_patch{p}_{image size}`, `deit_{...}_distilled_patch{p}_{image size}` and
+  `swin_{tiny,small,base}_patch{p}_window{w}_{image size}` have 1000 classes; `cifar_resnet{18,34,50}` (3x3
+  stem, no pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages, parameter-free shortcuts) have 10.
+
+  Decoders over tokens `[batch, time]`: `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,
+  `llama3_8b`; `from_config` builds any other size.
 
   Args:
     name: the network's name.
-    **overrides: fields of `ResNet` or `ViT`; `num_classes=None` gives the pooled features.
+    **overrides: fields of the module; `num_classes=None` gives an image network's pooled features.
 
   Raises:
     ValueError: for an unknown name or field, with the closest known ones.
@@ -74,11 +102,19 @@ def create(name: str, **overrides: Any) -> nn.Module:
 
 def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
   """Returns the module class and the fields that belong to `name`."""
+  if name in decoders.SIZES:
+    return decoders.SIZES[name]
   if match := _VIT_NAME.fullmatch(name):
     family, size, distilled, patch, image = match.groups()
     if not (family == 'vit' and distilled):
       fields = {**_VITS[size], 'patch_size': int(patch), 'image_size': int(image)}
       return ViT, {**fields, 'distilled': bool(distilled), 'num_classes': 1000}
+  elif match := _SWIN_NAME.fullmatch(name):
+    patch, window, image = (int(group) for group in match.groups()[1:])
+    sizes = {'patch_size': patch, 'window_size': window, 'image_size': image}
+    return Swin, {**_SWINS[match[1]], **sizes, 'num_classes': 1000}
+  elif (match := re.fullmatch(r'mobilenetv2_(\d+d?)', name)) and match[1] in _MOBILENETS:
+    return MobileNetV2, {**mobilenetv2_fields(*_MOBILENETS[match[1]]), 'num_classes': 1000}
   elif match := re.fullmatch(r'(cifar_)?resnet(\d+)', name):
     cifar, depth = bool(match[1]), int(match[2])
     if not cifar and depth in _RESNETS:
@@ -96,6 +132,7 @@ def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
         'fc_init': kaiming_normal_fan_in,
         'num_classes': 10,
       }
-  close = difflib.get_close_matches(name, names(), 3, 0.5)
-  hint = f'closest: {", ".join(close)}' if close else f'known: {", ".join(names())}'
+  known = [*names(), *decoders.SIZES]
+  close = difflib.get_close_matches(name, known, 3, 0.5)
+  hint = f'closest: {", ".join(close)}' if close else f'known: {", ".join(known)}'
   raise ValueError(f'create: no network is called {name!r}; {hint}.')

@@ -1,4 +1,4 @@
-"""Weights of timm and torchvision, to our trees and back.
+"""Weights of timm, torchvision and Hugging Face's transformers, to our trees and back.
 
 A PyTorch name is a function of ours: `layer1_0/conv1/kernel` is `layer1.0.conv1.weight`. What a family calls
 differently is a short list of renames.
@@ -16,6 +16,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.architectures import create
+from jaxlab.models.gpt2 import GPT2
+from jaxlab.models.llama import Llama
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.vit import ViT, stack_blocks, unstack_blocks
 
@@ -46,6 +48,21 @@ TORCHVISION_VIT: Renames = (
   (r'^norm\.', 'encoder.ln.'),
   (r'^head\.', 'heads.head.'),
 )
+HF_GPT2: Renames = ((r'\.ln\.([12])\.', r'.ln_\1.'), (r'^(?!lm_head\.)', 'transformer.'))
+HF_GPT2_BARE: Renames = HF_GPT2[:1]  # the published gpt2 files name the decoder without its head
+HF_LLAMA: Renames = ((r'^(?!lm_head\.)', 'model.'),)
+
+# Linear layers whose checkpoint weights are (in, out): transformers' Conv1D.
+_IN_OUT = re.compile(r'(transformer\.)?h\.\d+\.(attn|mlp)\.c_(attn|proj|fc)\.weight')
+
+# Constants that carry no weights: counters, masks, relative positions, rotary frequencies.
+_BUFFERS = (
+  r'(.*\.)?num_batches_tracked',
+  r'layers\.\d+\.blocks\.\d+\.(attn_mask|attn\.relative_position_index)',
+  r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',
+  r'(.*\.)?rotary_emb\.inv_freq',
+)
+_EMBEDDINGS = ('transformer.wte.weight', 'wte.weight', 'model.embed_tokens.weight')
 
 # timm's default weights of each name (the tag behind the point on huggingface.co/timm).
 _DEFAULT_TAGS = {
@@ -62,6 +79,15 @@ _DEFAULT_TAGS = {
   'deit_tiny_distilled_patch16_224': 'fb_in1k',
   'deit_small_distilled_patch16_224': 'fb_in1k',
   'deit_base_distilled_patch16_224': 'fb_in1k',
+  'swin_tiny_patch4_window7_224': 'ms_in1k',
+  'swin_small_patch4_window7_224': 'ms_in22k_ft_in1k',
+  'swin_base_patch4_window7_224': 'ms_in22k_ft_in1k',
+  'swin_base_patch4_window12_384': 'ms_in22k_ft_in1k',
+  'mobilenetv2_050': 'lamb_in1k',
+  'mobilenetv2_100': 'ra_in1k',
+  'mobilenetv2_110d': 'ra_in1k',
+  'mobilenetv2_120d': 'ra_in1k',
+  'mobilenetv2_140': 'ra_in1k',
 }
 
 
@@ -72,9 +98,11 @@ def torch_name(path: str, renames: Renames = TIMM) -> str:
   'blocks.3.attn.qkv.weight'
   >>> torch_name('layer1_0/downsample_1/var')
   'layer1.0.downsample.1.running_var'
+  >>> torch_name('blocks_2_0/conv_dw/kernel')
+  'blocks.2.0.conv_dw.weight'
   """
   *modules, leaf = path.split('/')
-  modules = [re.sub(r'_(\d+)$', r'.\1', module) for module in modules]
+  modules = [re.sub(r'_(?=\d+(_\d+)*$)', '.', module) for module in modules]
   name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
   for pattern, replacement in renames:
     name = re.sub(pattern, replacement, name)
@@ -85,9 +113,11 @@ def abstract_variables(model: nn.Module, image_shape: Sequence[int] | None = Non
   """Returns the shapes of `model`'s variables, without computing any.
 
   Args:
-    model: a network over images.
+    model: a network over images, or a decoder over tokens.
     image_shape: (height, width, channels); None: the model's `image_size` or 224, and 3 channels.
   """
+  if isinstance(model, GPT2 | Llama):
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
   if image_shape is None:
     size = getattr(model, 'image_size', 224)
     image_shape = (*((size, size) if isinstance(size, int) else size), 3)
@@ -105,14 +135,15 @@ def from_torch(
 ) -> PyTree:
   """Returns the variables of `model` with the weights of a PyTorch checkpoint.
 
-  Kernels are transposed (out, in, ...) -> (..., in, out); norms' statistics go to `batch_stats`;
-  `num_batches_tracked` is dropped; values are cast to the model's dtypes.
+  Kernels are transposed (out, in, ...) -> (..., in, out), except GPT-2's, which are stored (in, out); norms'
+  statistics go to `batch_stats`; buffers without weights (`num_batches_tracked`, causal masks) are dropped;
+  values are cast to the model's dtypes. A tied head may be there a second time, as `lm_head.weight`.
 
   Args:
-    model: a network over color images, or its (abstract) variables, e.g. of `abstract_variables`.
+    model: a network over color images, a decoder, or its (abstract) variables, e.g. of `abstract_variables`.
     state_dict: arrays by PyTorch name (see `read_state_dict`).
     renames: ordered (regular expression, replacement) on dotted names, ours -> theirs; None: `TIMM`, or
-      `TORCHVISION_VIT` where the checkpoint looks like that.
+      `TORCHVISION_VIT`, `HF_GPT2` (`_BARE`) or `HF_LLAMA` where the checkpoint looks like that.
     ignore: regular expressions of checkpoint names that the model does without, e.g. `r'fc\\..*'`.
     resample: bring `pos_embed` to the model's grid (`resample_position_embedding`); its own must be
       square, and the model's too unless a `ViT` is given.
@@ -121,8 +152,8 @@ def from_torch(
     Variables as NumPy arrays, in the layout of the model (`ViT(scan=True)`: stacked).
 
   Raises:
-    ValueError: listing every name that is missing or unexpected and every shape that differs; or for a
-      pattern of `ignore` that matches nothing.
+    ValueError: listing every name that is missing or unexpected and every shape that differs; for a
+      pattern of `ignore` that matches nothing; for a tied head that differs from the embedding.
   """
   variables = abstract_variables(model) if isinstance(model, nn.Module) else model
   variables = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), dict(variables))
@@ -130,8 +161,10 @@ def from_torch(
   if scanned:
     variables['params'] = jax.eval_shape(unstack_blocks, variables['params'])
   if renames is None:
-    renames = TORCHVISION_VIT if 'class_token' in state_dict else TIMM
+    renames = _renames_of(state_dict)
   given = _select(state_dict, ignore)
+  if 'lm_head' not in variables['params']:
+    given = _without_tied_head(given)
   expected = traverse_util.flatten_dict(variables, sep='/')
   by_name = {torch_name(path.split('/', 1)[1], renames): path for path in expected}
 
@@ -145,7 +178,7 @@ def from_torch(
     if resample and path == 'params/pos_embed' and value.ndim == 3:
       prefix = len({'cls_token', 'dist_token'} & set(variables['params']))
       value = _resample(value, target.shape, prefix, model.grid if isinstance(model, ViT) else None)
-    if path.endswith('/kernel'):
+    if path.endswith('/kernel') and not _IN_OUT.fullmatch(name):
       value = _from_torch_layout(value)
     if value.shape != target.shape:
       hint = ' (resample=True brings it to the grid)' if path == 'params/pos_embed' else ''
@@ -170,10 +203,10 @@ def to_torch(variables: PyTree, *, renames: Renames = TIMM) -> dict[str, np.ndar
     variables['params'] = unstack_blocks(variables['params'])
   state_dict = {}
   for path, value in traverse_util.flatten_dict(variables, sep='/').items():
-    value = np.asarray(value)
-    if path.endswith('/kernel'):
+    value, name = np.asarray(value), torch_name(path.split('/', 1)[1], renames)
+    if path.endswith('/kernel') and not _IN_OUT.fullmatch(name):
       value = np.ascontiguousarray(_to_torch_layout(value))
-    state_dict[torch_name(path.split('/', 1)[1], renames)] = value
+    state_dict[name] = value
   return state_dict
 
 
@@ -214,6 +247,11 @@ def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
   """
   architecture, _, tag = name.partition('.')
   model = create(architecture, **overrides)
+  if isinstance(model, GPT2 | Llama):
+    raise ValueError(
+      f'load_pretrained({name!r}) knows image networks; for a decoder use from_torch(from_config(config), '
+      f'read_state_dict(file)) with config.json and model.safetensors of its repository.'
+    )
   tag = tag or _DEFAULT_TAGS.get(architecture)
   if tag is None:
     raise ValueError(
@@ -221,7 +259,7 @@ def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
       f"'resnet50.tv_in1k', or one of {', '.join(_DEFAULT_TAGS)}."
     )
   state_dict = read_state_dict(_download(f'timm/{architecture}.{tag}', 'model.safetensors'))
-  ignore = () if model.num_classes else (r'(fc|head|head_dist)\..*',)
+  ignore = () if model.num_classes else (r'(fc|head|head_dist|classifier)\..*',)
   return model, from_torch(model, state_dict, ignore=ignore, resample=isinstance(model, ViT))
 
 
@@ -243,12 +281,36 @@ def _select(state_dict: StateDict, ignore: Sequence[str]) -> dict[str, np.ndarra
   useless = [p for p in ignore if not any(re.fullmatch(p, name) for name in state_dict)]
   if useless:
     raise ValueError(f'ignore patterns that match no name of the checkpoint: {useless}.')
-  skipped = (*ignore, r'(.*\.)?num_batches_tracked')
+  skipped = (*ignore, *_BUFFERS)
   return {
     name: value
     for name, value in state_dict.items()
     if not any(re.fullmatch(pattern, name) for pattern in skipped)
   }
+
+
+def _renames_of(state_dict: StateDict) -> Renames:
+  """Returns the names of the code base that the checkpoint looks like."""
+  marks = {
+    'class_token': TORCHVISION_VIT,
+    'transformer.wte.weight': HF_GPT2,
+    'wte.weight': HF_GPT2_BARE,
+    'model.embed_tokens.weight': HF_LLAMA,
+  }
+  return next((renames for name, renames in marks.items() if name in state_dict), TIMM)
+
+
+def _without_tied_head(state_dict: StateDict) -> StateDict:
+  """Drops `lm_head.weight` beside the embedding that it repeats."""
+  embedding = next((name for name in _EMBEDDINGS if name in state_dict), None)
+  if embedding is None or 'lm_head.weight' not in state_dict:
+    return state_dict
+  if not np.array_equal(state_dict['lm_head.weight'], state_dict[embedding]):
+    raise ValueError(
+      f'The model ties its head to the embedding, but lm_head.weight differs from {embedding}: build '
+      f'the model with tied=False.'
+    )
+  return {name: value for name, value in state_dict.items() if name != 'lm_head.weight'}
 
 
 def _from_torch_layout(kernel: np.ndarray) -> np.ndarray:

@@ -316,13 +316,13 @@ def _dense(dtype: Any):
 
   def make(features: int, **kwargs) -> nn.Dense:
     return nn.Dense(
-      features, kernel_init=vit_normal, dtype=dtype, dot_general=_flat_dot_general, **kwargs
+      features, kernel_init=vit_normal, dtype=dtype, dot_general=flat_dot_general, **kwargs
     )
 
   return make
 
 
-def _flat_dot_general(
+def flat_dot_general(
   x: Array, kernel: Array, dimension_numbers, precision=None, preferred_element_type=None
 ) -> Array:
   """Returns `x @ kernel` over `[tokens, channels]`: the kernel's gradient then needs no transposed copy.

@@ -1,5 +1,4 @@
 import json
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
 from random_variables import random_images, random_variables, run, run_capture
+from rule_weights import rule_tensor
 
 from jaxlab.models import (
   ResNet,
@@ -27,22 +27,6 @@ VIT = {'patch_size': 4, 'image_size': 8, 'width': 12, 'depth': 2, 'num_heads': 2
 RESNET = {'stage_sizes': (1, 1), 'width': 4, 'widths': (4, 8), 'stem': 'cifar', 'num_classes': 5}
 
 
-def rule_tensor(name, shape):
-  """The weights under which the reference outputs were computed, a function of name and shape."""
-  noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-  if name.endswith('running_var'):
-    value = 1.0 + 0.1 * np.abs(noise)
-  elif name.endswith(('bias', 'running_mean')):
-    value = 0.1 * noise
-  elif name.endswith('weight') and len(shape) <= 1:
-    value = 1.0 + 0.1 * noise
-  elif name.endswith('weight'):
-    value = noise / np.sqrt(np.prod(shape[1:]))
-  else:
-    value = 0.1 * noise
-  return value.astype(np.float32)
-
-
 def check_timm(vectors, features_of):
   name = vectors.path.stem.removeprefix('timm_')
   shapes = [json.loads(shape) for shape in vectors['checkpoint_shapes'].tolist()]
@@ -56,7 +40,7 @@ def check_timm(vectors, features_of):
   variables = from_torch(model, state_dict)
   logits, captured = run_capture(model, variables, [features_of(model)], images)
   features = captured[features_of(model)]
-  if features.ndim == 4:
+  if features.ndim == 4 and not name.startswith('swin'):  # timm's Swin is channels-last
     features = features.transpose(0, 3, 1, 2)
   assert features.shape == tuple(vectors['out_features_shape'])
   for actual, expected in (
@@ -79,6 +63,16 @@ def test_vit_agrees_with_timm(vectors):
 @golden('models', 'timm_deit_')
 def test_deit_agrees_with_timm(vectors):
   check_timm(vectors, lambda m: 'norm')
+
+
+@golden('models', 'timm_swin_')
+def test_swin_agrees_with_timm(vectors):
+  check_timm(vectors, lambda m: 'norm')
+
+
+@golden('models', 'timm_mobilenetv2_')
+def test_mobilenetv2_agrees_with_timm(vectors):
+  check_timm(vectors, lambda m: 'relu2')
 
 
 @pytest.mark.parametrize(

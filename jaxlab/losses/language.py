@@ -1,0 +1,55 @@
+"""Losses of language models."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxlab.losses._arguments import accumulated
+
+
+def next_token_cross_entropy(
+  logits: ArrayLike, tokens: ArrayLike, mask: ArrayLike | None = None
+) -> jax.Array:
+  """Cross-entropy of each token given those before it, in nats.
+
+    loss[b, t] = -log softmax(logits[b, t])[tokens[b, t + 1]]
+
+  Args:
+    logits: `[batch, time, vocab]`, of a decoder over `tokens[:, :-1]`.
+    tokens: integers `[batch, time + 1]`.
+    mask: `[batch, time + 1]`, false or 0 for padding tokens on either side; None: none.
+
+  Returns:
+    `[batch, time]`, float32 or wider: 0 where the token or its predecessor is padding (the terms that count
+    are those of `next_token_mask`).
+
+  Raises:
+    ValueError: if the shapes do not fit, or tokens are no integers.
+
+  >>> next_token_cross_entropy(jnp.zeros((1, 2, 4)), jnp.array([[3, 0, 1]])).round(3).tolist()
+  [[1.3860000371932983, 1.3860000371932983]]
+  """
+  (logits,), tokens = accumulated(logits), jnp.asarray(tokens)
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f'tokens must be integers, got {tokens.dtype}.')
+  if logits.ndim != 3 or tokens.shape != (logits.shape[0], logits.shape[1] + 1):
+    raise ValueError(
+      f'Expected logits [batch, time, vocab] and tokens [batch, time + 1]; got {logits.shape} and '
+      f'{tokens.shape}. Feed the decoder tokens[:, :-1].'
+    )
+  if mask is None:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+  if jnp.shape(mask) != tokens.shape:
+    raise ValueError(f'mask {jnp.shape(mask)} must have the shape of tokens, {tokens.shape}.')
+  counts = next_token_mask(mask)
+  # The logits are masked, too: those of padding may overflow, and 0 * inf would reach the gradient.
+  logits = jnp.where(counts[..., None], logits, 0)
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+  return jnp.where(counts, losses, 0)
+
+
+def next_token_mask(mask: ArrayLike) -> jax.Array:
+  """Returns bool `[batch, time]` of a mask `[batch, time + 1]`: the token and its predecessor are real."""
+  mask = jnp.asarray(mask).astype(bool)
+  return mask[:, :-1] & mask[:, 1:]

@@ -1,0 +1,167 @@
+"""Causal attention of decoders: grouped-query heads, padding and a cache of keys and values.
+
+Variables that hold a collection `'cache'` (of a decoder's `init_cache`) run the decoder incrementally: tokens
+are appended to those that the cache holds. All blocks share one `Context`, which the decoder computes once.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxlab.models.intercept import HookPoint
+
+Array = jax.Array
+PyTree = Any
+
+
+class Context(NamedTuple):
+  """What a block must know of the sequences besides its input.
+
+  Attributes:
+    positions: int32 `[batch, time]`, the number of real tokens before each.
+    mask: bool `[batch, time, keys]`, true where a query may look.
+    slot: int32, the cache's slot of the first token; None without a cache.
+  """
+
+  positions: Array
+  mask: Array
+  slot: Array | None = None
+
+
+def check_tokens(model: str, tokens: Array, max_length: int | None, mask: Array | None) -> None:
+  """Raises ValueError unless tokens are integers `[batch, time]` that fit the model, and `mask` them."""
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(
+      f'{model} reads integer tokens [batch, time]; got {tokens.dtype} {tokens.shape}.'
+    )
+  if max_length is not None and tokens.shape[1] > max_length:
+    raise ValueError(
+      f'{model}: {tokens.shape[1]} tokens, but max_length={max_length} positions are stored; cut the '
+      f'sequences.'
+    )
+  if mask is not None and mask.shape != tokens.shape:
+    raise ValueError(f'{model}: mask {mask.shape} must have the shape of tokens, {tokens.shape}.')
+
+
+def make_context(module: nn.Module, tokens: Array, mask: Array | None) -> Context | None:
+  """Returns the context of `tokens` `[batch, time]` and advances the cache of `module`, if there is one.
+
+  None, without cache and mask, stands for plain causal attention at positions 0, 1, ...
+
+  Args:
+    module: the bound decoder.
+    tokens: int `[batch, time]`.
+    mask: `[batch, time]`, false or 0 for padding: no real token looks there, and it takes no position.
+
+  Raises:
+    ValueError: if the cache does not fit the batch or is not mutable.
+  """
+  batch, time = tokens.shape
+  if not module.has_variable('cache', 'slot'):
+    if mask is None:
+      return None
+    mask = mask.astype(bool)
+    causal = jnp.tril(jnp.ones((time, time), bool))
+    return Context(_count(mask), causal & mask[:, None, :])
+  if not module.is_mutable_collection('cache'):
+    raise ValueError("The variables hold a cache: apply the model with mutable=['cache'].")
+  slot, valid = module.get_variable('cache', 'slot'), module.get_variable('cache', 'mask')
+  if valid.shape[0] != batch or time > valid.shape[1]:
+    raise ValueError(
+      f'tokens {tokens.shape} do not fit the cache of {valid.shape} (batch, length): make one by '
+      f'init_cache(batch, length).'
+    )
+  mask = jnp.ones((batch, time), bool) if mask is None else mask.astype(bool)
+  positions = _count(mask) + jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]
+  valid = jax.lax.dynamic_update_slice(valid, mask, (0, slot))
+  module.put_variable('cache', 'slot', slot + time)
+  module.put_variable('cache', 'mask', valid)
+  causal = jnp.arange(valid.shape[1]) <= slot + jnp.arange(time)[:, None]
+  return Context(positions, causal & valid[:, None, :], slot)
+
+
+def positions_of(x: Array, context: Context | None) -> Array:
+  """Returns the positions `[batch, time]` or `[1, time]` of `x` `[batch, time, ...]`."""
+  return jnp.arange(x.shape[1])[None] if context is None else context.positions
+
+
+def attend(
+  module: nn.Module, query: Array, key: Array, value: Array, context: Context | None = None
+) -> Array:
+  """Returns causal attention, `softmax(mask(q k^T / sqrt(head width))) v`, heads merged.
+
+  To be called in the compact `__call__` of `module`, to which it gives the hook points `query`, `key`,
+  `value` `[batch, time, heads, head width]` (before scaling, and before keys and values enter the cache) and
+  `softmax` `[batch, heads, queries, keys]`. The softmax is taken in at least float32. A query that may look
+  nowhere (padding before the first token) gets finite values that mean nothing.
+
+  Args:
+    module: the bound attention module; its collection `'cache'`, if any, is read and updated.
+    query: `[batch, time, heads, head width]`.
+    key: `[batch, time, key-value heads, head width]`; the heads are a multiple of these, and query head h
+      reads key-value head `h // (heads / key-value heads)`.
+    value: as `key`.
+    context: None: plain causal attention.
+
+  Returns:
+    `[batch, time, heads * head width]`.
+  """
+  query = HookPoint(name='query')(query)
+  key = HookPoint(name='key')(key)
+  value = HookPoint(name='value')(value)
+  batch, time, heads, width = query.shape
+  if context is None:
+    mask = jnp.tril(jnp.ones((1, time, time), bool))
+  else:
+    mask = context.mask
+    if context.slot is not None:
+      key = _append(module, 'cached_key', key, context.slot)
+      value = _append(module, 'cached_value', value, context.slot)
+  kv_heads = key.shape[2]
+  query = query.reshape(batch, time, kv_heads, heads // kv_heads, width) * width**-0.5
+  scores = jnp.einsum('bqhgd,bkhd->bhgqk', query, key)
+  scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+  weights = jax.nn.softmax(scores).astype(value.dtype).reshape(batch, heads, time, key.shape[1])
+  weights = HookPoint(name='softmax')(weights)
+  weights = weights.reshape(batch, kv_heads, heads // kv_heads, time, key.shape[1])
+  return jnp.einsum('bhgqk,bkhd->bqhgd', weights, value).reshape(batch, time, heads * width)
+
+
+def empty_cache(
+  attentions: Sequence[tuple[str, str]], shape: tuple[int, int, int, int], dtype: Any
+) -> dict[str, PyTree]:
+  """Returns a collection `'cache'` without tokens.
+
+  Args:
+    attentions: pairs (block, attention module in it).
+    shape: `(batch, length, key-value heads, head width)` of each array of keys or values.
+    dtype: of the keys and values; None: float32.
+  """
+  dtype = dtype or jnp.float32
+  cache: dict[str, PyTree] = {
+    block: {name: {k: jnp.zeros(shape, dtype) for k in ('cached_key', 'cached_value')}}
+    for block, name in attentions
+  }
+  return {**cache, 'slot': jnp.zeros((), jnp.int32), 'mask': jnp.zeros(shape[:2], bool)}
+
+
+def cache_bytes(cache: Mapping[str, PyTree]) -> int:
+  """Returns the bytes of the keys and values that a cache (or its shapes) has room for."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache) if leaf.ndim == 4)
+
+
+def _count(mask: Array) -> Array:
+  """Returns the number of real tokens before each, `[batch, time]`."""
+  return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _append(module: nn.Module, name: str, new: Array, slot: Array) -> Array:
+  """Writes `new` `[batch, time, heads, width]` into the cache at `slot` and returns all of it."""
+  old = module.get_variable('cache', name)
+  value = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot, 0, 0))
+  module.put_variable('cache', name, value)
+  return value.astype(new.dtype)

@@ -1,0 +1,138 @@
+"""Sizes of published decoders, and decoders from configurations of Hugging Face's transformers."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from jaxlab.models.gpt2 import GPT2
+from jaxlab.models.llama import Llama
+
+# Radford et al. 2019, table 2; Touvron et al. 2023 (arXiv 2302.13971), table 2 and (2307.09288), table 1;
+# Llama team 2024 (arXiv 2407.21783), table 3.
+SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+  'gpt2': (GPT2, {'width': 768, 'depth': 12, 'num_heads': 12}),
+  'gpt2_medium': (GPT2, {'width': 1024, 'depth': 24, 'num_heads': 16}),
+  'gpt2_large': (GPT2, {'width': 1280, 'depth': 36, 'num_heads': 20}),
+  'gpt2_xl': (GPT2, {'width': 1600, 'depth': 48, 'num_heads': 25}),
+  'llama': (Llama, {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 11008}),
+  'llama2_7b': (
+    Llama,
+    {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 11008, 'max_length': 4096}
+    | {'epsilon': 1e-5},
+  ),
+  'llama3_8b': (
+    Llama,
+    {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 14336, 'max_length': 8192}
+    | {'vocab_size': 128256, 'num_kv_heads': 8, 'rope_theta': 500000.0, 'epsilon': 1e-5},
+  ),
+}
+
+# Name in transformers' configuration -> field, and what transformers takes where it is absent.
+_GPT2_FIELDS = {
+  'vocab_size': ('vocab_size', 50257),
+  'n_positions': ('max_length', 1024),
+  'n_embd': ('width', 768),
+  'n_layer': ('depth', 12),
+  'n_head': ('num_heads', 12),
+  'n_inner': ('hidden', None),
+  'layer_norm_epsilon': ('epsilon', 1e-5),
+  'tie_word_embeddings': ('tied', True),
+}
+_GPT2_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+_LLAMA_FIELDS = {
+  'vocab_size': ('vocab_size', 32000),
+  'hidden_size': ('width', 4096),
+  'num_hidden_layers': ('depth', 32),
+  'num_attention_heads': ('num_heads', 32),
+  'num_key_value_heads': ('num_kv_heads', None),
+  'head_dim': ('head_width', None),
+  'intermediate_size': ('hidden', 11008),
+  'max_position_embeddings': ('max_length', 2048),
+  'rms_norm_eps': ('epsilon', 1e-6),
+  'tie_word_embeddings': ('tied', False),
+  'attention_bias': ('attention_bias', False),
+  'mlp_bias': ('mlp_bias', False),
+}
+# Options that would change the function; every other value than these is refused.
+_GPT2_FIXED = {
+  'scale_attn_weights': True,
+  'scale_attn_by_inverse_layer_idx': False,
+  'add_cross_attention': False,
+}
+_LLAMA_FIXED = {'hidden_act': 'silu'}
+
+
+def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any) -> GPT2 | Llama:
+  """Returns the decoder that a `config.json` of transformers describes (GPT-2 or Llama).
+
+  Entries that do not concern the network's function (token ids, rates of dropout, initial deviations) are
+  ignored; what is absent has transformers' default.
+
+  Args:
+    config: the entries, their JSON text, or the path of the file. Without `model_type` the family is told by
+      `n_embd` (GPT-2) or `hidden_size` (Llama).
+    **overrides: fields of `GPT2` or `Llama`, e.g. `dtype` and `remat`.
+
+  Raises:
+    ValueError: for another family, or an option that the decoder does not have (scaled rotary positions,
+      another activation).
+
+  >>> from_config('{"n_embd": 64, "n_layer": 3, "n_head": 4}', remat=True).depth
+  3
+  """
+  config = _read(config)
+  family = config.get('model_type')
+  family = family or (
+    'gpt2' if 'n_embd' in config else 'llama' if 'hidden_size' in config else None
+  )
+  if family == 'gpt2':
+    _refuse_others(config, _GPT2_FIXED)
+    activation = config.get('activation_function', 'gelu_new')
+    if activation not in _GPT2_ACTIVATIONS:
+      raise ValueError(
+        f'from_config: activation_function={activation!r}; GPT2 has {sorted(_GPT2_ACTIVATIONS)}.'
+      )
+    fields = {**_fields(config, _GPT2_FIELDS), 'activation': _GPT2_ACTIVATIONS[activation]}
+    return GPT2(**{**fields, **overrides})
+  if family == 'llama':
+    _refuse_others(config, _LLAMA_FIXED)
+    fields = {**_fields(config, _LLAMA_FIELDS), 'rope_theta': _rope_theta(config)}
+    return Llama(**{**fields, **overrides})
+  raise ValueError(
+    f"from_config knows the model types 'gpt2' and 'llama', got {family!r} (entries: "
+    f'{", ".join(sorted(config)[:8])}).'
+  )
+
+
+def _read(config: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
+  if isinstance(config, Mapping):
+    return config
+  text = os.fspath(config)
+  if not text.lstrip().startswith('{'):
+    text = pathlib.Path(text).read_text(encoding='utf-8')
+  return json.loads(text)
+
+
+def _fields(config: Mapping[str, Any], names: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+  return {field: config.get(name, default) for name, (field, default) in names.items()}
+
+
+def _refuse_others(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+  for name, value in fixed.items():
+    if config.get(name, value) != value:
+      raise ValueError(f'from_config: {name}={config[name]!r} is not supported, only {value!r}.')
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+  """Reads the rotary base from `rope_parameters` (transformers 5) or `rope_theta` (before)."""
+  rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind != 'default':
+    raise ValueError(
+      f"from_config: rotary positions scaled by {kind!r} are not supported, only 'default'."
+    )
+  return float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))

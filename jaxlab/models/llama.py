@@ -1,0 +1,223 @@
+"""Llama (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Modules are named as in Hugging Face's transformers, `model.layers.3.self_attn.q_proj` as
+`layers_3/self_attn/q_proj`.
+"""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxlab.models import causal_attention
+from jaxlab.models.causal_attention import Context, attend, positions_of
+from jaxlab.models.initializers import vit_normal
+from jaxlab.models.intercept import HookPoint
+from jaxlab.models.rotary import rotary_embedding
+from jaxlab.models.vit import flat_dot_general
+
+Array = jax.Array
+PyTree = Any
+
+
+class LlamaAttention(nn.Module):
+  """Causal grouped-query attention on rotated queries and keys.
+
+  Hook points of `causal_attention.attend`: `query` and `key` are those behind the rotation.
+  """
+
+  num_heads: int
+  num_kv_heads: int
+  head_width: int
+  rope_theta: float = 10000.0
+  use_bias: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array, context: Context | None = None) -> Array:
+    """Maps `[batch, time, width]` to the same shape."""
+
+    def project(heads: int, name: str) -> Array:
+      y = _dense(heads * self.head_width, self.dtype, name, self.use_bias)(x)
+      return y.reshape(*x.shape[:2], heads, self.head_width)
+
+    positions = positions_of(x, context)
+    query = rotary_embedding(project(self.num_heads, 'q_proj'), positions, self.rope_theta)
+    key = rotary_embedding(project(self.num_kv_heads, 'k_proj'), positions, self.rope_theta)
+    y = attend(self, query, key, project(self.num_kv_heads, 'v_proj'), context)
+    return _dense(x.shape[-1], self.dtype, 'o_proj', self.use_bias)(y)
+
+
+class LlamaMlp(nn.Module):
+  """SwiGLU (Shazeer 2020), `down_proj(silu(gate_proj(x)) * up_proj(x))`, hook point `silu`."""
+
+  hidden: int
+  use_bias: bool = False
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Maps `[batch, time, width]` to the same shape."""
+    gate = _dense(self.hidden, self.dtype, 'gate_proj', self.use_bias)(x)
+    gate = HookPoint(name='silu')(nn.silu(gate))
+    y = gate * _dense(self.hidden, self.dtype, 'up_proj', self.use_bias)(x)
+    return _dense(x.shape[-1], self.dtype, 'down_proj', self.use_bias)(y)
+
+
+class LlamaBlock(nn.Module):
+  """A pre-norm decoder block: attention, then MLP, each around a shortcut."""
+
+  num_heads: int
+  num_kv_heads: int
+  head_width: int
+  hidden: int
+  rope_theta: float = 10000.0
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  epsilon: float = 1e-6
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array, context: Context | None = None) -> Array:
+    """Maps `[batch, time, width]` to the same shape; without `context` plainly causal."""
+    attention = LlamaAttention(
+      self.num_heads,
+      self.num_kv_heads,
+      self.head_width,
+      self.rope_theta,
+      self.attention_bias,
+      self.dtype,
+      name='self_attn',
+    )
+    x = x + attention(_rms_norm(self.epsilon, self.dtype, 'input_layernorm')(x), context)
+    mlp = LlamaMlp(self.hidden, self.mlp_bias, self.dtype, name='mlp')
+    return x + mlp(_rms_norm(self.epsilon, self.dtype, 'post_attention_layernorm')(x))
+
+
+class Llama(nn.Module):
+  """A Llama decoder: `tokens [batch, time] -> logits [batch, time, vocab_size]`.
+
+  `embed_tokens`, blocks `layers_i`, `norm`, and the head: `lm_head`, or with `tied` the embedding again.
+  Logits at a position depend on the tokens up to it alone.
+
+  Attributes:
+    vocab_size: number of tokens.
+    width: channels of a token.
+    depth: number of blocks.
+    num_heads: query heads.
+    num_kv_heads: heads of keys and values, a divisor of `num_heads` (Ainslie et al. 2023, arXiv 2305.13245);
+      None: `num_heads`.
+    head_width: channels of a head, even; None: `width / num_heads`.
+    hidden: channels of the MLP.
+    max_length: tokens for which the network is made: the default length of a cache. Longer sequences run.
+    rope_theta: base of the rotary wavelengths.
+    tied: the embedding is the head's kernel, too.
+    attention_bias: biases of attention's four layers.
+    mlp_bias: biases of the MLP's three layers.
+    epsilon: of the RMSNorms, which compute in at least float32.
+    dtype: of the computation (parameters stay float32); None: float32.
+    remat: recompute each block's activations in the backward pass instead of storing them.
+
+  Raises:
+    ValueError: at construction, if heads do not divide, or the head's width is odd; when called, for
+      anything but integer tokens `[batch, time]`.
+  """
+
+  vocab_size: int = 32000
+  width: int = 4096
+  depth: int = 32
+  num_heads: int = 32
+  num_kv_heads: int | None = None
+  head_width: int | None = None
+  hidden: int = 11008
+  max_length: int = 2048
+  rope_theta: float = 10000.0
+  tied: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  epsilon: float = 1e-6
+  dtype: Any = None
+  remat: bool = False
+
+  def __post_init__(self):
+    if self.head_width is None and self.width % self.num_heads:
+      raise ValueError(
+        f'Llama: width={self.width} is not divisible by num_heads={self.num_heads}; give head_width.'
+      )
+    if self.num_heads % self._kv_heads:
+      raise ValueError(
+        f'Llama: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
+      )
+    if self._head_width % 2:
+      raise ValueError(f'Llama: a head of {self._head_width} channels cannot be rotated in pairs.')
+    super().__post_init__()
+
+  @property
+  def _kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def _head_width(self) -> int:
+    return self.head_width or self.width // self.num_heads
+
+  @nn.compact
+  def __call__(self, tokens: Array, train: bool = False, mask: Array | None = None) -> Array:
+    """Returns logits `[batch, time, vocab_size]`.
+
+    Args:
+      tokens: integers `[batch, time]` in [0, vocab_size); others give NaN.
+      train: without effect: nothing differs in training.
+      mask: `[batch, time]`, false or 0 for padding on either side. Padding takes no position, so that the
+        logits of real tokens are those without it; its own logits mean nothing.
+    """
+    del train
+    causal_attention.check_tokens('Llama', tokens, None, mask)
+    context = causal_attention.make_context(self, tokens, mask)
+    embed = nn.Embed(
+      self.vocab_size, self.width, embedding_init=vit_normal, dtype=self.dtype, name='embed_tokens'
+    )
+    x = embed(tokens)
+    block = nn.remat(LlamaBlock) if self.remat else LlamaBlock
+    for index in range(self.depth):
+      x = block(
+        self.num_heads,
+        self._kv_heads,
+        self._head_width,
+        self.hidden,
+        self.rope_theta,
+        self.attention_bias,
+        self.mlp_bias,
+        self.epsilon,
+        self.dtype,
+        name=f'layers_{index}',
+      )(x, context)
+    x = _rms_norm(self.epsilon, self.dtype, 'norm')(x)
+    if self.tied:
+      return embed.attend(x)
+    return _dense(self.vocab_size, self.dtype, 'lm_head')(x)
+
+  def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:
+    """Returns an empty collection `'cache'` for `batch` sequences of up to `length` tokens, padding included.
+
+    `model.apply({**variables, 'cache': cache}, tokens, mutable=['cache'])` appends `tokens` (a whole prompt,
+    or the next token) and returns their logits and the new cache. To append more than `length` (default:
+    `max_length`) is not noticed and gives wrong results.
+    """
+    blocks = [(f'layers_{index}', 'self_attn') for index in range(self.depth)]
+    shape = (batch, length or self.max_length, self._kv_heads, self._head_width)
+    return causal_attention.empty_cache(blocks, shape, self.dtype)
+
+
+def _dense(features: int, dtype: Any, name: str, use_bias: bool = False) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    kernel_init=vit_normal,
+    dtype=dtype,
+    dot_general=flat_dot_general,
+    name=name,
+  )
+
+
+def _rms_norm(epsilon: float, dtype: Any, name: str) -> nn.RMSNorm:
+  return nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)
