@@ -34,6 +34,9 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
   first = data.epoch_batches(source, 2, transform=reading(config, split)['transform'])
   batch = next(first)
   first.close()
+  if 'tokens' in batch:
+    data.check_tokens(batch['tokens'], source.num_classes)
+    return source
   image_shape = config.data.stored_image if split == 'train' else None
   data.check_batch(batch, num_classes=source.num_classes, image_shape=image_shape)
   return source

@@ -28,7 +28,7 @@ def decode_image(data: bytes, draft: int | None = None) -> np.ndarray:
 class DecodeImage:
   """Record transform: decodes `image`, resizes its shorter side, cuts out the center.
 
-  The evaluation rule of ImageNet: shorter side to `resize` (bilinear with antialias, through PIL), then
+  The evaluation rule of ImageNet: shorter side to `resize` (with antialias, through PIL), then
   the central `size` x `size` pixels. It gives every record one shape, from which random crops are made
   on the device. A plain callable, as grain's `map` and `make_loader(transform=...)` take.
 
@@ -36,14 +36,20 @@ class DecodeImage:
     size: side of the result in pixels.
     resize: length of the shorter side before the cut; default: `size` (nothing but the longer side's
       ends are lost). 256 with size 224 is the usual evaluation.
+    interpolation: 'bilinear' or 'bicubic'.
     draft: whether JPEGs may be decoded at reduced size when they are much larger (see `decode_image`).
   """
 
   size: int
   resize: int | None = None
   draft: bool = False
+  interpolation: str = 'bilinear'
 
   def __post_init__(self):
+    if self.interpolation not in ('bilinear', 'bicubic'):
+      raise ValueError(
+        f"interpolation is {self.interpolation!r}, expected one of 'bilinear', 'bicubic'."
+      )
     if self.size < 1:
       raise ValueError(f'size is {self.size}, expected a positive number of pixels.')
     if self.resize is not None and self.resize < self.size:
@@ -77,7 +83,7 @@ class DecodeImage:
     else:
       width, height = int(shorter * width / height), shorter
     left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-    pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = np.array(picture.resize((width, height), Image.Resampling[self.interpolation.upper()]))
     pixels = pixels.reshape(height, width, -1)
     return np.ascontiguousarray(pixels[top : top + self.size, left : left + self.size])
 

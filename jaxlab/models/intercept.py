@@ -121,8 +121,11 @@ def path_string(path: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def intercepting(hooks: Sequence[Hook]) -> Iterator[None]:
+def intercepting(hooks: Sequence[Hook], prefix: str | None = None) -> Iterator[None]:
   """Runs Linen calls inside the context under `hooks`; the first hook of the list is the innermost.
+
+  With a `prefix` the module that is called is a part of a larger model, in which it has this path: hooks see
+  the paths of the larger model, and those that match nothing here are no error.
 
   Raises:
     ValueError: on leaving the context, if a hook has matched no module that was called. The message
@@ -136,6 +139,8 @@ def intercepting(hooks: Sequence[Hook]) -> Iterator[None]:
     if context.method_name != '__call__':
       return next_fun(*args, **kwargs)
     path = path_string(context.module.path)
+    if prefix:
+      path = f'{prefix}/{path}' if path else prefix
     paths.add(path)
     call = next_fun
     for index, (hook, pattern) in enumerate(zip(hooks, patterns, strict=True)):
@@ -147,7 +152,7 @@ def intercepting(hooks: Sequence[Hook]) -> Iterator[None]:
   with nn.intercept_methods(interceptor):
     yield
   unmatched = [hook.pattern for index, hook in enumerate(hooks) if index not in matched]
-  if unmatched:
+  if unmatched and prefix is None:
     raise_unmatched(unmatched, paths, 'hook pattern', 'module')
 
 
@@ -184,14 +189,18 @@ def apply(
   variables: Mapping[str, PyTree],
   *args: Any,
   hooks: Sequence[Hook] = (),
+  prefix: str | None = None,
   **kwargs: Any,
 ) -> Any:
   """Returns `model.apply(variables, *args, **kwargs)` with `hooks` around the named modules.
 
   Pure: what hooks write comes back as a collection, if `mutable` names it. A hook on the root module has
   the empty path. A hook whose pattern matches nothing raises ValueError (while tracing, under `jit`).
+
+  With `prefix` the `model` is a part of a larger one, cut out: `prefix` is its path there, hook patterns
+  are those of the larger model, and patterns without a match are ignored.
   """
-  with intercepting(hooks):
+  with intercepting(hooks, prefix):
     return model.apply(variables, *args, **kwargs)
 
 

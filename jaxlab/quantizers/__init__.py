@@ -1,9 +1,12 @@
-"""Quantizers: rounding and its gradients, affine quantizers, range estimates, bit policies, post-training.
+"""Quantizers: rounding and its gradients, learned and logarithmic ones, whole networks, integers.
 
 A quantizer is a frozen dataclass of static choices plus a pytree of arrays, with free functions
-`calibrate`, `quantize`, `dequantize`, `fake_quantize`.
+`calibrate`, `quantize`, `dequantize`, `fake_quantize`; one without static choices is free functions alone. A
+quantized network is its variables and hooks around its modules (`repq`, `percentile_ptq`, `ptq`), and
+`compensation` gives back a part of what it lost.
 """
 
+from jaxlab.quantizers import compensation
 from jaxlab.quantizers.affine import (
   AffineParams,
   AffineQuantizer,
@@ -16,7 +19,63 @@ from jaxlab.quantizers.affine import (
   params_from_range,
   quantize,
 )
-from jaxlab.quantizers.policy import BitPolicy
+from jaxlab.quantizers.folding import (
+  RESNET_PAIRS,
+  fold_batch_norm,
+  fold_batch_norms,
+)
+from jaxlab.quantizers.gptq import (
+  GPTQKernel,
+  GPTQResult,
+  HessianState,
+  accumulate_hessian,
+  dequantize_groups,
+  gptq,
+  gptq_kernel,
+  init_hessian,
+  output_error,
+  unfold,
+)
+from jaxlab.quantizers.integer import (
+  as_qarray,
+  grouped_integer_dot,
+  integer_conv,
+  integer_dot,
+  pack_int4,
+  unpack_int4,
+)
+from jaxlab.quantizers.learned import (
+  dorefa_activations,
+  dorefa_mean_weights,
+  dorefa_scaled_activations,
+  dorefa_weights,
+  lsq_fake_quantize,
+  lsq_plus_fake_quantize,
+  lsq_scale,
+  pact_fake_quantize,
+  pact_penalty,
+  scale_gradient,
+)
+from jaxlab.quantizers.logarithmic import (
+  log2_dequantize,
+  log2_fake_quantize,
+  log2_quantize,
+  log_sqrt2_dequantize,
+  log_sqrt2_fake_quantize,
+  log_sqrt2_quantize,
+  log_sqrt2_scale,
+)
+from jaxlab.quantizers.operands import (
+  EDGES,
+  Quantized,
+  edge_policy,
+  operand_hooks,
+  percentile_ptq,
+  quantize_kernels,
+)
+from jaxlab.quantizers.policy import (
+  BitPolicy,
+)
 from jaxlab.quantizers.post_training import (
   collect_ranges,
   fake_quantize_hooks,
@@ -37,36 +96,120 @@ from jaxlab.quantizers.ranges import (
   quantile_observer,
   top_k_percentile_range,
 )
-from jaxlab.quantizers.rounding import clip_inclusive, round_straight_through
+from jaxlab.quantizers.repq import (
+  norm_dense_pairs,
+  reparametrize,
+  repq,
+)
+from jaxlab.quantizers.requantization import (
+  FixedPoint,
+  fixed_point_constants,
+  flip_negative_channels,
+  fold_channel_affine,
+  requantize,
+  requantize_constants,
+  requantize_fixed_point,
+)
+from jaxlab.quantizers.rounding import (
+  clip_inclusive,
+  round_straight_through,
+)
+from jaxlab.quantizers.storage import (
+  QuantizedArray,
+  load_quantized,
+  restore,
+  save_quantized,
+  size_in_bytes,
+  store,
+)
 
 __all__ = [
+  'EDGES',
+  'RESNET_PAIRS',
   'AffineParams',
   'AffineQuantizer',
   'BitPolicy',
+  'FixedPoint',
+  'GPTQKernel',
+  'GPTQResult',
+  'HessianState',
   'Observer',
+  'Quantized',
+  'QuantizedArray',
+  'accumulate_hessian',
   'affine_fake_quantize',
+  'as_qarray',
   'averaged_min_max_observer',
   'averaged_running_min_max_observer',
   'calibrate',
   'clip_inclusive',
   'code_range',
   'collect_ranges',
+  'compensation',
   'dequantize',
+  'dequantize_groups',
+  'dorefa_activations',
+  'dorefa_mean_weights',
+  'dorefa_scaled_activations',
+  'dorefa_weights',
+  'edge_policy',
   'fake_quantize',
   'fake_quantize_hooks',
+  'fixed_point_constants',
+  'flip_negative_channels',
+  'fold_batch_norm',
+  'fold_batch_norms',
+  'fold_channel_affine',
   'gaussian_observer',
+  'gptq',
+  'gptq_kernel',
+  'grouped_integer_dot',
+  'init_hessian',
+  'integer_conv',
+  'integer_dot',
+  'load_quantized',
+  'log2_dequantize',
+  'log2_fake_quantize',
+  'log2_quantize',
+  'log_sqrt2_dequantize',
+  'log_sqrt2_fake_quantize',
+  'log_sqrt2_quantize',
+  'log_sqrt2_scale',
+  'lsq_fake_quantize',
+  'lsq_plus_fake_quantize',
+  'lsq_scale',
   'min_max',
   'min_max_observer',
   'mse_range',
   'mse_ternary_range',
+  'norm_dense_pairs',
+  'operand_hooks',
+  'output_error',
+  'pack_int4',
+  'pact_fake_quantize',
+  'pact_penalty',
   'params_from_range',
+  'percentile_ptq',
   'percentile_range',
   'power_of_two_factor',
   'ptq',
   'quantile_observer',
   'quantize',
+  'quantize_kernels',
   'quantize_weights',
   'range_hooks',
+  'reparametrize',
+  'repq',
+  'requantize',
+  'requantize_constants',
+  'requantize_fixed_point',
+  'restore',
   'round_straight_through',
+  'save_quantized',
+  'scale_gradient',
+  'size_in_bytes',
+  'store',
   'top_k_percentile_range',
+  'unfold',
+  'unpack_int4',
 ]

@@ -42,7 +42,7 @@ CHANNEL = AffineQuantizer(rule='asymmetric', granularity='channel', axis=-1)
 MIN_BITS, MAX_BITS = 2, 8
 
 # The first and the last layer of the networks of `jaxlab.models`.
-EDGES = r'patch_embed/proj|head|head_dist|head/fc|conv1|fc'
+EDGES = r'patch_embed/proj|head|head_dist|head/fc|conv1|fc|conv_stem|classifier|lm_head'
 AFFINE_POINTS = r'(.*/)?(query|key|value)'
 LOGARITHMIC_POINTS = r'(.*/)?softmax'
 

@@ -1,0 +1,166 @@
+"""Float, quantized, quantized and compensated: the comparison of QwT, QwT-v2 and NBC, over networks and bits.
+
+For each network of `config.networks` and each bit-width of `config.bits`: ranges from
+`calibration.ranges` training inputs (RepQ-ViT for transformers, percentiles for convolutional networks), then
+every method in closed form on `calibration.compensation` more, block by block.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments import networks, results, training
+from experiments.quantized_features import parse_bits
+from experiments.results import row
+from jaxlab import quantizers
+from jaxlab.quantizers import compensation
+
+Metrics = dict[str, float]
+
+
+class Method(NamedTuple):
+  """A row of the comparison: its role, the compensation, and options of `compensation.compensate`."""
+
+  role: str
+  settings: compensation.Method
+  options: Mapping[str, Any] = {}
+
+
+def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Method]) -> dict:
+  """Returns the results of `run`: rows for the float network, quantization alone, and each method.
+
+  Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent) or `perplexity`, `logit_mse` against the
+  float network, `logit_mse_ratio` to that of quantization alone, `block_error_ratio`, the sum over
+  compensated modules of the mean squared error on calibration data over that before; and per network
+  `extra_parameters` and `extra_multiply_adds` (of one example).
+  """
+  for bits in config.bits:
+    quantizers.edge_policy(*parse_bits(bits))
+  sections = {name: networks.section(config, name) for name in config.networks}
+  for name, own in sections.items():
+    if own.quantization not in ('repq', 'percentile'):
+      raise ValueError(
+        f"network.{name}.quantization={own.quantization!r}: expected 'repq' or 'percentile'."
+      )
+  folder = type(workdir)(config.networks_dir or workdir / 'networks')
+  metrics: dict[str, Metrics] = {name: {} for name in ('float', 'PTQ', *methods)}
+  reports = {}
+  for name, own in sections.items():
+    network = networks.load(config, name, folder)
+    (ranges,) = network.calibration(config.calibration.ranges, config.calibration.ranges)
+    batches = network.calibration(config.calibration.compensation, config.calibration.batch_size)
+    reference = network.score(network.variables, network.variables)
+    training.say(f'{name} in float: {_text(reference)}')
+    for bits in config.bits:
+      prefix = f'{name}_{bits}_'
+      _add(metrics['float'], prefix, {k: v for k, v in reference.items() if k != 'logit_mse'})
+      quantized = quantize(own, network, ranges, bits)
+      alone = network.score(network.variables, quantized.variables, quantized.hooks)
+      _add(metrics['PTQ'], prefix, alone | {'logit_mse_ratio': 1.0})
+      training.say(f'{name} {bits}: {_text(alone)}')
+      for title, method in methods.items():
+        found = compensation.compensate(
+          network.model, quantized, batches, method.settings, blocks=own.blocks, **method.options
+        )
+        scored = network.score(network.variables, found.variables, found.hooks)
+        report = found.report
+        scored['logit_mse_ratio'] = scored['logit_mse'] / alone['logit_mse']
+        scored['block_error_ratio'] = report.error_after.sum() / report.error_before.sum()
+        _add(metrics[title], prefix, scored)
+        metrics[title][f'{name}_extra_parameters'] = float(report.parameters.sum())
+        metrics[title][f'{name}_extra_multiply_adds'] = float(report.multiply_adds.sum())
+        reports[name, bits, title] = report
+        training.say(f'{name} {bits} {title}: {_text(scored)}')
+  roles = {'float': 'reference', 'PTQ': 'baseline'} | {t: m.role for t, m in methods.items()}
+  rows = [row(title, roles[title], found) for title, found in metrics.items()]
+  show(config, rows, reports, workdir)
+  known = set.intersection(*(set(item['metrics']) for item in rows[1:]))
+  return results.results(config, rows, [c for c in config.claims if c['metric'] in known])
+
+
+def quantize(
+  config: ConfigDict, network: networks.Network, ranges: jax.Array, bits: str
+) -> quantizers.Quantized:
+  """Returns the network at a bit-width such as `4w4a`; patch embedding or stem and classifier at 8/8."""
+  policy = quantizers.edge_policy(*parse_bits(bits), edges=config.get('edges', quantizers.EDGES))
+  if config.quantization == 'repq':
+    return quantizers.repq(network.model, network.variables, ranges, policy)
+  return quantizers.percentile_ptq(
+    network.model,
+    network.variables,
+    ranges,
+    policy,
+    conv_act_bits=config.get('conv_act_bits'),
+  )
+
+
+def _add(metrics: Metrics, prefix: str, found: Mapping[str, float]) -> None:
+  metrics |= {f'{prefix}{name}': float(value) for name, value in found.items()}
+
+
+def _text(metrics: Mapping[str, float]) -> str:
+  return ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
+
+
+def show(config: ConfigDict, rows: list, reports: Mapping[tuple, Any], workdir: Any) -> None:
+  """Prints the table; draws accuracy over bits and the errors of all blocks at the lowest bit-width."""
+  kinds = {
+    name: 'perplexity' if config.network[name].task == 'language' else 'accuracy'
+    for name in config.networks
+  }
+  title = f'{config.paper}, {config.setting}, seed {config.seed}'
+  results.print_table(
+    title, rows,
+    [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
+    + [f'{name}_{bits}_logit_mse_ratio' for name in kinds for bits in config.bits]
+    + [f'{name}_extra_{what}' for name in kinds for what in ('parameters', 'multiply_adds')],
+  )  # fmt: skip
+  if jax.process_index():
+    return
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  import numpy as np
+
+  def panels(ylabel):
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.6), squeeze=False)
+    axes[0, 0].set_ylabel(ylabel)
+    figure.suptitle(title)
+    return figure, dict(zip(kinds, axes[0], strict=True))
+
+  def save(figure, axes, name):
+    for axis in axes.values():
+      axis.grid(alpha=0.3, axis='y')
+    list(axes.values())[-1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(str(workdir / name), dpi=120)
+    plt.close(figure)
+
+  figure, axes = panels('accuracy (%) or perplexity')
+  width = 0.8 / len(rows)
+  for name, kind in kinds.items():
+    for i, item in enumerate(rows):
+      values = [item['metrics'][f'{name}_{bits}_{kind}'] for bits in config.bits]
+      axes[name].bar(np.arange(len(values)) + i * width, values, width, label=item['name'])
+    axes[name].set_xticks(np.arange(len(config.bits)) + 0.4 - width / 2, config.bits)
+    axes[name].set_title(f'{name}: {kind}')
+    if kind == 'perplexity':
+      axes[name].set_yscale('log')
+  save(figure, axes, 'accuracy_over_bits.png')
+
+  figure, axes = panels('mean squared error on calibration data')
+  lowest = config.bits[-1]
+  for name in kinds:
+    for item in rows:
+      if (report := reports.get((name, lowest, item['name']))) is not None:
+        before, after = report.error_before, report.error_after
+        axes[name].plot(before, ':', marker='o', color='gray', label=f'before {item["name"]}')
+        axes[name].plot(after, '-', marker='o', label=f'after {item["name"]}')
+    axes[name].set_title(f'{name} at {lowest}')
+    axes[name].set_xlabel('compensated module')
+    axes[name].set_yscale('log')
+  save(figure, axes, 'block_errors.png')

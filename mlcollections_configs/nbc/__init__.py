@@ -1,0 +1,1 @@
+"""Settings of NBC (Sun and Wu 2026)."""

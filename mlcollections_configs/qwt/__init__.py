@@ -1,0 +1,1 @@
+"""Settings of QwT (Fu et al., CVPR 2025)."""

@@ -1,0 +1,1 @@
+"""Settings of QwT-v2 (Tang et al. 2025)."""

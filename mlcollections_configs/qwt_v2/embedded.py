@@ -1,0 +1,37 @@
+"""QwT-v2 against quantization alone and QwT, on the small networks of QwT's embedded setting.
+
+  python -m experiments.qwt_v2
+
+Variants: the float network's own activation as the teacher, fewer compensated layers, and the block's output.
+"""
+
+from ml_collections import ConfigDict
+
+from mlcollections_configs.qwt import embedded
+
+
+def get_config() -> ConfigDict:
+  """Returns the configuration."""
+  config = embedded.get_config()
+  config.qwt_v2 = dict(
+    method=dict(granularity='linear'),
+    options=dict(dtype='float32', target='local'),
+    variants={
+      'QwT-v2, global teacher': dict(options=dict(target='global')),
+      'QwT-v2, branches': dict(method=dict(granularity='branch')),
+      'QwT-v2, blocks': dict(method=dict(granularity='block')),
+    },
+  )
+  config.claims = (
+    embedded.gain('QwT-v2', 'vit', '2w3a', 2.0),
+    *(
+      embedded.lower('QwT-v2', network, '2w3a', 0.1)
+      for network in ('vit', 'vit_massive', 'resnet', 'text')
+    ),
+    *(
+      embedded.gain('QwT-v2', network, bits, -0.5)
+      for network in ('vit', 'resnet')
+      for bits in ('4w4a', '8w8a')
+    ),
+  )
+  return config
