@@ -166,16 +166,7 @@ def load(config: ConfigDict, name: str, folder: pathlib.Path) -> Network:
 
 
 def calibration(config: ConfigDict, source: data.Source, count: int, size: int) -> list[Array]:
-  """Returns `count` shuffled training inputs, augmented as for training, in batches of `size`.
-
-  Raises:
-    ValueError: if there are not as many, or batches do not come out even.
-  """
-  if not 1 <= count <= len(source) or count % size:
-    raise ValueError(
-      f'calibration of {count} inputs in batches of {size}: expected a multiple of the batch, at most '
-      f'{len(source)}, the size of the training split.'
-    )
+  """Returns `count` shuffled training inputs, augmented as for training, in batches of `size`."""
   sharding = parallel.batch_sharding(training.mesh(config))
   index, processes = data.process_shard(sharding, size)
   loader = data.make_loader(

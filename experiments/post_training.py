@@ -10,13 +10,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import networks, results, training
 from experiments.quantized_features import parse_bits
 from experiments.results import row
-from jaxlab import quantizers
+from jaxlab import models, parallel, quantizers
 from jaxlab.quantizers import compensation
+from jaxlab.quantizers.compensation import parts
 
 Metrics = dict[str, float]
 
@@ -37,14 +41,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
   compensated modules of the mean squared error on calibration data over that before; and per network
   `extra_parameters` and `extra_multiply_adds` (of one example).
   """
-  for bits in config.bits:
-    quantizers.edge_policy(*parse_bits(bits))
-  sections = {name: networks.section(config, name) for name in config.networks}
-  for name, own in sections.items():
-    if own.quantization not in ('repq', 'percentile'):
-      raise ValueError(
-        f"network.{name}.quantization={own.quantization!r}: expected 'repq' or 'percentile'."
-      )
+  sections = check(config)
   folder = type(workdir)(config.networks_dir or workdir / 'networks')
   metrics: dict[str, Metrics] = {name: {} for name in ('float', 'PTQ', *methods)}
   reports = {}
@@ -57,7 +54,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
     for bits in config.bits:
       prefix = f'{name}_{bits}_'
       _add(metrics['float'], prefix, {k: v for k, v in reference.items() if k != 'logit_mse'})
-      quantized = quantize(own, network, ranges, bits)
+      quantized = quantize(own, network.model, network.variables, ranges, bits)
       alone = network.score(network.variables, quantized.variables, quantized.hooks)
       _add(metrics['PTQ'], prefix, alone | {'logit_mse_ratio': 1.0})
       training.say(f'{name} {bits}: {_text(alone)}')
@@ -81,20 +78,100 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
   return results.results(config, rows, [c for c in config.claims if c['metric'] in known])
 
 
+def check(config: ConfigDict) -> dict[str, ConfigDict]:
+  """Returns the sections of `config.networks`; what can be wrong with them is found before any training.
+
+  Raises:
+    ValueError: for bits outside of 2 to 8, networks or kinds of quantization that do not exist, or
+      calibration that does not come out of the training split in even batches over all devices.
+  """
+  for bits in config.bits:
+    if not all(quantizers.MIN_BITS <= b <= quantizers.MAX_BITS for b in parse_bits(bits)):
+      raise ValueError(
+        f'bits: {bits!r} is outside of {quantizers.MIN_BITS} to {quantizers.MAX_BITS} bits.'
+      )
+  sections = {name: networks.section(config, name) for name in config.networks}
+  mesh, sizes = training.mesh(config), config.calibration
+  for name, own in sections.items():
+    if own.quantization not in ('repq', 'percentile'):
+      raise ValueError(
+        f"network.{name}.quantization={own.quantization!r}: expected 'repq' or 'percentile'."
+      )
+    most = own.data.train_size
+    if not 1 <= sizes.compensation <= most or sizes.compensation % sizes.batch_size:
+      raise ValueError(
+        f'calibration.compensation={sizes.compensation} with batches of {sizes.batch_size}: expected a '
+        f'multiple of the batch, at most {most}, the training split of network.{name}.'
+      )
+    if not 1 <= sizes.ranges <= most:
+      raise ValueError(f'calibration.ranges={sizes.ranges}: expected 1 to {most} ({name}).')
+    for size in (sizes.ranges, sizes.batch_size, own.eval_batch_size):
+      parallel.check_batch_size(size, mesh)
+  return sections
+
+
 def quantize(
-  config: ConfigDict, network: networks.Network, ranges: jax.Array, bits: str
+  config: ConfigDict, model: nn.Module, variables: Any, ranges: jax.Array, bits: str
 ) -> quantizers.Quantized:
   """Returns the network at a bit-width such as `4w4a`; patch embedding or stem and classifier at 8/8."""
   policy = quantizers.edge_policy(*parse_bits(bits), edges=config.get('edges', quantizers.EDGES))
   if config.quantization == 'repq':
-    return quantizers.repq(network.model, network.variables, ranges, policy)
+    return quantizers.repq(model, variables, ranges, policy)
   return quantizers.percentile_ptq(
-    network.model,
-    network.variables,
-    ranges,
-    policy,
-    conv_act_bits=config.get('conv_act_bits'),
+    model, variables, ranges, policy, conv_act_bits=config.get('conv_act_bits')
   )
+
+
+def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.Lowered]:
+  """Returns the pipeline of the first of `config.networks`, at its last bit-width, lowered for a mesh.
+
+  `quantize`: all ranges, reparametrization and kernels, from one calibration batch; `block`: one batch
+  through the first block, in float and quantized, the statistics of QwT's layer, its closed form, and the
+  compensated output; `forward`: the quantized network on an evaluation batch.
+  """
+  own, hooks = networks.section(config, config.networks[0]), quantizers.operand_hooks()
+  model = models.create(**own.model)
+  sharding, everywhere = parallel.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+
+  def images(count: int) -> jax.ShapeDtypeStruct:
+    parallel.check_batch_size(count, mesh)
+    shape = (count, own.data.image_size, own.data.image_size, own.data.channels)
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+  def place(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
+
+  def ptq(variables, x):
+    return quantize(own, model, variables, x, config.bits[-1])[:2]
+
+  calibration = images(config.calibration.ranges)
+  variables = place(models.abstract_variables(model, calibration.shape[1:]), everywhere)
+  quantized, floats = place(jax.eval_shape(ptq, variables, calibration), everywhere)
+  batch = images(config.calibration.batch_size)
+  root = parts.Part('', model, parts.Skeleton.of(((batch,), {})))
+  block = parts.find_parts(root, quantized, [batch], hooks, own.blocks)[0]
+
+  def compensate(quantized, floats, leaves):
+    y = block.run(quantized, leaves, hooks)
+    error = block.run(floats, leaves, hooks) - y
+    fit = (
+      compensation.fit_linear_compensation if y.ndim == 3 else compensation.fit_conv_compensation
+    )
+    return compensation.apply_linear_compensation(y, leaves[0], fit(leaves[0], error))
+
+  return {
+    'quantize': jax.jit(ptq).lower(variables, calibration),
+    'block': jax.jit(compensate).lower(
+      parts.slice_variables(quantized, block.path),
+      parts.slice_variables(floats, block.path),
+      place(list(block.call.array_shapes), sharding),
+    ),
+    'forward': jax.jit(lambda v, x: models.apply(model, v, x, hooks=hooks)).lower(
+      quantized, images(own.eval_batch_size)
+    ),
+  }
 
 
 def _add(metrics: Metrics, prefix: str, found: Mapping[str, float]) -> None:

@@ -18,6 +18,8 @@ from experiments import launcher, post_training
 from experiments.post_training import Method
 from jaxlab.quantizers import compensation
 
+lower = post_training.lower
+
 
 def methods(config: ConfigDict) -> dict[str, Method]:
   """Returns the rows of the comparison behind float and quantization alone."""

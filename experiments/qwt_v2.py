@@ -16,6 +16,8 @@ from experiments import launcher, post_training, qwt
 from experiments.post_training import Method
 from jaxlab.quantizers import compensation
 
+lower = post_training.lower
+
 
 def methods(config: ConfigDict) -> dict[str, Method]:
   """Returns the rows of the comparison: QwT-v2 with each teacher, at the block's output, and QwT."""

@@ -67,6 +67,8 @@ from jaxlab.quantizers.logarithmic import (
 )
 from jaxlab.quantizers.operands import (
   EDGES,
+  MAX_BITS,
+  MIN_BITS,
   Quantized,
   edge_policy,
   operand_hooks,
@@ -125,6 +127,8 @@ from jaxlab.quantizers.storage import (
 
 __all__ = [
   'EDGES',
+  'MAX_BITS',
+  'MIN_BITS',
   'RESNET_PAIRS',
   'AffineParams',
   'AffineQuantizer',

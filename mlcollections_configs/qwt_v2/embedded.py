@@ -2,7 +2,7 @@
 
   python -m experiments.qwt_v2
 
-Variants: the float network's own activation as the teacher, fewer compensated layers, and the block's output.
+Variants: the float network's own activation as the teacher, and compensation of the block's output alone.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     options=dict(dtype='float32', target='local'),
     variants={
       'QwT-v2, global teacher': dict(options=dict(target='global')),
-      'QwT-v2, branches': dict(method=dict(granularity='branch')),
       'QwT-v2, blocks': dict(method=dict(granularity='block')),
     },
   )
