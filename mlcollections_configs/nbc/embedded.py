@@ -2,8 +2,8 @@
 
   python -m experiments.nbc
 
-`vit_massive` is where NBC should stay ahead. The variant takes mean magnitudes for scales; `scale_rule='search'`,
-which tries 25 pairs on held-out images, takes many times as long.
+`vit_massive` is where NBC should stay ahead. The variant takes mean magnitudes for scales; the rule
+`search`, which tries 25 pairs of scales on held-out images, takes many times as long.
 """
 
 from ml_collections import ConfigDict
