@@ -1,22 +1,25 @@
-"""Measures what matters in a training step, as ratios within one run.
+"""Measures what matters in a training step and in a calibration, as ratios within one run.
 
-  python -m experiments.bench [--sizes=embedded,resnet18] [--repeats=5]
+  python -m experiments.bench [--sizes=embedded,resnet18,calibration] [--repeats=5]
 
 - loop: steps fed by the input pipeline (shuffle, gather, transfer, metrics) against the bare step on a batch
   that lies on the device;
 - quantization: the fake-quantized step (SSQL) against the plain one (SimSiam), which does half the passes;
-- compile time of both, and how often the step was compiled while bit-widths were drawn at random.
+- compile time of both, and how often the step was compiled while bit-widths were drawn at random;
+- calibration: the closed form of QwT, QwT-v2 and NBC, for one more image, against one float forward pass
+  of it.
 
 Times are the minimum over repeats that alternate between the two sides, so that a busy machine disturbs
 both alike.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-SIZES = ('embedded', 'resnet18')
+SIZES = ('embedded', 'resnet18', 'calibration')
 STEPS = {'embedded': 20, 'resnet18': 2}
 
 
@@ -55,8 +58,51 @@ def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, f
   return {name: min(values) for name, values in times.items()}
 
 
+def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dict[str, Any]:
+  """Returns what calibration costs, in float forward passes, on a ViT of six blocks of 65 tokens x 192.
+
+  Costs are those of an image: the difference between many and few calibration batches of 32, so that
+  tracing, the same for any number, does not enter.
+  """
+  import jax
+
+  from jaxlab import models, quantizers
+  from jaxlab.quantizers import compensation
+
+  model = models.create('vit_tiny_patch4_32', depth=6, num_classes=10)
+  key = jax.random.key(0)
+  variables = model.init(key, jax.numpy.zeros((1, 32, 32, 3)))
+  few, many = batches
+  images = list(jax.random.normal(key, (many, 32, 32, 32, 3)))
+  quantized = quantizers.repq(model, variables, images[0], quantizers.edge_policy(4, 4))
+  forward = jax.jit(model.apply)
+  runs = {'forward': lambda: jax.block_until_ready([forward(variables, x) for x in images])}
+  methods = {
+    'qwt': compensation.QwT(),
+    'qwt_v2': compensation.QwTv2(),
+    'qwt_v2_blocks': compensation.QwTv2(granularity='block'),
+    'nbc': compensation.NBC(),
+  }
+  programs = compensation.Programs()
+  for name, method in methods.items():
+    for count in batches:
+      runs[f'{name}_{count}'] = functools.partial(
+        compensation.compensate, model, quantized, images[:count], method, programs=programs
+      )
+  for run in runs.values():
+    run()
+  times = alternate(runs, repeats)
+  figures = {'forward_seconds_per_image': times['forward'] / (32 * many)}
+  for name in methods:
+    marginal = (times[f'{name}_{many}'] - times[f'{name}_{few}']) / (many - few)
+    figures[f'{name}_over_forward'] = marginal * many / times['forward']
+  return figures
+
+
 def measure(size: str, repeats: int) -> dict[str, Any]:
   """Returns the figures of one size."""
+  if size == 'calibration':
+    return measure_calibration(repeats)
   import jax
 
   from experiments import ssql, training
@@ -116,8 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
   from rich.table import Table
 
   table = Table('', *found)
-  for name in next(iter(found.values())):
-    table.add_row(name, *(f'{figures[name]:.4g}' for figures in found.values()))
+  for name in dict.fromkeys(name for figures in found.values() for name in figures):
+    values = (figures.get(name) for figures in found.values())
+    table.add_row(name, *('' if value is None else f'{value:.4g}' for value in values))
   Console().print(table)
   return found
 

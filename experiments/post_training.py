@@ -51,6 +51,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
     batches = network.calibration(config.calibration.compensation, config.calibration.batch_size)
     reference = network.score(network.variables, network.variables)
     training.say(f'{name} in float: {_text(reference)}')
+    programs = compensation.Programs()
     for bits in config.bits:
       prefix = f'{name}_{bits}_'
       _add(metrics['float'], prefix, {k: v for k, v in reference.items() if k != 'logit_mse'})
@@ -60,7 +61,13 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
       training.say(f'{name} {bits}: {_text(alone)}')
       for title, method in methods.items():
         found = compensation.compensate(
-          network.model, quantized, batches, method.settings, blocks=own.blocks, **method.options
+          network.model,
+          quantized,
+          batches,
+          method.settings,
+          blocks=own.blocks,
+          programs=programs,
+          **method.options,
         )
         scored = network.score(network.variables, found.variables, found.hooks)
         report = found.report

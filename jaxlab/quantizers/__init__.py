@@ -19,6 +19,14 @@ from jaxlab.quantizers.affine import (
   params_from_range,
   quantize,
 )
+from jaxlab.quantizers.execution import (
+  IntegerNetwork,
+  export_network,
+  integer_hooks,
+  integer_network,
+  load_integer_network,
+  save_integer_network,
+)
 from jaxlab.quantizers.folding import (
   RESNET_PAIRS,
   fold_batch_norm,
@@ -137,6 +145,7 @@ __all__ = [
   'GPTQKernel',
   'GPTQResult',
   'HessianState',
+  'IntegerNetwork',
   'Observer',
   'Quantized',
   'QuantizedArray',
@@ -157,6 +166,7 @@ __all__ = [
   'dorefa_scaled_activations',
   'dorefa_weights',
   'edge_policy',
+  'export_network',
   'fake_quantize',
   'fake_quantize_hooks',
   'fixed_point_constants',
@@ -171,6 +181,9 @@ __all__ = [
   'init_hessian',
   'integer_conv',
   'integer_dot',
+  'integer_hooks',
+  'integer_network',
+  'load_integer_network',
   'load_quantized',
   'log2_dequantize',
   'log2_fake_quantize',
@@ -209,6 +222,7 @@ __all__ = [
   'requantize_fixed_point',
   'restore',
   'round_straight_through',
+  'save_integer_network',
   'save_quantized',
   'scale_gradient',
   'size_in_bytes',

@@ -68,6 +68,7 @@ def integer_conv(
   x: Array,
   kernel: Array,
   x_zero_point: Array = 0,
+  kernel_zero_point: Array | None = None,
   *,
   strides: tuple[int, int] = (1, 1),
   padding: Padding = 'SAME',
@@ -76,12 +77,14 @@ def integer_conv(
 ) -> Array:
   """Returns the int32 accumulator of a convolution of codes, NHWC: `[batch, height, width, out]`.
 
-  The image is padded with the code of 0, so that one constant per output channel corrects the zero point.
+  The image is padded with the code of 0, so that one constant per output channel corrects its zero point.
+  That of the kernel takes the sum of each window, a pass over the image without multiplications.
 
   Args:
     x: int8 or uint8 codes `[batch, height, width, in]`.
-    kernel: int8 codes `[height, width, in / groups, out]`, symmetric.
+    kernel: int8 or uint8 codes `[height, width, in / groups, out]`.
     x_zero_point: code of 0, a whole number that is itself a code, scalar.
+    kernel_zero_point: whole numbers, scalar or `[out]`; None for symmetric weights.
     strides: of the window.
     padding: `'SAME'`, `'VALID'` or pairs for height and width.
     dilation: of the kernel.
@@ -95,10 +98,10 @@ def integer_conv(
       f'x {x.shape} and kernel {kernel.shape}: expected [batch, height, width, in] and '
       f'[height, width, in / {groups}, out].'
     )
-  _check_sum(int(np.prod(kernel.shape[:3])), x_zero_point, kernel, None)
+  inputs = int(np.prod(kernel.shape[:3]))
+  _check_sum(inputs, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
-  if kernel.dtype != jnp.int8:
-    raise ValueError(f'kernel must hold symmetric int8 codes; got {kernel.dtype}.')
+  kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
   if not isinstance(x_zero_point, jax.core.Tracer) and not -128 <= int(x_zero_point) <= 127:
     raise ValueError(
       'x_zero_point is no code, so that there is no code of 0 to pad with: calibrate the input with '
@@ -108,7 +111,8 @@ def integer_conv(
     window = [(size - 1) * d + 1 for size, d in zip(kernel.shape[:2], dilation, strict=True)]
     padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
   edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-  x = jax.lax.pad(x, jnp.reshape(x_zero_point, ()).astype(jnp.int8), edges)
+  x_zero_point = jnp.reshape(x_zero_point, ())
+  x = jax.lax.pad(x, x_zero_point.astype(jnp.int8), edges)
   acc = jax.lax.conv_general_dilated(
     x,
     kernel,
@@ -119,7 +123,16 @@ def integer_conv(
     feature_group_count=groups,
     preferred_element_type=jnp.int32,
   )
-  return acc - jnp.reshape(x_zero_point, ()) * jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32)
+  acc = acc - x_zero_point * jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32)
+  if kernel_zero_point is not None:
+    sums = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
+    window, steps, spread = ((1, *pair, 1) for pair in (kernel.shape[:2], strides, dilation))
+    sums = jax.lax.reduce_window(
+      sums, jnp.int32(0), jax.lax.add, window, steps, 'VALID', window_dilation=spread
+    )
+    rows = jnp.repeat(sums - inputs * x_zero_point, kernel.shape[-1] // groups, -1)
+    acc = acc - rows * jnp.reshape(kernel_zero_point, -1)
+  return acc
 
 
 def grouped_integer_dot(
@@ -257,7 +270,8 @@ def _signed(codes: Array, zero_point: Array | None, name: str) -> tuple[Array, A
 
 
 def _check_whole(value: Array, name: str) -> None:
-  if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) != np.round(value)):
+  # NumPy throughout: inside `jit`, jax would trace operations on concrete arrays, too.
+  if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) % 1):
     raise ValueError(
       f'{name} must be a whole number for integer execution; got {value}. Round it and recalibrate.'
     )

@@ -160,7 +160,10 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
       tensors[name] = leaf
   if not tensors:
     raise ValueError('The tree holds no array.')
-  host = {name: np.ascontiguousarray(jax.device_get(array)) for name, array in tensors.items()}
+  host = {
+    name: np.ascontiguousarray(jax.device_get(array)).reshape(np.shape(array))  # keeps scalars
+    for name, array in tensors.items()
+  }
   metadata = {'format': FORMAT, 'quantizers': json.dumps(choices, sort_keys=True)}
   data = safetensors_numpy.save(host, metadata)
   target = epath.Path(path)

@@ -71,23 +71,30 @@ def test_dots_of_codes_are_exact(x_unsigned, w_unsigned):
 
 
 @pytest.mark.parametrize(
-  ('groups', 'strides', 'padding'),
-  [(1, (1, 1), 'SAME'), (2, (2, 2), [(1, 1), (1, 1)]), (1, (2, 1), 'VALID')],
+  ('groups', 'strides', 'padding', 'dilation'),
+  [
+    (1, (1, 1), 'SAME', (1, 1)),
+    (2, (2, 2), [(1, 1), (1, 1)], (1, 2)),
+    (4, (2, 1), 'VALID', (1, 1)),
+  ],
 )
-def test_convolutions_of_codes_are_exact(groups, strides, padding):
-  x, w = codes((2, 6, 7, 4), True), codes((3, 3, 4 // groups, 6), False)
-  numbers = ('NHWC', 'HWIO', 'NHWC')
-  exact = jax.lax.conv_general_dilated(
-    x.astype(np.int32) - 131,
-    w.astype(np.int32),
-    strides,
-    padding,
-    dimension_numbers=numbers,
-    feature_group_count=groups,
-  )
-  acc = integer.integer_conv(x, w, 131, strides=strides, padding=padding, groups=groups)
-  assert acc.dtype == jnp.int32
-  np.testing.assert_array_equal(acc, exact)
+@pytest.mark.parametrize('w_unsigned', [True, False])
+def test_convolutions_of_codes_are_exact(groups, strides, padding, dilation, w_unsigned):
+  x, w = codes((2, 6, 7, 4), True), codes((3, 3, 4 // groups, 8), w_unsigned)
+  options = {'padding': padding, 'strides': strides, 'dilation': dilation, 'groups': groups}
+  for z_w in (None, RNG.integers(-5, 260, 8)):
+    exact = jax.lax.conv_general_dilated(
+      x.astype(np.int32) - 131,
+      w.astype(np.int32) - (0 if z_w is None else z_w.astype(np.int32)),
+      strides,
+      padding,
+      rhs_dilation=dilation,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=groups,
+    )
+    acc = integer.integer_conv(x, w, 131, z_w, **options)
+    assert acc.dtype == jnp.int32
+    np.testing.assert_array_equal(acc, exact)
 
 
 def test_grouped_dot_is_the_dot_of_the_dequantized():
@@ -166,9 +173,9 @@ SIGNED = jnp.zeros((4, 2), jnp.int8)
     (lambda: integer.integer_conv(BYTES, SIGNED), r'expected \[batch, height'),
     (
       lambda: integer.integer_conv(
-        jnp.zeros((1, 3, 3, 1), jnp.uint8), jnp.zeros((1, 1, 1, 1), jnp.uint8)
+        jnp.zeros((1, 3, 3, 1), jnp.uint8), jnp.zeros((1, 1, 1, 1), jnp.int32)
       ),
-      'symmetric int8',
+      'kernel must hold int8 or uint8',
     ),
     (
       lambda: integer.integer_conv(

@@ -41,6 +41,7 @@ from jaxlab.quantizers.compensation.linear import (
 )
 from jaxlab.quantizers.compensation.linear_apply import apply_linear_compensation
 from jaxlab.quantizers.compensation.methods import NBC, Method, QwT, QwTv2
+from jaxlab.quantizers.compensation.parts import Programs
 
 __all__ = [
   'NBC',
@@ -51,6 +52,7 @@ __all__ = [
   'LinearCompensation',
   'LinearStats',
   'Method',
+  'Programs',
   'QwT',
   'QwTv2',
   'Report',

@@ -99,6 +99,7 @@ def compensate(
   target: Literal['local', 'global'] = 'local',
   dtype: Any = jnp.float16,
   float_hooks: Sequence[Hook] | None = None,
+  programs: Programs | None = None,
   **kwargs: Any,
 ) -> Compensated:
   """Fits and adds the compensation of every block of a quantized network, in closed form.
@@ -121,6 +122,8 @@ def compensate(
       float16 as in QwT's evaluation, or float32.
     float_hooks: under which `float_variables` are the float network; None: the same hooks (they are
       expected to do nothing where the variables hold no quantization constants). `()` for none.
+    programs: compiled functions of earlier calls, e.g. at other bit-widths: a `Programs()` that is handed to
+      all of them.
     **kwargs: passed to the model, e.g. `train=False`.
 
   Raises:
@@ -147,7 +150,7 @@ def compensate(
     raise ValueError(f'start_block={start_block} is not one of the {len(parts)} blocks.')
   parts = parts[start_block:]
 
-  programs = Programs()
+  programs = Programs() if programs is None else programs
   networks = [_Stream(root, parts, variables, hooks, inputs, kwargs, programs)]
   if target == 'global':
     networks.append(_Stream(root, parts, float_variables, float_hooks, inputs, kwargs, programs))
