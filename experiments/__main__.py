@@ -20,12 +20,21 @@ def summary(path: pathlib.Path) -> str:
   return (ast.get_docstring(ast.parse(path.read_text())) or '').partition('\n')[0]
 
 
+EMBEDDED = {'digits', 'pasted_digits', 'digit_scenes', 'text'}
+
+
 def need(paper: str, setting: pathlib.Path) -> str:
-  """Returns what a setting needs: its data and its batch."""
+  """Returns what a setting needs: its data, its batch, public weights."""
   config = load_config(setting)
-  data = config.get('data', {}).get('name', 'nothing')
-  embedded = {'digits', 'pasted_digits', 'digit_scenes'}
-  return f'{data} ({"embedded" if data in embedded else "on disk"}), batch {config.batch_size}'
+  sections = [config]
+  if 'network' in config:
+    sections = [config.network[name] for name in config.networks]
+  data = dict.fromkeys(section.get('data', {}).get('name', 'nothing') for section in sections)
+  needs = [f'{name} ({"embedded" if name in EMBEDDED else "on disk"})' for name in data]
+  weights = [section.pretrained for section in sections if section.get('pretrained')]
+  batches = dict.fromkeys(str(section.batch_size) for section in sections)
+  what = f'weights {", ".join(weights)}' if weights else f'batch {", ".join(batches)}'
+  return ', '.join([*needs, what])
 
 
 def measured(paper: str, setting: str, runs: pathlib.Path = pathlib.Path('runs')) -> Iterator[str]:

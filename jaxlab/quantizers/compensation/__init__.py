@@ -30,6 +30,7 @@ from jaxlab.quantizers.compensation.driver import (
   compensate,
   compensation_hook,
 )
+from jaxlab.quantizers.compensation.fold import fold_compensation
 from jaxlab.quantizers.compensation.linear import (
   LinearCompensation,
   LinearStats,
@@ -68,6 +69,7 @@ __all__ = [
   'fit_conv_compensation',
   'fit_linear_compensation',
   'fit_nbc',
+  'fold_compensation',
   'init_channel_affine_stats',
   'init_linear_stats',
   'inverse_blt',

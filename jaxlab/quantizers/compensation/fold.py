@@ -1,0 +1,48 @@
+"""QwT-v2 at no cost: scale and shift of a layer's output, folded into the layer's own constants."""
+
+from flax import traverse_util
+
+from jaxlab.quantizers import operands
+from jaxlab.quantizers.compensation.driver import COLLECTION, Compensated
+
+
+def fold_compensation(compensated: Compensated) -> operands.Quantized:
+  """Returns the network of which every `gamma y + beta` behind a layer is a part of the layer.
+
+  `kernel <- gamma kernel`, its scale likewise (so that the integer codes stay what they are, also for a
+  negative gamma), `bias <- gamma bias + beta`: QwT-v2, arXiv 2505.20932. Outputs are those of the compensated
+  network but for the rounding of float products; in integers the accumulators are the same, and only the
+  constants behind them change.
+
+  Args:
+    compensated: of a network of `repq` or `percentile_ptq`, compensated by `QwTv2` at layers.
+
+  Returns:
+    Variables without the collection `'compensation'`, as both entries: the float network has no such
+    compensation to fold.
+
+  Raises:
+    ValueError: if a compensation is not one of scale and shift behind a layer with a kernel.
+  """
+  variables = dict(compensated.variables)
+  flat = traverse_util.flatten_dict(dict(variables.pop(COLLECTION)), sep='/')
+  params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
+  constants = traverse_util.flatten_dict(dict(variables[operands.COLLECTION]), sep='/')
+  for path in dict.fromkeys(name.rpartition('/')[0] for name in flat):
+    own = {name: flat.get(f'{path}/{name}') for name in ('gamma', 'beta')}
+    kernel = f'{path}/kernel'
+    if None in own.values() or kernel not in params or f'{kernel}/scale' not in constants:
+      raise ValueError(
+        f'The compensation of {path!r} cannot be folded: it takes a scale and a shift (QwTv2 with '
+        f"granularity 'linear' or 'branch') behind a layer with a quantized kernel."
+      )
+    gamma, beta = own['gamma'], own['beta']
+    params[kernel] = (params[kernel] * gamma).astype(params[kernel].dtype)
+    constants[f'{kernel}/scale'] = constants[f'{kernel}/scale'] * gamma
+    bias = f'{path}/bias'
+    biases = params if bias in params else constants
+    old = biases.get(bias)
+    biases[bias] = beta if old is None else (gamma * old + beta).astype(old.dtype)
+  variables['params'] = traverse_util.unflatten_dict(params, sep='/')
+  variables[operands.COLLECTION] = traverse_util.unflatten_dict(constants, sep='/')
+  return operands.Quantized(variables, variables, tuple(compensated.hooks[:-1]))
