@@ -2,12 +2,14 @@ import importlib.metadata
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Tests compile much and compute little. Without LLVM's optimizations they compile three times as fast, without
-# MLIR's fusion emitters twice as fast again (flags that another XLA may not know, which would abort it).
-FLAGS = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
-if importlib.metadata.version('jaxlib') == '0.10.2':
-  FLAGS += ['--xla_cpu_use_fusion_emitters=false', '--xla_cpu_parallel_codegen_split_count=1']
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
+# Tests compile much and compute little. Without LLVM's optimizations they compile three times as fast,
+# without MLIR's fusion emitters twice as fast again (an XLA that does not know these flags would abort).
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+  + ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  * (importlib.metadata.version('jaxlib') == '0.10.2')
+)
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', os.path.join(os.path.dirname(__file__), '..', '.jax_cache')

@@ -88,7 +88,7 @@ def test_two_processes_agree_with_one(tmp_path, uninterrupted):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
-  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+  flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4')
   arguments = ('--workdir', tmp_path, '--num_steps', 5, '--fsdp', 4, '--out', tmp_path / 'out.npz')
   hosts = [
     start(
