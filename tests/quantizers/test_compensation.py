@@ -8,8 +8,9 @@ from flax import linen as nn
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
+from quantizers.reference_vit import nhwc, vit_of
 
-from jaxlab.models import Hook, ResNet, ViT, apply, from_torch
+from jaxlab.models import Hook, ResNet, ViT, apply
 from jaxlab.quantizers import BitPolicy, ptq
 from jaxlab.quantizers.compensation import parts
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
@@ -43,26 +44,6 @@ def small_vit(depth=2):
 def logit_error(model, variables, network, x=X):
   run = jax.jit(lambda v, x: apply(model, v, x, hooks=network[1]))
   return float(jnp.mean((jax.jit(model.apply)(variables, x) - run(network[0], x)) ** 2))
-
-
-def nhwc(images):
-  return jnp.asarray(images.transpose(0, 2, 3, 1))
-
-
-def vit_of(state_dict, num_heads, images):
-  width = state_dict['cls_token'].shape[-1]
-  model = ViT(
-    patch_size=state_dict['patch_embed.proj.weight'].shape[-1],
-    image_size=images.shape[1:3],
-    width=width,
-    depth=len({name.split('.')[1] for name in state_dict if name.startswith('blocks.')}),
-    num_heads=num_heads,
-    mlp_ratio=len(state_dict['blocks.0.mlp.fc1.bias']) / width,
-    num_classes=len(state_dict['head.bias']),
-  )
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float64), shapes)
-  return model, from_torch(shapes, state_dict)
 
 
 @golden('qwt', 'tiny_vit_pipeline')

@@ -7,8 +7,9 @@ from flax import traverse_util
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
+from quantizers.reference_vit import nhwc, vit_of
 
-from jaxlab.models import Hook, ViT, apply, from_torch
+from jaxlab.models import Hook, ViT, apply
 from jaxlab.models.checkpoints import torch_name
 from jaxlab.models.vit import Block, stack_blocks
 from jaxlab.quantizers import operands
@@ -45,27 +46,6 @@ def below(tree, path):
   for name in path.split('/'):
     tree = tree[name]
   return tree
-
-
-def nhwc(images):
-  return jnp.asarray(images.transpose(0, 2, 3, 1))
-
-
-def vit_of(state_dict, num_heads, images):
-  """The library's ViT and its float64 variables for a PyTorch state dict in timm's names."""
-  width = state_dict['cls_token'].shape[-1]
-  model = ViT(
-    patch_size=state_dict['patch_embed.proj.weight'].shape[-1],
-    image_size=images.shape[1:3],
-    width=width,
-    depth=len({name.split('.')[1] for name in state_dict if name.startswith('blocks.')}),
-    num_heads=num_heads,
-    mlp_ratio=len(state_dict['blocks.0.mlp.fc1.bias']) / width,
-    num_classes=len(state_dict['head.bias']),
-  )
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float64), shapes)
-  return model, from_torch(shapes, state_dict)
 
 
 def reference_name(path, operand):
