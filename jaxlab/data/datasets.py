@@ -69,6 +69,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
 
 
 def _first(source: InMemory, limit: int | None) -> InMemory:
-  """Returns a source of the first `limit` records."""
+  """Returns a source of the first `limit` records; None: the source."""
+  if limit is None:
+    return source
   arrays = {field: array[:limit] for field, array in source.arrays.items()}
   return InMemory(arrays, source.num_classes, source.class_names)
