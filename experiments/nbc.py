@@ -2,8 +2,8 @@
 
 QwT's linear layer between sign-preserving logarithms of the block's input and of its error: nonlinear, fitted
 in closed form, and not ruled by the few huge activations of transformers. Claim: level with QwT on clean
-networks, ahead where outliers are planted. The transformation's exact form is not published in what could
-be read: `sign(x) ln(1 + |x| / s)` is this library's choice.
+networks, and better where there are outliers. The abstract fixes the structure; the transformation
+`sign(x) ln(1 + |x| / s)` is this library's choice.
 
   python -m experiments.nbc
 """
@@ -21,7 +21,7 @@ lower = post_training.lower
 
 
 def methods(config: ConfigDict) -> dict[str, Method]:
-  """Returns the rows of the comparison: NBC, NBC with searched scales, and QwT."""
+  """Returns the rows of the comparison: NBC, its variants (other rules for the scales), and QwT."""
   own = config.nbc
   rows = {'NBC': Method('method', compensation.NBC(**own.method), own.options)}
   for title, changes in own.variants.items():

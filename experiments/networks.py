@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import training
@@ -167,7 +168,7 @@ def load(config: ConfigDict, name: str, folder: pathlib.Path) -> Network:
 
 def calibration(config: ConfigDict, source: data.Source, count: int, size: int) -> list[Array]:
   """Returns `count` shuffled training inputs, augmented as for training, in batches of `size`."""
-  sharding = parallel.batch_sharding(training.mesh(config))
+  sharding = calibration_sharding(training.mesh(config), size)
   index, processes = data.process_shard(sharding, size)
   loader = data.make_loader(
     source,
@@ -184,6 +185,13 @@ def calibration(config: ConfigDict, source: data.Source, count: int, size: int) 
     return [prepare(data.to_device(batch, sharding)) for batch in batches]
   finally:
     loader.close()
+
+
+def calibration_sharding(mesh: jax.sharding.Mesh, size: int) -> NamedSharding:
+  """Returns how a calibration batch lies on the devices: split, or whole on each if it is too small."""
+  if size % (mesh.shape['data'] * mesh.shape['fsdp']):
+    return NamedSharding(mesh, PartitionSpec())
+  return parallel.batch_sharding(mesh)
 
 
 def score(

@@ -2,7 +2,7 @@
 
 For each network of `config.networks` and each bit-width of `config.bits`: ranges from
 `calibration.ranges` training inputs (RepQ-ViT for transformers, percentiles for convolutional networks), then
-every method in closed form on `calibration.compensation` more, block by block.
+every method in closed form, block by block, on `calibration.compensation`, of which those are the first.
 """
 
 import pathlib
@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -36,10 +38,10 @@ class Method(NamedTuple):
 def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Method]) -> dict:
   """Returns the results of `run`: rows for the float network, quantization alone, and each method.
 
-  Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent) or `perplexity`, `logit_mse` against the
-  float network, `logit_mse_ratio` to that of quantization alone, `block_error_ratio`, the sum over
-  compensated modules of the mean squared error on calibration data over that before; and per network
-  `extra_parameters` and `extra_multiply_adds` (of one example).
+  Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent) or `perplexity`, `megabytes` (see
+  there), `logit_mse` against the float network, `logit_mse_ratio` to that of quantization alone,
+  `block_error_ratio`, the sum over compensated modules of the mean squared error on calibration data over
+  that before; and per network `extra_parameters` and `extra_multiply_adds` (of one example).
   """
   sections = check(config)
   folder = type(workdir)(config.networks_dir or workdir / 'networks')
@@ -54,9 +56,11 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
     programs = compensation.Programs()
     for bits in config.bits:
       prefix = f'{name}_{bits}_'
-      _add(metrics['float'], prefix, {k: v for k, v in reference.items() if k != 'logit_mse'})
+      exact = {name: value for name, value in reference.items() if name != 'logit_mse'}
+      _add(metrics['float'], prefix, exact | {'megabytes': megabytes(network.variables)})
       quantized = quantize(own, network.model, network.variables, ranges, bits)
       alone = network.score(network.variables, quantized.variables, quantized.hooks)
+      alone['megabytes'] = megabytes(quantized.variables)
       _add(metrics['PTQ'], prefix, alone | {'logit_mse_ratio': 1.0})
       training.say(f'{name} {bits}: {_text(alone)}')
       for title, method in methods.items():
@@ -65,12 +69,13 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
           quantized,
           batches,
           method.settings,
-          blocks=own.blocks,
+          blocks=blocks_of(own, method.settings),
           programs=programs,
           **method.options,
         )
         scored = network.score(network.variables, found.variables, found.hooks)
         report = found.report
+        scored['megabytes'] = megabytes(found.variables)
         scored['logit_mse_ratio'] = scored['logit_mse'] / alone['logit_mse']
         scored['block_error_ratio'] = report.error_after.sum() / report.error_before.sum()
         _add(metrics[title], prefix, scored)
@@ -81,8 +86,9 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
   roles = {'float': 'reference', 'PTQ': 'baseline'} | {t: m.role for t, m in methods.items()}
   rows = [row(title, roles[title], found) for title, found in metrics.items()]
   show(config, rows, reports, workdir)
-  known = set.intersection(*(set(item['metrics']) for item in rows[1:]))
-  return results.results(config, rows, [c for c in config.claims if c['metric'] in known])
+  ran = tuple(f'{name}_{bits}_' for name in sections for bits in config.bits)
+  claims = [claim for claim in config.claims if claim['metric'].startswith(ran)]
+  return results.results(config, rows, claims)
 
 
 def check(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -90,7 +96,8 @@ def check(config: ConfigDict) -> dict[str, ConfigDict]:
 
   Raises:
     ValueError: for bits outside of 2 to 8, networks or kinds of quantization that do not exist, or
-      calibration that does not come out of the training split in even batches over all devices.
+      calibration that does not come out of the training split in even batches, or test batches that do not
+      divide over the devices.
   """
   for bits in config.bits:
     if not all(quantizers.MIN_BITS <= b <= quantizers.MAX_BITS for b in parse_bits(bits)):
@@ -112,9 +119,30 @@ def check(config: ConfigDict) -> dict[str, ConfigDict]:
       )
     if not 1 <= sizes.ranges <= most:
       raise ValueError(f'calibration.ranges={sizes.ranges}: expected 1 to {most} ({name}).')
-    for size in (sizes.ranges, sizes.batch_size, own.eval_batch_size):
-      parallel.check_batch_size(size, mesh)
+    parallel.check_batch_size(own.eval_batch_size, mesh)
   return sections
+
+
+def blocks_of(config: ConfigDict, method: compensation.Method) -> str:
+  """Returns the pattern of the blocks; QwT-v2 at layers also compensates those between them (Swin)."""
+  at_layers = getattr(method, 'granularity', None) == 'linear'
+  return config.get('layer_blocks') or config.blocks if at_layers else config.blocks
+
+
+def megabytes(variables: Mapping[str, Any]) -> float:
+  """Returns the size of a network in 10^6 bytes: quantized kernels at their bits, the rest at 32.
+
+  The weight matrix of a compensation counts 16 bits (QwT), its vectors 32; so do running statistics.
+  """
+  flat = {name: traverse_util.flatten_dict(dict(tree), sep='/') for name, tree in variables.items()}
+  constants = flat.get('quantization', {})
+  bits = 0.0
+  for path, leaf in (*flat['params'].items(), *flat.get('batch_stats', {}).items()):
+    low, high = constants.get(f'{path}/low'), constants.get(f'{path}/high')
+    bits += leaf.size * (32 if high is None else float(np.log2(float(high) - float(low) + 1)))
+  for path, leaf in flat.get('compensation', {}).items():
+    bits += leaf.size * (16 if path.endswith('weight') else 32)
+  return bits / 8e6
 
 
 def quantize(
@@ -138,12 +166,13 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
   """
   own, hooks = networks.section(config, config.networks[0]), quantizers.operand_hooks()
   model = models.create(**own.model)
-  sharding, everywhere = parallel.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+  everywhere = NamedSharding(mesh, PartitionSpec())
 
   def images(count: int) -> jax.ShapeDtypeStruct:
-    parallel.check_batch_size(count, mesh)
     shape = (count, own.data.image_size, own.data.image_size, own.data.channels)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=networks.calibration_sharding(mesh, count)
+    )
 
   def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
@@ -163,17 +192,20 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
   def compensate(quantized, floats, leaves):
     y = block.run(quantized, leaves, hooks)
     error = block.run(floats, leaves, hooks) - y
-    fit = (
-      compensation.fit_linear_compensation if y.ndim == 3 else compensation.fit_conv_compensation
-    )
-    return compensation.apply_linear_compensation(y, leaves[0], fit(leaves[0], error))
+    x = leaves[0]
+    if own.quantization == 'repq':
+      fit = compensation.fit_linear_compensation(x, error)
+    else:
+      groups = compensation.num_groups(x.shape[-1], y.shape[-1])
+      fit = compensation.fit_conv_compensation(x, error, groups=groups)
+    return compensation.apply_linear_compensation(y, x, fit)
 
   return {
     'quantize': jax.jit(ptq).lower(variables, calibration),
     'block': jax.jit(compensate).lower(
       parts.slice_variables(quantized, block.path),
       parts.slice_variables(floats, block.path),
-      place(list(block.call.array_shapes), sharding),
+      place(list(block.call.array_shapes), batch.sharding),
     ),
     'forward': jax.jit(lambda v, x: models.apply(model, v, x, hooks=hooks)).lower(
       quantized, images(own.eval_batch_size)
@@ -199,6 +231,7 @@ def show(config: ConfigDict, rows: list, reports: Mapping[tuple, Any], workdir: 
   results.print_table(
     title, rows,
     [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
+    + [f'{name}_{bits}_megabytes' for name in kinds for bits in config.bits]
     + [f'{name}_{bits}_logit_mse_ratio' for name in kinds for bits in config.bits]
     + [f'{name}_extra_{what}' for name in kinds for what in ('parameters', 'multiply_adds')],
   )  # fmt: skip
@@ -208,7 +241,6 @@ def show(config: ConfigDict, rows: list, reports: Mapping[tuple, Any], workdir: 
 
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
-  import numpy as np
 
   def panels(ylabel):
     figure, axes = plt.subplots(1, len(kinds), figsize=(4.5 * len(kinds), 3.6), squeeze=False)

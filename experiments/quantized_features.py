@@ -30,7 +30,7 @@ def parse_bits(text: str) -> tuple[int, int]:
   """
   weight, _, rest = text.partition('w')
   if not (weight.isdigit() and rest.endswith('a') and rest[:-1].isdigit()):
-    raise ValueError(f'eval.bits holds names such as 2w4a; got {text!r}.')
+    raise ValueError(f'bits are named such as 2w4a; got {text!r}.')
   return int(weight), int(rest[:-1])
 
 

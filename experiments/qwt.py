@@ -6,7 +6,7 @@ recovers a clear part of what post-training quantization loses at few bits, and 
 at many.
 
   python -m experiments.qwt
-  python -m experiments.qwt --config=mlcollections_configs/qwt/imagenet_deit_tiny.py --workdir=DIR
+  python -m experiments.qwt --config=mlcollections_configs/qwt/imagenet.py --workdir=DIR
 """
 
 import pathlib

@@ -2,7 +2,8 @@
 
 The output of every quantized layer is compensated by two numbers a channel, in closed form. An integer engine
 multiplies each channel by a scale and adds a bias anyway, so that the compensation melts into its constants.
-Claim: better than quantization alone at few bits, for a fraction of QwT's parameters and, folded, at no cost.
+Claim: it matches QwT (here: it is better than quantization alone at few bits) for a fraction of its
+parameters and, folded into the layers, at no cost.
 
   python -m experiments.qwt_v2
 """

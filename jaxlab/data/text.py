@@ -85,8 +85,8 @@ class ByteText(InMemory):
   Args:
     split: 'train' or 'test'.
     length: tokens that a model reads.
-    stride: bytes from one window to the next. None: `length`, so that each byte but the split's first is a
-      target once; a smaller one gives overlapping windows.
+    stride: bytes from one window to the next. None: `length`, so that no byte is a target twice (up to
+      `length - 1` at the end never are); a smaller one gives overlapping windows.
     test_share: share of the bytes in the test split.
     path: a UTF-8 text file; None: `python_reference()`.
 

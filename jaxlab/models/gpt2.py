@@ -131,7 +131,8 @@ class GPT2(nn.Module):
     """Returns logits `[batch, time, vocab_size]`.
 
     Args:
-      tokens: integers `[batch, time]` in [0, vocab_size); others give NaN.
+      tokens: integers `[batch, time]` in [0, vocab_size); too large ones give NaN, negative ones count from
+        the end.
       train: apply dropout.
       mask: `[batch, time]`, false or 0 for padding on either side. Padding takes no position, so that the
         logits of real tokens are those without it; its own logits mean nothing.

@@ -212,7 +212,7 @@ def gptq(
     damping,
     symmetric=symmetric,
     mse=mse,
-    group_size=group_size or weight.shape[1],
+    group_size=group_size,
     block_size=min(block_size, weight.shape[1]),
     act_order=act_order,
     static_groups=static_groups,
@@ -254,7 +254,7 @@ def _gptq(
   *,
   symmetric: bool,
   mse: bool,
-  group_size: int,
+  group_size: int | None,
   block_size: int,
   act_order: bool,
   static_groups: bool,
@@ -265,6 +265,9 @@ def _gptq(
   rows, columns = weight.shape
   high = jnp.asarray(2.0, dtype) ** jnp.asarray(bits, dtype) - 1
   params = functools.partial(row_params, bits=bits, symmetric=symmetric, mse=mse)
+  # Without groups the range is that of the whole weight, dead inputs included.
+  whole = params(weight[:, None]) if group_size is None else None
+  group_size = group_size or columns
   groups = -(-columns // group_size)
 
   diagonal = jnp.diagonal(hessian)
@@ -276,9 +279,11 @@ def _gptq(
   # Zeros change no range that contains 0, so that a last, shorter group may be filled with them.
   grouped = jnp.pad(weight, ((0, 0), (0, groups * group_size - columns)))
   grouped = grouped.reshape(rows, groups, group_size)
-  # One group for all is computed once, from the whole weight, before any update.
   beforehand = static_groups or groups == 1
-  scales, zeros = params(grouped) if beforehand else (jnp.ones((rows, groups), dtype),) * 2
+  if whole is not None:
+    scales, zeros = whole
+  else:
+    scales, zeros = params(grouped) if beforehand else (jnp.ones((rows, groups), dtype),) * 2
 
   order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(columns)
   weight, hessian = weight[:, order], hessian[order][:, order]

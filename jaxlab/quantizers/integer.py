@@ -51,7 +51,7 @@ def integer_dot(
   """
   if kernel.ndim != 2 or x.shape[-1] != kernel.shape[0]:
     raise ValueError(f'x {x.shape} and kernel {kernel.shape}: expected [..., in] and [in, out].')
-  _check_sum(kernel.shape[0], x_zero_point, kernel, kernel_zero_point)
+  _check_sum(kernel.shape[0], x, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
   kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
   numbers = (((x.ndim - 1,), (0,)), ((), ()))
@@ -99,7 +99,7 @@ def integer_conv(
       f'[height, width, in / {groups}, out].'
     )
   inputs = int(np.prod(kernel.shape[:3]))
-  _check_sum(inputs, x_zero_point, kernel, kernel_zero_point)
+  _check_sum(inputs, x, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
   kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
   if not isinstance(x_zero_point, jax.core.Tracer) and not -128 <= int(x_zero_point) <= 127:
@@ -277,13 +277,23 @@ def _check_whole(value: Array, name: str) -> None:
     )
 
 
-def _check_sum(inputs: int, x_zero_point: Array, kernel: Array, kernel_zero_point: Array | None):
-  # A code lies at most 255 from a zero point that is a code itself; signed weights at most 128 from 0.
-  spread = 128 if kernel_zero_point is None and kernel.dtype == jnp.int8 else 255
-  if inputs * 255 * spread >= 2**31:
+def _spread(codes: Array, zero_point: Array | None) -> int:
+  """Returns the largest distance of a code from its zero point; 255 for a traced one, a code itself."""
+  if isinstance(zero_point, jax.core.Tracer) or codes.dtype not in (jnp.int8, jnp.uint8):
+    return 255
+  zero_point = 0 if zero_point is None else zero_point
+  info, zero = jnp.iinfo(codes.dtype), np.asarray(zero_point, np.float64)
+  return int(max(np.max(np.abs(info.min - zero)), np.max(np.abs(info.max - zero))))
+
+
+def _check_sum(
+  inputs: int, x: Array, x_zero_point: Array, kernel: Array, kernel_zero_point: Array | None
+) -> None:
+  spreads = _spread(x, x_zero_point), _spread(kernel, kernel_zero_point)
+  if inputs * spreads[0] * spreads[1] >= 2**31:
     raise ValueError(
-      f'{inputs} inputs may overflow the int32 accumulator ({inputs} * 255 * {spread} >= 2^31): split '
-      f'the contraction.'
+      f'{inputs} inputs may overflow the int32 accumulator ({inputs} * {spreads[0]} * {spreads[1]} >= 2^31): '
+      f'split the contraction (or clip zero points far outside of the codes).'
     )
   if np.size(x_zero_point) != 1:
     raise ValueError(

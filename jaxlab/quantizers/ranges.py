@@ -109,11 +109,13 @@ def averaged_running_min_max_observer(
 def averaged_min_max_observer(quantizer: AffineQuantizer, momentum: float = 0.99) -> Observer:
   """Returns the exponential average of each batch's extremes (FQ-ViT's EMA).
 
-  The first batch sets the estimate per channel of the last axis; a per-tensor estimate is the extreme
-  over channels of it, and stays a scalar from then on: later batches enter per channel, against the
-  scalar, and are reduced again.
+  The first batch sets the estimate per channel of `axis` (the reference: the last); a per-tensor estimate is
+  the extreme over channels of it, and stays a scalar from then on: later batches enter per channel, against
+  the scalar, and are reduced again.
   """
-  channels = AffineQuantizer(quantizer.bits, quantizer.rule, 'channel', -1)
+  if quantizer.granularity not in ('tensor', 'channel'):
+    raise ValueError(f"granularity={quantizer.granularity!r}: expected 'tensor' or 'channel'.")
+  channels = AffineQuantizer(quantizer.bits, quantizer.rule, 'channel', quantizer.axis)
 
   def estimate(state, x, low, high):
     low, high = _averaged(state, *min_max(channels, x), momentum)
@@ -122,8 +124,6 @@ def averaged_min_max_observer(quantizer: AffineQuantizer, momentum: float = 0.99
       return jnp.min(low, axes, keepdims=True), jnp.max(high, axes, keepdims=True)
     return low, high
 
-  if quantizer.granularity not in ('tensor', 'channel'):
-    raise ValueError(f"granularity={quantizer.granularity!r}: expected 'tensor' or 'channel'.")
   return _observer(estimate, quantizer)
 
 
@@ -168,18 +168,26 @@ def top_k_percentile_range(
 ) -> tuple[Array, Array]:
   """Returns the extremes of `x` cut at the k-th largest magnitude `v`: `[max(min, -v), min(max, v)]`.
 
-  `k = int(fraction * n + 0.5)` with `n` the elements that share a scale; `k = 0` cuts nothing. To use it
-  over several batches hand in their concatenation. (SSQL's toolbox.)
+  `k = int(fraction * n + 0.5)` with `n` all elements, divided (rounded down) by the number of scales;
+  `k = 0` cuts nothing. To use it over several batches hand in their concatenation. (SSQL's toolbox.)
   """
+  x = _wide(x)
   low, high = min_max(quantizer, x)
-  axes = reduction_axes(quantizer, x.ndim)
+  size = x.size
+  x = cut_groups(quantizer, x)
+  axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
   moved = jnp.moveaxis(jnp.abs(x), axes, range(-len(axes), 0))
   flat = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
-  k = int(fraction * flat.shape[-1] + 0.5)
+  k = int(fraction * size + 0.5) // low.size
   if k == 0:
     return low, high
   bound = jax.lax.top_k(flat, k)[0][..., -1].reshape(low.shape)
   return jnp.maximum(low, -bound), jnp.minimum(high, bound)
+
+
+def _wide(x: Array) -> Array:
+  """Returns `x` in at least float32: errors of candidates differ by less than bfloat16 resolves."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _squared_error(
@@ -205,8 +213,9 @@ def mse_range(
   Candidate `i` is `(1 - step * i) * (min, max)`, `i = 0 .. candidates - 1`; the first of equal ones wins.
   Each scale is searched on its own. `rule='asymmetric_clipped'` is the reference's.
   """
+  x = _wide(x)
   low, high = min_max(quantizer, x)
-  x = cut_groups(quantizer, x).astype(low.dtype)
+  x = cut_groups(quantizer, x)
 
   def visit(i, best):
     factor = 1 - step * i.astype(low.dtype)
@@ -239,6 +248,7 @@ def mse_ternary_range(
   """
   if quantizer.granularity != 'tensor':
     raise ValueError(f"granularity={quantizer.granularity!r}: this search is for 'tensor' alone.")
+  x = _wide(x)
   low, high = min_max(quantizer, x)
 
   def error(percent: Array) -> Array:
@@ -291,7 +301,7 @@ def percentile_range(
   if not quantiles or any(not 0.5 < q <= 1 for q in quantiles):
     raise ValueError(f'quantiles={quantiles} must lie in (0.5, 1], at least one.')
   x = cut_groups(quantizer, x)
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = _wide(x)
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
   shares = jnp.asarray([1 - p for p in quantiles] + list(quantiles), x.dtype)
   bounds = jnp.quantile(x, shares, axes, keepdims=True)  # one sort for all candidates

@@ -1,10 +1,11 @@
-"""QwT on ImageNet with public weights: networks, bits and calibration of the paper's classification table.
+"""QwT on ImageNet with public weights: networks, bits (and 8w8a) and calibration of the paper's table.
 
   python -m experiments.qwt --config=mlcollections_configs/qwt/imagenet.py --workdir=gs://...
   ... '--config.networks=("vit_small","swin_tiny")'
 
-Ranges from 32 training images, compensation from 512, both under random resized crops and flips (the official
-code adds RandAugment). Weights are timm's; the paper takes ResNet-18 and 50 from BRECQ, a point better.
+Ranges from 32 training images, compensation from 512, both under random resized crops and flips. The official
+code adds RandAugment, crops from the full photograph (here: from its center of 256x256) and resizes bicubic.
+Weights are timm's; the paper takes ResNet-18 and 50 from BRECQ, a point better.
 Prepare the data once: `tfds build imagenet2012 --file_format=array_record`.
 """
 
@@ -86,4 +87,6 @@ def network(weights: str, normalization: tuple, resize: int) -> dict:
     blocks=r'layer\d_\d+' if convolutional else r'(layers_\d/)?blocks_\d+',
   )
   # 8 gives what the official code does to ResNets, whatever bits are asked for.
+  if weights.startswith('swin'):
+    section['layer_blocks'] = r'layers_\d/(blocks_\d+|downsample)'  # QwT-v2: patch merging, too
   return section | (dict(conv_act_bits=None) if convolutional else {})

@@ -84,7 +84,7 @@ def test_runs_leave_all_rows_and_share_the_float_network(tmp_path, capsys):
   [
     ({'networks': ('vti',)}, 'no network.vti; sections: .*vit'),
     ({'bits': ('9w4a',)}, 'outside of 2 to 8'),
-    ({'bits': ('w4a4',)}, 'names such as 2w4a'),
+    ({'bits': ('w4a4',)}, 'named such as 2w4a'),
     ({'calibration': {'ranges': 16, 'compensation': 100, 'batch_size': 64}}, 'multiple'),
   ],
 )

@@ -26,5 +26,5 @@ def test_the_same_network_is_compared_in_all_forms(tmp_path):
 def test_bad_input_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"bits='3w8a': qwix has integer types of 4 and 8 bits"):
     qwix_comparison.qwix_network(None, None, '3w8a')
-  with pytest.raises(ValueError, match='names such as 2w4a'):
+  with pytest.raises(ValueError, match='named such as 2w4a'):
     qwix_comparison.compare(small_config(), tmp_path, bits=['w8'])

@@ -165,5 +165,5 @@ def test_bad_settings_are_refused_before_training(tmp_path, changes, match):
 
 @pytest.mark.parametrize('text', ['2w', 'w4a', '2a4w', 'fp'])
 def test_bit_names_are_checked(text):
-  with pytest.raises(ValueError, match='names such as 2w4a'):
+  with pytest.raises(ValueError, match='named such as 2w4a'):
     quantized_features.parse_bits(text)

@@ -193,14 +193,15 @@ def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
   assert peaks[1] <= peaks[0] + 1000
 
 
-def test_result_is_the_same_on_eight_devices_as_on_one():
+@pytest.mark.parametrize('method', [QwT(), NBC()])
+def test_result_is_the_same_on_eight_devices_as_on_one(method):
   model, _, quantized = small_vit()
   mesh = Mesh(np.asarray(jax.devices()), ('data',))
   place = lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
   spread = [place(PartitionSpec('data'), batch) for batch in BATCHES]
   everywhere = (*place(PartitionSpec(), quantized[:2]), quantized[2])
-  one = compensate(model, quantized, BATCHES, **FLOAT)
-  eight = compensate(model, everywhere, spread, **FLOAT)
+  one = compensate(model, quantized, BATCHES, method, **FLOAT)
+  eight = compensate(model, everywhere, spread, method, **FLOAT)
   for a, b in zip(*(jax.tree.leaves(r.variables[COLLECTION]) for r in (one, eight))):
     assert_close(b, a, 2e-3)
   assert_close(eight.report.error_after, one.report.error_after, 1e-4)
@@ -214,7 +215,7 @@ def test_convolutional_blocks_are_compensated_in_groups_and_strides():
   result = compensate(model, quantized, [x[:64], x[64:]], method, **FLOAT)
   assert result.variables[COLLECTION]['layer2_0']['weight'].shape == (1, 1, 4, 16)
   assert np.all(result.report.error_after <= result.report.error_before * (1 + 1e-6))
-  assert not np.all(result.report.skipped)
+  assert not np.all(result.report.skipped)  # R^2 around the mean of the batch alone may be negative
   after = logit_error(model, variables, (result.variables, result.hooks), x)
   assert after < logit_error(model, variables, (quantized[0], quantized[2]), x)
 

@@ -43,6 +43,8 @@ def test_gptq_agrees_with_reference(vectors):
       static_groups=vectors.param(f'static_{i}'),
     )
     np.testing.assert_array_equal(g.dequantize_groups(*result[1:]), result.weight)
+    if group_size == -1:
+      assert_close(result.scale[:, 0], vectors[f'out_rtn_scale_{i}'])
     expected_error = float(g.output_error(weight, vectors[f'out_weight_{i}'], state))
     error = float(g.output_error(weight, result.weight, state))
     rtn_error = float(g.output_error(weight, vectors[f'out_rtn_{i}'], state))
@@ -193,3 +195,13 @@ def test_bfloat16_weights_are_solved_in_float32():
 def test_bad_input_is_named(make, match):
   with pytest.raises(ValueError, match=match):
     make()
+
+
+def test_a_dead_input_counts_in_the_range_of_the_whole_weight_but_not_in_groups():
+  hessian = jnp.eye(8).at[3, 3].set(0)
+  weight = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32).at[:, 3].set(50)
+  whole = g.gptq(weight, hessian, 4)
+  np.testing.assert_array_equal(whole.scale[:, 0], g.row_params(weight, 4)[0])
+  assert np.all(np.asarray(whole.weight)[:, 3] == 0)
+  grouped = g.gptq(weight, hessian, 4, group_size=4, static_groups=True)
+  assert np.max(grouped.scale) < 1

@@ -170,6 +170,7 @@ SIGNED = jnp.zeros((4, 2), jnp.int8)
       ),
       'may overflow',
     ),
+    (lambda: integer.integer_dot(BYTES, SIGNED, -30_000_000), 'may overflow'),
     (lambda: integer.integer_conv(BYTES, SIGNED), r'expected \[batch, height'),
     (
       lambda: integer.integer_conv(

@@ -258,6 +258,6 @@ def test_bad_arguments_raise():
 def test_strides_are_one_or_two_and_odd_sizes_are_refused():
   assert stride_of((1, 6, 8, 2), (1, 6, 8, 3)) == 1
   assert stride_of((1, 6, 8, 2), (1, 3, 4, 3)) == 2
-  for out in ((1, 2, 2, 3), (1, 4, 4, 3)):
+  for out in ((1, 2, 2, 3), (1, 3, 3, 3), (1, 4, 4, 3)):
     with pytest.raises(ValueError, match='stride 1 or 2'):
       stride_of((1, 7, 7, 2), out)

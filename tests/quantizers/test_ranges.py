@@ -117,3 +117,38 @@ def test_an_observer_that_saw_nothing_gives_no_parameters():
 def test_bad_input_is_named(make, match):
   with pytest.raises(ValueError, match=match):
     make()
+
+
+@pytest.mark.parametrize(
+  'search',
+  [ranges.mse_range, ranges.mse_ternary_range, ranges.percentile_range],
+  ids=lambda search: search.__name__,
+)
+def test_searches_on_bfloat16_are_those_of_its_values_in_float32(search):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 8)), jnp.bfloat16)
+  quantizer = AffineQuantizer(bits=4, rule='asymmetric')
+  found, expected = search(quantizer, x), search(quantizer, x.astype(jnp.float32))
+  assert found[0].dtype == jnp.float32
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_top_k_counts_over_all_elements_and_cuts_each_channel_or_group_alone():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(150, 4)), jnp.float32)
+  quantizer = AffineQuantizer(granularity='channel', axis=-1)
+  low, high = ranges.top_k_percentile_range(quantizer, x, 0.01)  # 6 of 600: 1 of a channel
+  largest = np.abs(x).max(0, keepdims=True)
+  np.testing.assert_array_equal(low, np.maximum(np.min(x, 0, keepdims=True), -largest))
+  np.testing.assert_array_equal(high, np.minimum(np.max(x, 0, keepdims=True), largest))
+  groups = AffineQuantizer(granularity='group', axis=0, group_size=50)
+  low, _ = ranges.top_k_percentile_range(groups, x, 0.05)  # 30 of 600: 2 of a group
+  cut = np.sort(np.abs(x.reshape(3, 50, 4)), 1)[:, -2]
+  assert np.all(np.abs(low).reshape(3, 4) <= cut + 1e-7)
+
+
+def test_averaged_extremes_follow_the_channel_axis():
+  observer = ranges.averaged_min_max_observer(AffineQuantizer(granularity='channel', axis=1))
+  x = jnp.arange(30.0).reshape(2, 3, 5)
+  low, high = observer.range(observer.update(observer.init(), x))
+  np.testing.assert_allclose(jnp.ravel(low), [0, 5, 10], rtol=1e-6)
+  np.testing.assert_allclose(jnp.ravel(high), [19, 24, 29], rtol=1e-6)

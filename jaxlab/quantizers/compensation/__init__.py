@@ -22,7 +22,7 @@ from jaxlab.quantizers.compensation.channel_affine import (
   solve_channel_affine,
   update_channel_affine_stats,
 )
-from jaxlab.quantizers.compensation.conv import fit_conv_compensation
+from jaxlab.quantizers.compensation.conv import fit_conv_compensation, num_groups
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
 from jaxlab.quantizers.compensation.driver import (
   Compensated,
@@ -76,6 +76,7 @@ __all__ = [
   'linear_cost',
   'merge_channel_affine_stats',
   'merge_linear_stats',
+  'num_groups',
   'select_nbc_scales',
   'solve_channel_affine',
   'solve_linear',

@@ -21,7 +21,6 @@ from jaxlab.quantizers.compensation.linear import (
   LinearStats,
   init_linear_stats,
   is_traced,
-  merge_linear_stats,
   solve_linear,
   stats_dtype,
   update_linear_stats,
@@ -193,11 +192,6 @@ def _update_bipolar_stats(stats, x, err, scale_x, scale_err, weights, kernel_siz
   )
 
 
-def merge_bipolar_stats(a: BipolarStats, b: BipolarStats) -> BipolarStats:
-  """Returns the statistics of the rows of both."""
-  return BipolarStats(merge_linear_stats(a.linear, b.linear), jnp.maximum(a.z_max, b.z_max))
-
-
 def solve_bipolar(
   stats: BipolarStats,
   scale_x: float | Array,
@@ -205,7 +199,7 @@ def solve_bipolar(
   ridge: float = 1e-6,
   kernel_size: int | None = None,
 ) -> BipolarCompensation:
-  """Returns the fit of the transformed error, with kappa 1 and R^2 NaN (see `debias`).
+  """Returns the fit of the transformed error, with kappa 1 and R^2 0 (`debias` sets both).
 
   Args:
     stats: of the transformed rows.
@@ -224,7 +218,7 @@ def solve_bipolar(
   z_max = jnp.where(jnp.isinf(scale_err), jnp.inf, stats.z_max)
   kappa = jnp.ones_like(solved.bias)
   return BipolarCompensation(
-    weight, solved.bias, scale_x, scale_err, z_max, kappa, jnp.full((), jnp.nan, dtype)
+    weight, solved.bias, scale_x, scale_err, z_max, kappa, jnp.zeros((), dtype)
   )
 
 

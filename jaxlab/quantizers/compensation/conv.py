@@ -61,11 +61,11 @@ def stride_of(x_shape: tuple, y_shape: tuple) -> int:
   """Returns the stride of a block, 1 or 2, from the shapes `[batch, height, width, channels]` around it.
 
   Raises:
-    ValueError: if the output is neither as large as the input nor half of it, rounded down.
+    ValueError: if the output is neither as large as the input nor exactly half of it.
   """
   if len(x_shape) == len(y_shape) == 4:
     for stride in (1, 2):
-      if tuple(y_shape[1:3]) == tuple(size // stride for size in x_shape[1:3]):
+      if tuple(x_shape[1:3]) == tuple(size * stride for size in y_shape[1:3]):
         return stride
   raise ValueError(
     f'A convolutional compensation needs a block of stride 1 or 2 over [batch, height, width, channels]; '

@@ -238,9 +238,11 @@ class _Stream:
       self.leaves = [[pool[kind][i] for kind, i in part.sources] for pool in pools]
       return
 
+    root, parts, hooks = self.root, self.parts, self.hooks  # compiled functions outlive the stream
+
     def between(variables, images, outputs):
       known = {index - 1: outputs} if index else {}
-      return reach(self.root, self.parts, index, variables, images, known, self.hooks)
+      return reach(root, parts, index, variables, images, known, hooks)
 
     run, new = None, []
     for batch, images in enumerate(self.images):
@@ -307,15 +309,16 @@ class _BlockWalk:
   def _observe(self, index, stream, outputs, teachers) -> Rows:
     """Runs part `index` on all batches; parks its input, output and error."""
     part, block = self.parts[index], self.block
+    parts, hooks, float_hooks = self.parts, self.hooks, self.float_hooks
     below = relative(part.path, block.path)
 
     def observe(quantized, floats, leaves, outputs, teacher):
       if part is not block:
-        leaves = reach(block, self.parts, index, quantized, leaves, outputs, self.hooks)
-      y = array_leaves(part.run(slice_variables(quantized, below), leaves, self.hooks))
+        leaves = reach(block, parts, index, quantized, leaves, outputs, hooks)
+      y = array_leaves(part.run(slice_variables(quantized, below), leaves, hooks))
       if teacher is None:
         own = slice_variables(floats, below)
-        teacher = array_leaves(part.run(own, leaves, self.float_hooks))[0]
+        teacher = array_leaves(part.run(own, leaves, float_hooks))[0]
       wide = jnp.promote_types(y[0].dtype, jnp.float32)
       return leaves[0], y, teacher.astype(wide) - y[0].astype(wide)
 
@@ -340,8 +343,10 @@ class _BlockWalk:
     """Compensates the parked outputs of part `index`; returns the mean squared error before and after."""
     needs_input = not isinstance(self.method, QwTv2)
 
+    dtype = self.dtype
+
     def finish(arrays, x, y, err):
-      new = _apply(y, x, arrays, self.dtype)
+      new = _apply(y, x, arrays, dtype)
       left = y.astype(err.dtype) + err - new.astype(err.dtype)
       return new, jnp.sum(err**2), jnp.sum(left**2)
 
@@ -376,15 +381,17 @@ class _BlockWalk:
     """Returns the float network's activation at each part, and what its block returns, for each batch."""
     paths = [part.path for part in self.parts]
 
+    block, float_hooks = self.block, self.float_hooks
+
     def run_float(floats, leaves):
       def keep(site: Site, call, *args, **kwargs):
         y = call(*args, **kwargs)
         site.write('output', array_leaves(y)[0])
         return y
 
-      hooks = [*self.float_hooks, Hook(any_of(paths), call=keep, collection=CAPTURES)]
-      out, state = self.block.run(floats, leaves, hooks, mutable=[CAPTURES])
-      found = [slice_variables(state, relative(path, self.block.path))[CAPTURES] for path in paths]
+      hooks = [*float_hooks, Hook(any_of(paths), call=keep, collection=CAPTURES)]
+      out, state = block.run(floats, leaves, hooks, mutable=[CAPTURES])
+      found = [slice_variables(state, relative(path, block.path))[CAPTURES] for path in paths]
       return [own['output'] for own in found], array_leaves(out)
 
     run, teachers, outputs = None, [], []

@@ -240,16 +240,16 @@ def _fit_nbc(method: NBC, rows: Rows) -> tuple[dict[str, Array], float, bool]:
   empty = bipolar.init_bipolar_stats(rows.in_features, out, groups, kernel_size or 1)
   update = functools.partial(_update_bipolar, kernel_size=kernel_size)
   solve = functools.partial(bipolar.solve_bipolar, ridge=method.ridge, kernel_size=kernel_size)
-  scales, stats = _nbc_scales(method, rows, empty, update, solve)
-  if stats is None:
-    stats = rows.fold(update, empty, *_scalars(scales))
-  solved = solve(stats, *scales)
+  scales, score = _nbc_scales(method, rows, empty, update, solve)
+  solved = solve(rows.fold(update, empty, *_scalars(scales)), *scales)
   predicted = rows.fold(_update_prediction, bipolar.init_prediction_stats(out), solved)
   solved = bipolar.debias(solved, predicted, method.debiased)
   r2 = float(solved.r2)
+  if score is not None and not score > 0:  # no candidate helps on held-out examples
+    solved = solved._replace(r2=jnp.zeros_like(solved.r2))
   arrays = bipolar.gate_bipolar(solved)._asdict()
   del arrays['r2']
-  return arrays, r2, not r2 > 0
+  return arrays, r2, not float(solved.r2) > 0
 
 
 def _scalars(scales: Sequence[float]) -> list[np.ndarray]:
@@ -257,7 +257,7 @@ def _scalars(scales: Sequence[float]) -> list[np.ndarray]:
 
 
 def _nbc_scales(method: NBC, rows: Rows, empty, update, solve):
-  """Returns the pair of scales and, where they are at hand, the statistics of all rows for them."""
+  """Returns the pair of scales and, after a search, its R^2 on the held-out examples (else None)."""
   rule = method.scale_rule
   if not isinstance(rule, str):
     return (float(rule), float(rule)), None
@@ -282,7 +282,7 @@ def _nbc_scales(method: NBC, rows: Rows, empty, update, solve):
     score = float(bipolar.prediction_r2(other, kappa))
     if not np.isnan(score) and (best is None or score > best[0]):
       best = score, pair
-  return (best[1] if best else (float('inf'),) * 2), None
+  return (best[1], best[0]) if best else ((float('inf'),) * 2, float('-inf'))
 
 
 def _update_bipolar(stats, x, y, err, weights, scale_x, scale_err, *, kernel_size):
