@@ -302,7 +302,7 @@ def quantize(
     dtype: integer type that holds the codes; None keeps floats, for fractional zero points.
 
   Raises:
-    ValueError: if `dtype` cannot hold `quantizer.bits` bits.
+    ValueError: if `dtype` cannot hold `quantizer.bits` bits, or the codes that (concrete) `params` are for.
   """
   if dtype is not None:
     info = jnp.iinfo(dtype)
@@ -311,6 +311,12 @@ def quantize(
       raise ValueError(
         f'dtype={jnp.dtype(dtype).name} does not hold {quantizer.bits}-bit '
         f'{"signed" if quantizer.signed else "unsigned"} codes.'
+      )
+    if not isinstance(params.high, jax.core.Tracer) and (
+      jnp.any(params.low < info.min) or jnp.any(params.high > info.max)
+    ):
+      raise ValueError(
+        f'dtype={jnp.dtype(dtype).name} does not hold the codes [{params.low}, {params.high}] of params.'
       )
   cut = cut_groups(quantizer, x)
   safe = jnp.where(params.scale == 0, jnp.inf, params.scale)

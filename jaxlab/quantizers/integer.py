@@ -157,6 +157,8 @@ def grouped_integer_dot(
     ValueError: as `integer_dot`, or if the groups do not divide the inputs.
   """
   inputs, groups = kernel.shape[0], kernel_scale.shape[0]
+  if kernel.ndim != 2 or x.shape[-1] != inputs:
+    raise ValueError(f'x {x.shape} and kernel {kernel.shape}: expected [..., in] and [in, out].')
   if inputs % groups:
     raise ValueError(f'{groups} groups of scales do not divide {inputs} inputs.')
   size = inputs // groups
@@ -191,6 +193,9 @@ def as_qarray(quantizer: AffineQuantizer, kernel: Array, params: AffineParams) -
       f'A qwix weight is symmetric and of at most 8 bits; got rule={quantizer.rule!r}, '
       f'bits={quantizer.bits}. Use integer_dot with zero points.'
     )
+  limit = 2 ** (quantizer.bits - 1) - 1
+  if not isinstance(params.high, jax.core.Tracer) and jnp.any(params.high > limit):
+    raise ValueError(f'params are for codes up to {params.high}, the quantizer for {limit}.')
   codes = quantize(quantizer, kernel, params, jnp.int8)
   scale = params.scale
   if quantizer.granularity == 'group':

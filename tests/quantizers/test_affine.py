@@ -266,3 +266,11 @@ def test_gradient_is_one_at_both_bounds_and_zero_beyond():
 def test_bad_input_is_named(make, match):
   with pytest.raises(ValueError, match=match):
     make()
+
+
+def test_codes_that_the_dtype_does_not_hold_are_refused():
+  quantizer = AffineQuantizer(bits=4)
+  x = jnp.array([-1.0, 0.3, 1.0])
+  params = quantizers.calibrate(quantizer, x, bits=12)
+  with pytest.raises(ValueError, match='int8 does not hold the codes'):
+    quantizers.quantize(quantizer, x, params, jnp.int8)

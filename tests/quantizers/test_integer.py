@@ -154,6 +154,7 @@ def test_packing_round_trips_signed_and_unsigned(x, size, axis):
 
 
 BYTES = jnp.zeros((3, 4), jnp.uint8)
+FOUR_BITS = AffineQuantizer(bits=4)
 SIGNED = jnp.zeros((4, 2), jnp.int8)
 
 
@@ -171,6 +172,16 @@ SIGNED = jnp.zeros((4, 2), jnp.int8)
       'may overflow',
     ),
     (lambda: integer.integer_dot(BYTES, SIGNED, -30_000_000), 'may overflow'),
+    (
+      lambda: integer.grouped_integer_dot(BYTES[:, :3], SIGNED, jnp.ones((2, 2))),
+      r'expected \[..., in\] and \[in, out\]',
+    ),
+    (
+      lambda: integer.as_qarray(
+        FOUR_BITS, jnp.ones((4, 2)), affine.calibrate(FOUR_BITS, jnp.ones((4, 2)), bits=8)
+      ),
+      'codes up to 127.0, the quantizer for 7',
+    ),
     (lambda: integer.integer_conv(BYTES, SIGNED), r'expected \[batch, height'),
     (
       lambda: integer.integer_conv(
