@@ -126,7 +126,7 @@ def check(config: ConfigDict) -> dict[str, ConfigDict]:
 def blocks_of(config: ConfigDict, method: compensation.Method) -> str:
   """Returns the pattern of the blocks; QwT-v2 at layers also compensates those between them (Swin)."""
   at_layers = getattr(method, 'granularity', None) == 'linear'
-  return config.get('layer_blocks') or config.blocks if at_layers else config.blocks
+  return config.get('layer_blocks', config.blocks) if at_layers else config.blocks
 
 
 def megabytes(variables: Mapping[str, Any]) -> float:
