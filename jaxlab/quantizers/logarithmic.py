@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.quantizers.affine import Bits, check_bits
+from jaxlab.quantizers.quantiles import select_quantiles
 
 Array = jax.Array
 
@@ -81,7 +82,7 @@ def log_sqrt2_scale(
   if not quantiles or any(not 0 < q <= 1 for q in quantiles):
     raise ValueError(f'quantiles={quantiles} must lie in (0, 1], at least one.')
   x = _widen(x)
-  candidates = jnp.quantile(x, jnp.asarray(quantiles, x.dtype))
+  candidates = select_quantiles(x, quantiles).reshape(-1)
   errors = jax.lax.map(
     lambda scale: jnp.mean(jnp.square(x - _log_sqrt2_fake_quantize(x, scale, bits))), candidates
   )

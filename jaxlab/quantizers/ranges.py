@@ -28,6 +28,7 @@ from jaxlab.quantizers.affine import (
   params_from_range,
   reduction_axes,
 )
+from jaxlab.quantizers.quantiles import select_quantiles
 
 Array = jax.Array
 PyTree = Any
@@ -156,7 +157,7 @@ def quantile_observer(
     raise ValueError(f'quantile={quantile} must lie in (0.5, 1].')
 
   def estimate(state, x, low, high):
-    bounds = jnp.quantile(x, jnp.asarray([1 - quantile, quantile], x.dtype))
+    bounds = select_quantiles(_wide(x), [1 - quantile, quantile])
     low, high = bounds.reshape(2, *(1,) * x.ndim)
     return _averaged(state, low, high, momentum)
 
@@ -303,8 +304,7 @@ def percentile_range(
   x = cut_groups(quantizer, x)
   x = _wide(x)
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
-  shares = jnp.asarray([1 - p for p in quantiles] + list(quantiles), x.dtype)
-  bounds = jnp.quantile(x, shares, axes, keepdims=True)  # one sort for all candidates
+  bounds = select_quantiles(x, [1 - p for p in quantiles] + list(quantiles), axes)
   best = None
   for index in range(len(quantiles)):
     low, high = bounds[index], bounds[index + len(quantiles)]
