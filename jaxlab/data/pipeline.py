@@ -4,12 +4,14 @@ import collections
 import functools
 import math
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxlab.data.samplers import Sampler, draw_epoch
 from jaxlab.data.sources import InMemory, Record, Source, check_images, check_labels, stack_records
 from jaxlab.parallel.mesh import batch_sharding
 
@@ -20,7 +22,7 @@ class Loader:
   """An iterator over the batches of `make_loader`, with an exact and portable state.
 
   The state is the number of batches handed out, next to what it depends on (seed, batch size, number of
-  records): the same in every process, for any number of processes, threads and worker processes.
+  records, sampler): the same in every process, for any number of processes, threads and worker processes.
   Workers start with the first batch; `close` ends them.
 
   Attributes:
@@ -54,9 +56,9 @@ class Loader:
     Raises:
       ValueError: if the state belongs to another data order.
     """
-    differ = {
-      k: (state.get(k), v) for k, v in self._batches.identity().items() if state.get(k) != v
-    }
+    own = self._batches.identity()
+    keys = [k for k in {**own, **state} if k != 'step']
+    differ = {k: (state.get(k), own.get(k)) for k in keys if state.get(k) != own.get(k)}
     if differ:
       text = ', '.join(f'{k} was {old}, is {new}' for k, (old, new) in differ.items())
       raise ValueError(f'the iterator state belongs to another data order: {text}.')
@@ -96,6 +98,7 @@ def make_loader(
   batch_size: int,
   seed: int = 0,
   shuffle: bool = True,
+  sampler: Sampler | None = None,
   num_epochs: int | None = None,
   drop_remainder: bool = True,
   pad: bool = False,
@@ -107,9 +110,9 @@ def make_loader(
 ) -> Loader:
   """Returns an iterator over batches of `source`, dicts of arrays `[local_batch, ...]`.
 
-  Epochs are independent uniform permutations, functions of (seed, epoch). A process gets rows
-  `process_index * local_batch ...` of the global batch of each step, so that the processes' batches
-  joined are exactly the batch of a single process.
+  Epochs are independent uniform permutations, functions of (seed, epoch), or what `sampler` draws. A
+  process gets rows `process_index * local_batch ...` of the global batch of each step, so that the
+  processes' batches joined are exactly the batch of a single process.
 
   Args:
     source: random-access source, or a dict of stacked arrays. A source with `gather(indices)` (such as
@@ -117,6 +120,10 @@ def make_loader(
     batch_size: the GLOBAL batch size.
     seed: of the order.
     shuffle: False: the source's order in every epoch.
+    sampler: epoch -> the indices of its records, integers `[draws]` in their order, e.g.
+      `ClassBalancedSampler`; takes the place of `seed` and `shuffle`. It must be a function of the epoch
+      alone (its seed is its own) and draw the same number in every epoch: an epoch has `draws /
+      batch_size` batches, whatever the number of records. Workers need it to be picklable.
     num_epochs: None: endless.
     drop_remainder: whether the epoch's last, smaller batch is left out; False needs `pad` or a single
       process.
@@ -130,7 +137,8 @@ def make_loader(
     transform: record -> record on the host, e.g. `DecodeImage(224)`.
 
   Raises:
-    ValueError: batch sizes that do not fit, before any data is read.
+    ValueError: batch sizes that do not fit, or a sampler that draws no valid indices, before any data is
+      read.
   """
   if isinstance(source, Mapping):
     source = InMemory(source)
@@ -145,11 +153,6 @@ def make_loader(
     raise ValueError(f'process_index is {process_index}, expected 0 to {process_count - 1}.')
   if not drop_remainder and not pad and process_count > 1:
     raise ValueError('drop_remainder=False needs pad=True when several processes share a batch.')
-  if drop_remainder and not pad and len(source) < batch_size:
-    raise ValueError(
-      f'source has {len(source)} records, fewer than batch_size {batch_size}: every epoch would be '
-      'empty. Use a smaller batch_size, or pad=True.'
-    )
   if num_epochs is not None and num_epochs < 1:
     raise ValueError(f'num_epochs is {num_epochs}, expected a number >= 1 or None.')
   if seed < 0:
@@ -166,11 +169,18 @@ def make_loader(
     batch_size=batch_size,
     seed=seed,
     shuffle=shuffle,
+    sampler=sampler,
     rows=slice(process_index * local, (process_index + 1) * local),
     keep_remainder=pad or not drop_remainder,
     pad=pad,
     transform=transform,
   )
+  if not batches.steps_per_epoch:
+    what = 'source has' if sampler is None else 'sampler draws'
+    raise ValueError(
+      f'{what} {batches.size} records, fewer than batch_size {batch_size}: every epoch would be empty. '
+      'Use a smaller batch_size, or pad=True.'
+    )
   return Loader(batches, num_epochs, options)
 
 
@@ -179,24 +189,41 @@ class _Batches:
 
   def __init__(self, **options):
     self.__dict__.update(options)
-    count = len(self.source) / self.batch_size
+    self.size, self.fingerprint = len(self.source), {}
+    if self.sampler is not None:
+      order = draw_epoch(self.sampler, 0, self.size)
+      self.size, self.drawn = len(order), (0, order)
+      # Tells apart samplers of any kind, also those that differ only in the labels they know.
+      self.fingerprint = {'sampler': zlib.crc32(order.tobytes())}
+    count = self.size / self.batch_size
     self.steps_per_epoch = math.ceil(count) if self.keep_remainder else math.floor(count)
 
   def identity(self) -> dict[str, int]:
     return {
-      'seed': self.seed if self.shuffle else -1,
+      'seed': self.seed if self.shuffle and self.sampler is None else -1,
       'batch_size': self.batch_size,
       'records': len(self.source),
+      **self.fingerprint,
     }
+
+  def order(self, epoch: int) -> np.ndarray:
+    """Returns the indices of an epoch's records."""
+    if self.sampler is None:
+      return _epoch_order(self.seed, epoch, self.size) if self.shuffle else np.arange(self.size)
+    known, order = self.drawn
+    if known != epoch:
+      order = draw_epoch(self.sampler, epoch, len(self.source))
+      if len(order) != self.size:
+        raise ValueError(
+          f'sampler draws {len(order)} records in epoch {epoch} and {self.size} in epoch 0; expected '
+          'the same number in every epoch.'
+        )
+      self.drawn = (epoch, order)  # one assignment, for several threads come here
+    return order
 
   def __call__(self, step: int) -> Batch:
     epoch, place = divmod(int(step), self.steps_per_epoch)
-    size = len(self.source)
-    start, stop = place * self.batch_size, min((place + 1) * self.batch_size, size)
-    if self.shuffle:
-      indices = _epoch_order(self.seed, epoch, size)[start:stop]
-    else:
-      indices = np.arange(start, stop)
+    indices = self.order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
     mask = np.arange(self.batch_size) < len(indices)
     if self.pad:
       indices = np.pad(indices, (0, self.batch_size - len(indices)), mode='edge')

@@ -3,6 +3,10 @@
 Pure functions that know no model, no config and no files. Accuracies are in [0, 1].
 """
 
+from jaxlab.evaluation.calibration import (
+  Calibration,
+  expected_calibration_error,
+)
 from jaxlab.evaluation.classification import (
   Tally,
   confusion_matrix,
@@ -17,6 +21,9 @@ from jaxlab.evaluation.diagnostics import (
   effective_rank,
   feature_std,
   mean_cosine,
+)
+from jaxlab.evaluation.episodes import (
+  episode_metrics,
 )
 from jaxlab.evaluation.knn import (
   Neighbors,
@@ -33,23 +40,40 @@ from jaxlab.evaluation.linear_probe import (
   probe_accuracy,
   probe_logits,
 )
+from jaxlab.evaluation.recalls import (
+  confusion_metrics,
+  geometric_mean,
+  group_recalls,
+  harmonic_mean,
+  lowest_recall,
+  recall_metrics,
+)
 
 __all__ = [
+  'Calibration',
   'Neighbors',
   'Probe',
   'Tally',
   'confusion_matrix',
+  'confusion_metrics',
   'effective_rank',
+  'episode_metrics',
+  'expected_calibration_error',
   'feature_std',
+  'geometric_mean',
+  'group_recalls',
+  'harmonic_mean',
   'label_rank',
   'linear_probe_lars',
   'linear_probe_sgd',
   'logistic_probe',
+  'lowest_recall',
   'mean_cosine',
   'per_class_recall',
   'perplexity',
   'probe_accuracy',
   'probe_logits',
+  'recall_metrics',
   'tally_compute',
   'tally_init',
   'tally_update',

@@ -21,7 +21,7 @@ def require_labels(
   """Raises ValueError unless `labels` are integers; if concrete, unless all (unmasked) are in range."""
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise ValueError(f'{name} must be integers, got {jnp.result_type(labels)}.')
-  if _is_here(labels) and (mask is None or _is_here(mask)):
+  if is_here(labels) and (mask is None or is_here(mask)):
     values = np.asarray(labels)
     values = values if mask is None else values[np.asarray(mask, bool)]
     if values.size and not 0 <= values.min() <= values.max() < num_classes:
@@ -30,6 +30,6 @@ def require_labels(
       )
 
 
-def _is_here(x: ArrayLike) -> bool:
+def is_here(x: ArrayLike) -> bool:
   """Returns whether the values of `x` can be read by this process now."""
   return not isinstance(x, jax.core.Tracer) and getattr(x, 'is_fully_addressable', True)

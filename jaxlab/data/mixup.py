@@ -1,0 +1,97 @@
+"""Mixup: convex combinations of pairs of images, with the same combination of their losses."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def mixup(
+  key: jax.Array, images: ArrayLike, alpha: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Mixes each image of a batch with a partner: `lam * x + (1 - lam) * x[permutation]`.
+
+  One `lam ~ Beta(alpha, alpha)` and one uniform permutation for the whole batch.
+
+  Args:
+    key: of the draws.
+    images: floats `[batch, ...]`.
+    alpha: of the Beta distribution; a Python number. alpha <= 0 leaves the images as they are, lam 1.
+
+  Returns:
+    The mixed images in the dtype of `images`, the permutation int32 `[batch]` (the partner of row i is
+    row `permutation[i]`), and `lam`, a float32 scalar in [0, 1]; `mixup_loss` takes the latter two.
+
+  Raises:
+    ValueError: images of integers, or without a batch axis.
+
+  References:
+    Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
+
+  >>> images = jnp.arange(4.0)[:, None]
+  >>> mixed, permutation, lam = mixup(jax.random.key(0), images, alpha=0.2)
+  >>> bool(jnp.allclose(mixed, lam * images + (1 - lam) * images[permutation]))
+  True
+  """
+  images = jnp.asarray(images)
+  if not images.ndim:
+    raise ValueError('images is a scalar, expected [batch, ...].')
+  if not alpha > 0:
+    _require_floats(images)
+    return images, jnp.arange(len(images), dtype=jnp.int32), jnp.ones((), jnp.float32)
+  key_lam, key_permutation = jax.random.split(key)
+  lam = jax.random.beta(key_lam, alpha, alpha, dtype=jnp.float32)
+  permutation = jax.random.permutation(key_permutation, jnp.arange(len(images), dtype=jnp.int32))
+  return mix_images(images, permutation, lam), permutation, lam
+
+
+def mix_images(images: ArrayLike, permutation: ArrayLike, lam: ArrayLike) -> jax.Array:
+  """Returns `lam * images + (1 - lam) * images[permutation]`, in the dtype of `images`.
+
+  Args:
+    images: floats `[batch, ...]`.
+    permutation: integers `[batch]`, each row's partner.
+    lam: a scalar in [0, 1].
+
+  Raises:
+    ValueError: images of integers, or a permutation of another length.
+  """
+  images, permutation = jnp.asarray(images), jnp.asarray(permutation)
+  _require_floats(images)
+  if permutation.shape != images.shape[:1]:
+    raise ValueError(
+      f'permutation has shape {permutation.shape}, expected {images.shape[:1]} for images '
+      f'{images.shape}.'
+    )
+  dtype = jnp.promote_types(images.dtype, jnp.float32)
+  wide = images.astype(dtype)
+  lam = jnp.asarray(lam, dtype)
+  return (lam * wide + (1 - lam) * wide[permutation]).astype(images.dtype)
+
+
+def mixup_loss(
+  loss: Callable[[jax.Array, jax.Array], jax.Array],
+  logits: ArrayLike,
+  labels: ArrayLike,
+  permutation: ArrayLike,
+  lam: ArrayLike,
+) -> jax.Array:
+  """Returns `lam * loss(logits, labels) + (1 - lam) * loss(logits, labels[permutation])`.
+
+  Args:
+    loss: (logits, labels) -> values of any shape, e.g. `[batch]`.
+    logits: `[batch, num_classes]`, of the mixed images.
+    labels: `[batch, ...]`, of the images before mixing.
+    permutation: integers `[batch]`, from `mixup`.
+    lam: scalar, from `mixup`.
+  """
+  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+  own, partner = loss(logits, labels), loss(logits, labels[jnp.asarray(permutation)])
+  lam = jnp.asarray(lam, own.dtype)
+  return lam * own + (1 - lam) * partner
+
+
+def _require_floats(images: jax.Array) -> None:
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f'images has dtype {images.dtype}, expected floats; use to_float first.')
