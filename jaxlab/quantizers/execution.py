@@ -259,6 +259,8 @@ def _integer_layer(
       return f'its {what} is not quantized'
     if not set(constants) >= AFFINE or (what == 'input' and np.size(constants['scale']) != 1):
       return f'its {what} has no affine quantizer a {"channel" if what == "kernel" else "tensor"}'
+  if np.ndim(kernel_constants['scale']) > 1:
+    return 'its kernel has a scale a group of inputs'
   # float64: distances between codes are exact there for every zero point of float32.
   own = {name: np.asarray(value, np.float64).item() for name, value in input_constants.items()}
   if own['scale'] == 0:

@@ -38,18 +38,11 @@ from jaxlab.quantizers.compensation.parts import (
   restore,
   slice_variables,
 )
+from jaxlab.quantizers.compensation.stream import Stream, block_pattern
 
 Array = jax.Array
 PyTree = Any
 COLLECTION = 'compensation'
-# Blocks of our models; the first that names anything is taken.
-BLOCKS = (
-  r'(.*/)?blocks(_\d+)+',
-  r'(.*/)?layer\d+_\d+',
-  r'(.*/)?h_\d+',
-  r'(.*/)?layers_\d+',
-  r'(.*/)?features_\d+',
-)
 
 
 class Report(NamedTuple):
@@ -142,7 +135,7 @@ def compensate(
   if not inputs:
     raise ValueError('batches is empty: the compensation needs at least one calibration batch.')
   root = Part('', model, Skeleton.of((inputs[0], kwargs)))
-  pattern = _pattern(model, inputs[0], kwargs, blocks)
+  pattern = block_pattern(model, inputs[0], kwargs, blocks)
   parts = find_parts(root, variables, array_leaves((inputs[0], kwargs)), hooks, pattern)
   if not parts:
     raise_unmatched([pattern], module_paths(model, *inputs[0], **kwargs), 'block pattern', 'module')
@@ -151,9 +144,9 @@ def compensate(
   parts = parts[start_block:]
 
   programs = Programs() if programs is None else programs
-  networks = [_Stream(root, parts, variables, hooks, inputs, kwargs, programs)]
+  networks = [Stream(root, parts, variables, hooks, inputs, kwargs, programs)]
   if target == 'global':
-    networks.append(_Stream(root, parts, float_variables, float_hooks, inputs, kwargs, programs))
+    networks.append(Stream(root, parts, float_variables, float_hooks, inputs, kwargs, programs))
   arrays: dict[str, dict[str, Array]] = {}
   entries: list[tuple] = []
   for index, block in enumerate(parts):
@@ -172,16 +165,6 @@ def compensate(
   tree = traverse_util.unflatten_dict(flat, sep='/')
   hook = compensation_hook(list(arrays), dtype)
   return Compensated({**variables, COLLECTION: tree}, (*hooks, hook), report)
-
-
-def _pattern(model: nn.Module, inputs: tuple, kwargs: dict, blocks: str | None) -> str:
-  if blocks is not None:
-    return blocks
-  paths = module_paths(model, *inputs, **kwargs)
-  for pattern in BLOCKS:
-    if any(re.fullmatch(pattern, path) for path in paths):
-      return pattern
-  raise ValueError(f'No module is named like a block ({", ".join(BLOCKS)}): give blocks=.')
 
 
 def compensation_hook(paths: Sequence[str], dtype: Any = jnp.float16) -> Hook:
@@ -220,39 +203,6 @@ def _apply(y: Array, x: Array, arrays: dict[str, Array], dtype: Any) -> Array:
   return apply_linear_compensation(y, x, LinearCompensation(**arrays, r2=jnp.zeros(())), dtype)
 
 
-class _Stream:
-  """The calibration batches on their way through one network, parked at the current block's input."""
-
-  def __init__(self, root, parts, variables, hooks, inputs, kwargs, programs):
-    self.root, self.parts, self.hooks, self.programs = root, parts, hooks, programs
-    self.variables = variables
-    self.images = [array_leaves((batch, kwargs)) for batch in inputs]
-    self.leaves: list[list] = []  # arguments of the current block, for each batch
-    self.outputs: list[list] = []  # what it returned
-
-  def advance(self, index: int) -> None:
-    """Goes on to the input of block `index`."""
-    part = self.parts[index]
-    if index and all(source is not None for source in part.sources):
-      pools = [{'in': old, 'out': new} for old, new in zip(self.leaves, self.outputs)]
-      self.leaves = [[pool[kind][i] for kind, i in part.sources] for pool in pools]
-      return
-
-    root, parts, hooks = self.root, self.parts, self.hooks  # compiled functions outlive the stream
-
-    def between(variables, images, outputs):
-      known = {index - 1: outputs} if index else {}
-      return reach(root, parts, index, variables, images, known, hooks)
-
-    run, new = None, []
-    for batch, images in enumerate(self.images):
-      images = [jnp.asarray(image) for image in images]
-      outputs = restore(self.outputs[batch]) if index else []
-      run = run or self.programs(between, self.variables, images, outputs)
-      new.append(park(run(self.variables, images, outputs)))
-    self.leaves = new
-
-
 class _BlockWalk:
   """Fits the compensations inside one block (at its own output, or at layers in it)."""
 
@@ -287,7 +237,7 @@ class _BlockWalk:
     pattern = any_of([f'{block.path}/{path}' for path in chosen])
     return find_parts(block, self.quantized, block.call.array_shapes, self.hooks, pattern)
 
-  def run(self, networks: Sequence[_Stream]) -> tuple[dict[str, dict[str, Array]], list[list]]:
+  def run(self, networks: Sequence[Stream]) -> tuple[dict[str, dict[str, Array]], list[list]]:
     """Returns the arrays by path, and what the block returns in each of the networks, parked."""
     stream = networks[0]
     teachers, float_outputs = self._teachers(networks[1]) if len(networks) > 1 else (None, None)
@@ -362,7 +312,7 @@ class _BlockWalk:
       size += err.size
     return before / size, after / size
 
-  def _leave(self, stream: _Stream, outputs) -> list[list]:
+  def _leave(self, stream: Stream, outputs) -> list[list]:
     """Returns what the block returns, from the compensated outputs of its parts."""
     if self.parts == [self.block]:
       return [known[0] for known in outputs]
@@ -377,7 +327,7 @@ class _BlockWalk:
       left.append(park(run(*args)))
     return left
 
-  def _teachers(self, stream: _Stream) -> tuple[list[list], list[list]]:
+  def _teachers(self, stream: Stream) -> tuple[list[list], list[list]]:
     """Returns the float network's activation at each part, and what its block returns, for each batch."""
     paths = [part.path for part in self.parts]
 
