@@ -146,7 +146,8 @@ def load(config: ConfigDict, name: str, folder: pathlib.Path) -> Network:
   own = section(config, name)
   sources = {split: training.load_data(own, split) for split in ('train', 'test')}
   if own.get('pretrained'):
-    model, variables = models.load_pretrained(own.pretrained)
+    fields = {field: value for field, value in own.model.items() if field != 'name'}
+    model, variables = models.load_pretrained(own.pretrained, **fields)
   else:
     model = models.create(**own.model)
     state, _ = training.train(

@@ -1,12 +1,13 @@
 """Float, quantized, quantized and compensated: the comparison of QwT, QwT-v2 and NBC, over networks and bits.
 
 For each network of `config.networks` and each bit-width of `config.bits`: ranges from
-`calibration.ranges` training inputs (RepQ-ViT for transformers, percentiles for convolutional networks), then
-every method in closed form, block by block, on `calibration.compensation`, of which those are the first.
+`calibration.ranges` training inputs (RepQ-ViT for transformers, percentiles for convolutional networks), or
+GPTQ's weights from `calibration.compensation` of them; then every method in closed form, block by block, on
+the latter, of which the former are the first.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
       prefix = f'{name}_{bits}_'
       exact = {name: value for name, value in reference.items() if name != 'logit_mse'}
       _add(metrics['float'], prefix, exact | {'megabytes': megabytes(network.variables)})
-      quantized = quantize(own, network.model, network.variables, ranges, bits)
+      quantized = quantize(own, network.model, network.variables, ranges, bits, batches)
       alone = network.score(network.variables, quantized.variables, quantized.hooks)
       alone['megabytes'] = megabytes(quantized.variables)
       _add(metrics['PTQ'], prefix, alone | {'logit_mse_ratio': 1.0})
@@ -95,21 +96,24 @@ def check(config: ConfigDict) -> dict[str, ConfigDict]:
   """Returns the sections of `config.networks`; what can be wrong with them is found before any training.
 
   Raises:
-    ValueError: for bits outside of 2 to 8, networks or kinds of quantization that do not exist, or
-      calibration that does not come out of the training split in even batches, or test batches that do not
-      divide over the devices.
+    ValueError: for bits outside of 2 to 8 (GPTQ: activations also 16, in float), networks or kinds of
+      quantization that do not exist, or calibration that does not come out of the training split in even
+      batches, or test batches that do not divide over the devices.
   """
+  sections = {name: networks.section(config, name) for name in config.networks}
+  weights_alone = all(own.quantization == 'gptq' for own in sections.values())
   for bits in config.bits:
-    if not all(quantizers.MIN_BITS <= b <= quantizers.MAX_BITS for b in parse_bits(bits)):
+    both = parse_bits(bits)
+    chosen = both[:1] if weights_alone and both[1] == 16 else both
+    if not all(quantizers.MIN_BITS <= b <= quantizers.MAX_BITS for b in chosen):
       raise ValueError(
         f'bits: {bits!r} is outside of {quantizers.MIN_BITS} to {quantizers.MAX_BITS} bits.'
       )
-  sections = {name: networks.section(config, name) for name in config.networks}
   mesh, sizes = training.mesh(config), config.calibration
   for name, own in sections.items():
-    if own.quantization not in ('repq', 'percentile'):
+    if own.quantization not in ('repq', 'percentile', 'gptq'):
       raise ValueError(
-        f"network.{name}.quantization={own.quantization!r}: expected 'repq' or 'percentile'."
+        f"network.{name}.quantization={own.quantization!r}: expected 'repq', 'percentile' or 'gptq'."
       )
     most = own.data.train_size
     if not 1 <= sizes.compensation <= most or sizes.compensation % sizes.batch_size:
@@ -146,9 +150,26 @@ def megabytes(variables: Mapping[str, Any]) -> float:
 
 
 def quantize(
-  config: ConfigDict, model: nn.Module, variables: Any, ranges: jax.Array, bits: str
+  config: ConfigDict,
+  model: nn.Module,
+  variables: Any,
+  ranges: jax.Array,
+  bits: str,
+  batches: Sequence[jax.Array] = (),
 ) -> quantizers.Quantized:
-  """Returns the network at a bit-width such as `4w4a`; patch embedding or stem and classifier at 8/8."""
+  """Returns the network at a bit-width such as `4w4a`; patch embedding or stem and classifier at 8/8.
+
+  With `quantization='gptq'` the kernels of the blocks alone, from `batches`; `16a` leaves inputs in float.
+  """
+  if config.quantization == 'gptq':
+    weight_bits, input_bits = parse_bits(bits)
+    inside = f'({config.blocks})/.*'
+    policy = quantizers.BitPolicy(
+      [(inside, weight_bits)], [] if input_bits == 16 else [(inside, input_bits)]
+    )
+    return quantizers.gptq_ptq(
+      model, variables, batches, policy, blocks=config.blocks, options=config.gptq
+    )
   policy = quantizers.edge_policy(*parse_bits(bits), edges=config.get('edges', quantizers.EDGES))
   if config.quantization == 'repq':
     return quantizers.repq(model, variables, ranges, policy)
@@ -162,17 +183,19 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
 
   `quantize`: all ranges, reparametrization and kernels, from one calibration batch; `block`: one batch
   through the first block, in float and quantized, the statistics of QwT's layer, its closed form, and the
-  compensated output; `forward`: the quantized network on an evaluation batch.
+  compensated output; `forward`: the quantized network on an evaluation batch. GPTQ's kernels are found block
+  by block from the host, so that there `quantize` is missing.
   """
   own, hooks = networks.section(config, config.networks[0]), quantizers.operand_hooks()
   model = models.create(**own.model)
   everywhere = NamedSharding(mesh, PartitionSpec())
 
-  def images(count: int) -> jax.ShapeDtypeStruct:
+  def inputs(count: int) -> jax.ShapeDtypeStruct:
+    sharding = networks.calibration_sharding(mesh, count)
+    if own.task == 'language':
+      return jax.ShapeDtypeStruct((count, own.data.length), jnp.int32, sharding=sharding)
     shape = (count, own.data.image_size, own.data.image_size, own.data.channels)
-    return jax.ShapeDtypeStruct(
-      shape, jnp.float32, sharding=networks.calibration_sharding(mesh, count)
-    )
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
   def place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
@@ -182,10 +205,13 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
   def ptq(variables, x):
     return quantize(own, model, variables, x, config.bits[-1])[:2]
 
-  calibration = images(config.calibration.ranges)
+  calibration = inputs(config.calibration.ranges)
   variables = place(models.abstract_variables(model, calibration.shape[1:]), everywhere)
-  quantized, floats = place(jax.eval_shape(ptq, variables, calibration), everywhere)
-  batch = images(config.calibration.batch_size)
+  searched = own.quantization != 'gptq'
+  quantized = floats = {**variables, 'quantization': {}}
+  if searched:
+    quantized, floats = place(jax.eval_shape(ptq, variables, calibration), everywhere)
+  batch = inputs(config.calibration.batch_size)
   root = parts.Part('', model, parts.Skeleton.of(((batch,), {})))
   block = parts.find_parts(root, quantized, [batch], hooks, own.blocks)[0]
 
@@ -193,22 +219,22 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
     y = block.run(quantized, leaves, hooks)
     error = block.run(floats, leaves, hooks) - y
     x = leaves[0]
-    if own.quantization == 'repq':
+    if own.quantization != 'percentile':
       fit = compensation.fit_linear_compensation(x, error)
     else:
       groups = compensation.num_groups(x.shape[-1], y.shape[-1])
       fit = compensation.fit_conv_compensation(x, error, groups=groups)
     return compensation.apply_linear_compensation(y, x, fit)
 
-  return {
-    'quantize': jax.jit(ptq).lower(variables, calibration),
+  search = {'quantize': jax.jit(ptq).lower(variables, calibration)} if searched else {}
+  return search | {
     'block': jax.jit(compensate).lower(
       parts.slice_variables(quantized, block.path),
       parts.slice_variables(floats, block.path),
       place(list(block.call.array_shapes), batch.sharding),
     ),
     'forward': jax.jit(lambda v, x: models.apply(model, v, x, hooks=hooks)).lower(
-      quantized, images(own.eval_batch_size)
+      quantized, inputs(own.eval_batch_size)
     ),
   }
 

@@ -103,5 +103,6 @@ def say(text: str) -> None:
 def _trajectory(config: ConfigDict) -> dict[str, Any]:
   """Returns the entries that decide what is trained: a run may be resumed under other values of the rest."""
   rest = {'mesh', 'log_every', 'checkpoint_every', 'eval', 'claims', 'runs', 'paper', 'setting'}
-  rest |= {'eval_batch_size', 'quantization', 'edges', 'conv_act_bits', 'blocks', 'layer_blocks'}
+  rest |= {'eval_batch_size', 'quantization', 'gptq', 'edges', 'conv_act_bits', 'blocks'}
+  rest |= {'layer_blocks'}
   return {key: value for key, value in config.to_dict().items() if key not in rest}

@@ -111,6 +111,9 @@ from jaxlab.data.text import (
   ByteText,
   check_tokens,
 )
+from jaxlab.data.token_file import (
+  TokenFile,
+)
 from jaxlab.data.views import (
   draw_views,
   siamese_augment,
@@ -135,6 +138,7 @@ __all__ = [
   'Scenes',
   'Source',
   'SquareRootSampler',
+  'TokenFile',
   'balanced_subsets',
   'center_crop',
   'check_batch',

@@ -13,6 +13,7 @@ from jaxlab.data.sources import (
   in_memory,
 )
 from jaxlab.data.text import ByteText
+from jaxlab.data.token_file import TokenFile
 
 
 def load(name: str, split: str = 'train', **options: Any) -> Source:
@@ -27,10 +28,11 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
       - `'fashion_mnist'`: options of `FashionMNIST`.
       - `'text'`: windows of bytes of the text that comes with Python, or of a file; options of `ByteText`.
+      - `'tokens'`: windows of tokens of a `.npy` file, whose path is the split; options of `TokenFile`.
       - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`.
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
-    split: 'train' or 'test'; TFDS and folders have their own names.
+    split: 'train' or 'test'; TFDS, folders and token files have their own names.
     **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records.
 
   Raises:
@@ -60,6 +62,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
     if name == 'text':
       limit = options.pop('limit', None)
       return _first(ByteText(split, **options), limit)
+    if name == 'tokens':
+      return TokenFile(split, **options)
     if name == 'image_folder':
       root = options.pop('root')
       return ImageFolder(f'{root}/{split}', **options)

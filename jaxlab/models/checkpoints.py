@@ -5,6 +5,7 @@ differently is a short list of renames.
 """
 
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,6 +67,9 @@ _EMBEDDINGS = ('transformer.wte.weight', 'wte.weight', 'model.embed_tokens.weigh
 
 # timm's default weights of each name (the tag behind the point on huggingface.co/timm).
 _DEFAULT_TAGS = {
+  'gpt2': 'openai-community/gpt2',
+  'llama2_7b': 'meta-llama/Llama-2-7b-hf',
+  'llama3_8b': 'meta-llama/Meta-Llama-3-8B',
   'resnet18': 'a1_in1k',
   'resnet34': 'a1_in1k',
   'resnet50': 'a1_in1k',
@@ -231,10 +235,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
-  """Returns the network `name` and its public weights, from huggingface.co/timm (cached).
+  """Returns the network `name` and its public weights, from huggingface.co (cached).
 
   Args:
-    name: a name of `create`, with timm's tag or without: `resnet50`, `resnet50.tv_in1k`.
+    name: a name of `create`, with timm's tag or without: `resnet50`, `resnet50.tv_in1k`. A decoder's tag is
+      a repository of transformers: `gpt2`, `llama3_8b.meta-llama/Meta-Llama-3-8B`.
     **overrides: fields of the model. `num_classes=None` leaves the classifier away; another `image_size`
       resamples the position embedding.
 
@@ -247,20 +252,34 @@ def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
   """
   architecture, _, tag = name.partition('.')
   model = create(architecture, **overrides)
-  if isinstance(model, GPT2 | Llama):
-    raise ValueError(
-      f'load_pretrained({name!r}) knows image networks; for a decoder use from_torch(from_config(config), '
-      f'read_state_dict(file)) with config.json and model.safetensors of its repository.'
-    )
   tag = tag or _DEFAULT_TAGS.get(architecture)
   if tag is None:
     raise ValueError(
-      f'load_pretrained({name!r}): no default weights; give a tag of huggingface.co/timm, as in '
-      f"'resnet50.tv_in1k', or one of {', '.join(_DEFAULT_TAGS)}."
+      f'load_pretrained({name!r}): no default weights; give a tag of huggingface.co/timm (of a decoder, a '
+      f"repository), as in 'resnet50.tv_in1k', or one of {', '.join(_DEFAULT_TAGS)}."
     )
+  if isinstance(model, GPT2 | Llama):
+    return model, from_torch(model, _read_repository(tag))
   state_dict = read_state_dict(_download(f'timm/{architecture}.{tag}', 'model.safetensors'))
   ignore = () if model.num_classes else (r'(fc|head|head_dist|classifier)\..*',)
   return model, from_torch(model, state_dict, ignore=ignore, resample=isinstance(model, ViT))
+
+
+def _read_repository(repository: str) -> dict[str, np.ndarray]:
+  """Returns the weights of a repository of transformers: of one file, or of all that its index names."""
+  import json
+
+  import huggingface_hub
+
+  try:
+    index = huggingface_hub.hf_hub_download(repository, 'model.safetensors.index.json')
+    files = sorted(set(json.loads(pathlib.Path(index).read_text())['weight_map'].values()))
+  except (OSError, huggingface_hub.errors.EntryNotFoundError):
+    files = ['model.safetensors']  # a small model, or no network: then this raises
+  state_dict: dict[str, np.ndarray] = {}
+  for name in files:
+    state_dict |= read_state_dict(_download(repository, name))
+  return state_dict
 
 
 def _download(repository: str, filename: str) -> str:

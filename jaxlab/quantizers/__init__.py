@@ -43,6 +43,10 @@ from jaxlab.quantizers.gptq import (
   output_error,
   unfold,
 )
+from jaxlab.quantizers.gptq_network import (
+  gptq_array,
+  gptq_ptq,
+)
 from jaxlab.quantizers.integer import (
   as_qarray,
   grouped_integer_dot,
@@ -91,6 +95,9 @@ from jaxlab.quantizers.post_training import (
   ptq,
   quantize_weights,
   range_hooks,
+)
+from jaxlab.quantizers.quantiles import (
+  select_quantiles,
 )
 from jaxlab.quantizers.ranges import (
   Observer,
@@ -174,7 +181,9 @@ __all__ = [
   'fold_batch_norms',
   'fold_channel_affine',
   'gaussian_observer',
+  'gptq_array',
   'gptq_kernel',
+  'gptq_ptq',
   'grouped_integer_dot',
   'init_hessian',
   'integer_conv',
@@ -223,6 +232,7 @@ __all__ = [
   'save_integer_network',
   'save_quantized',
   'scale_gradient',
+  'select_quantiles',
   'size_in_bytes',
   'store',
   'top_k_percentile_range',

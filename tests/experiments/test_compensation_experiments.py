@@ -35,7 +35,8 @@ def test_every_setting_builds_and_traces(path):
     own = networks.section(config, name)
     if own.get('pretrained'):
       model = models.create(**own.model)
-      shapes = models.abstract_variables(model, (own.data.image_size,) * 2 + (own.data.channels,))
+      size = own.data.get('image_size')
+      shapes = models.abstract_variables(model, size and (size, size, own.data.channels))
       assert shapes['params']
       continue
     program = networks.program(own)
@@ -53,6 +54,31 @@ def test_the_imagenet_pipeline_lowers_for_a_mesh():
   assert set(lowered) == {'quantize', 'block', 'forward'}
   (logits,) = jax.tree.leaves(lowered['forward'].out_info)
   assert logits.shape == (config.network.deit_tiny.eval_batch_size, 1000)
+
+
+def test_the_language_pipeline_lowers_for_a_mesh():
+  config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'llama3_8b.py')
+  with config.unlocked():
+    config.network.llama.model.update(width=32, depth=1, num_heads=4, num_kv_heads=2, hidden=48)
+    config.network.llama.data.length = 16
+  lowered = qwt.lower(config, parallel.make_mesh())
+  assert set(lowered) == {'block', 'forward'}
+  assert lowered['forward'].out_info.shape == (8, 16, 128256)
+
+
+def test_weights_alone_by_gptq_and_a_compensation_behind_them(tmp_path):
+  config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'embedded_gptq.py')
+  with config.unlocked():
+    config.bits, config.networks_dir = ('2w16a',), str(tmp_path / 'networks')
+    config.calibration = {'ranges': 8, 'compensation': 16, 'batch_size': 8}
+    config.network.text.model.update(width=16, depth=1, num_heads=2)
+    config.network.text.data.update(train_options={'length': 16, 'stride': 16, 'limit': 64})
+    config.network.text.data.update(test_options={'length': 16, 'limit': 64}, length=16)
+    config.network.text.data.train_size = 64
+  found = launcher.launch(qwt.run, config, tmp_path / 'run')
+  metrics = {row['name']: row['metrics'] for row in found['rows']}
+  assert metrics['PTQ']['text_2w16a_megabytes'] < 0.9 * metrics['float']['text_2w16a_megabytes']
+  assert metrics['QwT']['text_2w16a_block_error_ratio'] <= 1.001
 
 
 def test_runs_leave_all_rows_and_share_the_float_network(tmp_path, capsys):

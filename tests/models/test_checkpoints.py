@@ -224,3 +224,41 @@ def test_pretrained_weights_fit_the_overridden_model(monkeypatch, tmp_path):
   assert 'head' not in variables['params']
   np.testing.assert_array_equal(variables['params']['cls_token'], state_dict['cls_token'])
   assert run(model, variables, random_images((2, 16, 16, 3))).shape == (2, 12)
+
+
+def test_load_pretrained_reads_a_decoder_of_several_files(monkeypatch, tmp_path):
+  import json
+
+  import ml_dtypes
+  from huggingface_hub.errors import EntryNotFoundError
+  from safetensors.numpy import save_file
+
+  fields = {'width': 8, 'depth': 1, 'num_heads': 2, 'hidden': 12, 'vocab_size': 7}
+  model = create('llama', **fields)
+  tokens = np.arange(6, dtype=np.int32).reshape(1, 6)
+  state_dict = to_torch(model.init(jax.random.key(0), tokens))
+  halves = {name: value.astype(ml_dtypes.bfloat16) for name, value in state_dict.items()}
+  names = list(halves)
+  parts = {'a.safetensors': names[::2], 'b.safetensors': names[1::2]}
+  for file, own in parts.items():
+    save_file({name: halves[name] for name in own}, tmp_path / file)
+  weight_map = {name: file for file, own in parts.items() for name in own}
+  index = tmp_path / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': weight_map}))
+
+  def download(repository, filename):
+    assert repository == 'someone/Tiny-3.1'
+    if not (tmp_path / filename).exists():
+      raise EntryNotFoundError(filename)
+    return str(tmp_path / filename)
+
+  monkeypatch.setattr('huggingface_hub.hf_hub_download', download)
+  _, variables = load_pretrained('llama.someone/Tiny-3.1', **fields)
+  for name, value in to_torch(variables).items():
+    np.testing.assert_array_equal(value, halves[name])
+
+  index.unlink()
+  save_file(state_dict, tmp_path / 'model.safetensors')
+  _, whole = load_pretrained('llama.someone/Tiny-3.1', **fields)
+  logits = model.apply(whole, tokens), model.apply(variables, tokens)
+  np.testing.assert_allclose(logits[0], logits[1].astype(np.float32), atol=0.05)

@@ -8,7 +8,7 @@ from golden_vectors import assert_close, golden
 from random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
 
-from jaxlab.models import apply, create, from_torch, load_pretrained, module_paths, to_torch
+from jaxlab.models import apply, create, from_torch, module_paths, to_torch
 from jaxlab.models.causal_attention import cache_bytes
 from jaxlab.models.checkpoints import HF_GPT2, HF_GPT2_BARE, HF_LLAMA
 from jaxlab.models.decoders import from_config
@@ -356,7 +356,6 @@ def test_published_sizes_have_their_number_of_parameters(name, millions):
     (lambda: Llama(width=12, num_heads=4), 'a head of 3 channels'),
     (lambda: create('gpt2', widht=3), "GPT2 has no field 'widht'"),
     (lambda: create('lama'), 'closest: llama'),
-    (lambda: load_pretrained('gpt2'), 'knows image networks; for a decoder use from_torch'),
     (lambda: TINY_GPT2.init_cache(1, 17), 'exceeds max_length=16'),
     (lambda: rotary_embedding(jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 1))), 'width 3 is odd'),
   ],
