@@ -60,7 +60,8 @@ class AffineQuantizer:
     narrow: leaves out the lowest signed code, so that codes are `[-(2^(b-1) - 1), 2^(b-1) - 1]`.
 
   Raises:
-    ValueError: for bits, rules, granularities or group sizes that do not exist.
+    ValueError: for bits, rules, granularities or group sizes that do not exist, and for signed codes of
+      1 bit, which are -1 and 0.
   """
 
   bits: int = 8
@@ -72,15 +73,13 @@ class AffineQuantizer:
 
   def __post_init__(self):
     check_bits(self.bits)
+    _check_signed(self.bits, self.rule)
     for name, options in (('rule', Rule), ('granularity', Granularity)):
       value = getattr(self, name)
       if value not in options.__args__:
         raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, options.__args__))}.')
-    if self.narrow and (self.bits == 1 or not self.signed):
-      raise ValueError(
-        f'narrow=True leaves no code out of {self.bits} bit under rule={self.rule!r}: it takes signed codes '
-        f'of at least 2 bits.'
-      )
+    if self.narrow and not self.signed:
+      raise ValueError(f'narrow=True takes signed codes; rule={self.rule!r} has none.')
     if (self.granularity == 'group') != (self.group_size is not None):
       raise ValueError(
         f"group_size goes with granularity='group'; got granularity={self.granularity!r}, "
@@ -120,6 +119,14 @@ def check_bits(bits: Bits, minimum: int = 1) -> None:
     raise ValueError(f'bits must be whole numbers; got {bits}.')
   if value.size and (value.min() < minimum or value.max() > MAX_BITS):
     raise ValueError(f'bits must lie in [{minimum}, {MAX_BITS}]; got {bits}.')
+
+
+def _check_signed(bits: Bits, rule: str) -> None:
+  """Raises ValueError for signed codes of 1 bit, -1 and 0, which hold no positive value."""
+  if rule not in ('symmetric', 'half_range') or isinstance(bits, jax.core.Tracer):
+    return
+  if np.any(np.asarray(bits) == 1):
+    raise ValueError(f'rule={rule!r} has signed codes and needs at least 2 bits; got bits={bits}.')
 
 
 def code_range(bits: Bits, signed: bool, narrow: bool = False) -> tuple[Array, Array]:
@@ -183,10 +190,12 @@ def params_from_range(
     bits: in place of `quantizer.bits`; may be traced.
 
   Raises:
-    ValueError: for concrete ranges that are not finite or have minimum > maximum.
+    ValueError: for concrete ranges that are not finite or have minimum > maximum, and for signed codes of
+      1 bit, which are -1 and 0.
   """
   minimum, maximum = jnp.asarray(minimum), jnp.asarray(maximum)
   _check_range(minimum, maximum)
+  _check_signed(quantizer.bits if bits is None else bits, quantizer.rule)
   dtype = jnp.promote_types(jnp.promote_types(minimum.dtype, maximum.dtype), jnp.float32)
   minimum, maximum = minimum.astype(dtype), maximum.astype(dtype)
   low, high = code_range(

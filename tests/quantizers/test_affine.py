@@ -229,7 +229,14 @@ def test_gradient_is_one_at_both_bounds_and_zero_beyond():
     (lambda: AffineQuantizer(bits=0), r'bits must lie in \[1, 16\]; got 0'),
     (lambda: AffineQuantizer(bits=17), 'got 17'),
     (lambda: AffineQuantizer(bits=2.5), 'whole numbers; got 2.5'),
-    (lambda: AffineQuantizer(bits=1, narrow=True), 'at least 2 bits'),
+    (
+      lambda: AffineQuantizer(bits=1),
+      "rule='symmetric' has signed codes and needs at least 2 bits",
+    ),
+    (
+      lambda: quantizers.calibrate(AffineQuantizer(8, 'half_range'), jnp.ones(2), bits=1),
+      'got bits=1',
+    ),
     (lambda: AffineQuantizer(rule='asymmetric', narrow=True), 'signed codes'),
     (lambda: AffineQuantizer(rule='symetric'), "rule='symetric' is none of"),
     (lambda: AffineQuantizer(granularity='row'), "granularity='row'"),
