@@ -1,7 +1,7 @@
 """jaxlab: research methods as pure functions for JAX and Flax.
 
-`from jaxlab import losses, quantizers, models, evaluation, data, parallel, training`. Rooms load when they
-are first used.
+`from jaxlab import losses, quantizers, models, classifiers, evaluation, data, parallel, training`. Rooms load
+when they are first used.
 """
 
 import importlib
@@ -9,7 +9,16 @@ from typing import Any
 
 __version__ = '0.1.0'
 
-_ROOMS = ('data', 'evaluation', 'losses', 'models', 'parallel', 'quantizers', 'training')
+_ROOMS = (
+  'classifiers',
+  'data',
+  'evaluation',
+  'losses',
+  'models',
+  'parallel',
+  'quantizers',
+  'training',
+)
 
 
 def __getattr__(name: str) -> Any:

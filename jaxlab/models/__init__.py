@@ -14,6 +14,14 @@ from jaxlab.models.checkpoints import (
   read_state_dict,
   to_torch,
 )
+from jaxlab.models.classifier_heads import (
+  Classifier,
+  LearnableWeightScaling,
+  NormedLinear,
+  WeightNormHead,
+  nearest_class_mean,
+  tau_normalize,
+)
 from jaxlab.models.decoders import (
   from_config,
 )
@@ -44,6 +52,9 @@ from jaxlab.models.intercept import (
 )
 from jaxlab.models.llama import (
   Llama,
+)
+from jaxlab.models.mlp import (
+  MLP,
 )
 from jaxlab.models.mobilenetv2 import (
   MobileNetV2,
@@ -79,20 +90,25 @@ from jaxlab.models.vit import (
 
 __all__ = [
   'GPT2',
+  'MLP',
   'BasicBlock',
   'BatchNorm',
   'Bottleneck',
+  'Classifier',
   'DINOHead',
   'Encoder',
   'Hook',
   'HookPoint',
+  'LearnableWeightScaling',
   'Llama',
   'MLPHead',
   'MobileNetV2',
+  'NormedLinear',
   'ResNet',
   'Site',
   'Swin',
   'ViT',
+  'WeightNormHead',
   'abstract_variables',
   'apply',
   'apply_in_turn',
@@ -109,6 +125,7 @@ __all__ = [
   'moco_projector',
   'module_paths',
   'momentum_pass',
+  'nearest_class_mean',
   'read_state_dict',
   'resample_position_embedding',
   'rotary_embedding',
@@ -116,6 +133,7 @@ __all__ = [
   'simsiam_predictor',
   'simsiam_projector',
   'stack_blocks',
+  'tau_normalize',
   'to_torch',
   'unstack_blocks',
 ]

@@ -8,10 +8,12 @@ from flax import linen as nn
 
 from jaxlab.models import decoders
 from jaxlab.models.initializers import kaiming_normal_fan_in
+from jaxlab.models.mlp import MLP
 from jaxlab.models.mobilenetv2 import MobileNetV2, mobilenetv2_fields
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.swin import Swin
 from jaxlab.models.vit import ViT
+from jaxlab.models.wide_resnet import WideResNet
 
 # Depths of He et al. 2016, table 1.
 _RESNETS = {
@@ -19,9 +21,18 @@ _RESNETS = {
   34: {'stage_sizes': (3, 4, 6, 3), 'block': 'basic'},
   50: {'stage_sizes': (3, 4, 6, 3), 'block': 'bottleneck'},
   101: {'stage_sizes': (3, 4, 23, 3), 'block': 'bottleneck'},
+  152: {'stage_sizes': (3, 8, 36, 3), 'block': 'bottleneck'},
 }
+# Cardinality and base width of Xie et al. 2017 and torchvision, by name.
+_RESNEXTS = {
+  'resnext50_32x4d': (50, 32, 4),
+  'resnext101_32x4d': (101, 32, 4),
+  'resnext101_32x8d': (101, 32, 8),
+}
+_MLPS = {'mlp': (64, 64), 'linear': ()}  # hidden layers
 _CIFAR_STEM_DEPTHS = (18, 34, 50)
 _CIFAR_DEPTHS = (20, 32, 56, 110)  # 6 n + 2 with three stages of n blocks
+_WIDE_NAMES = ('wrn16_4', 'wrn28_10', 'wrn40_4')  # any depth 6 n + 4, any factor on the widths
 
 # DeiT, table 1; ViT-Base is that of Dosovitskiy et al. 2021.
 _VITS = {
@@ -62,17 +73,19 @@ def names(patch_size: int = 16, image_size: int = 224) -> list[str]:
   cifar = [f'cifar_resnet{depth}' for depth in (*_CIFAR_STEM_DEPTHS, *_CIFAR_DEPTHS)]
   swins = [f'swin_{size}_patch{patch_size}_window7_{image_size}' for size in _SWINS]
   mobilenets = [f'mobilenetv2_{size}' for size in _MOBILENETS]
-  return [*resnets, *cifar, *mobilenets, *vits, *swins]
+  return [*resnets, *_RESNEXTS, *cifar, *_WIDE_NAMES, *mobilenets, *vits, *swins, *_MLPS]
 
 
 def create(name: str, **overrides: Any) -> nn.Module:
   """Returns the network `name`, a Linen module over normalized float images, NHWC, or over tokens.
 
   `model.apply({'params': ..., 'batch_stats': ...}, images, train=...)`. Names and sizes are timm's:
-  `resnet{18,34,50,101}`, `mobilenetv2_{035,050,075,100,110d,120d,140}`,
-  `{vit,deit}_{tiny,small,base}_patch{p}_{image size}`, `deit_{...}_distilled_patch{p}_{image size}` and
-  `swin_{tiny,small,base}_patch{p}_window{w}_{image size}` have 1000 classes; `cifar_resnet{18,34,50}` (3x3
-  stem, no pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages, parameter-free shortcuts) have 10.
+  `resnet{18,34,50,101,152}`, `resnext{50_32x4d,101_32x4d,101_32x8d}`,
+  `mobilenetv2_{035,050,075,100,110d,120d,140}`, `{vit,deit}_{tiny,small,base}_patch{p}_{image size}`,
+  `deit_{...}_distilled_patch{p}_{image size}` and `swin_{tiny,small,base}_patch{p}_window{w}_{image size}`
+  have 1000 classes; `cifar_resnet{18,34,50}` (3x3 stem, no pooling) and `cifar_resnet{20,32,56,110}` (three
+  narrow stages, parameter-free shortcuts) have 10, as have wide residual networks `wrn{6n+4}_{k}`
+  (`wrn28_10`), and `mlp` and `linear` over inputs of any shape.
 
   Decoders over tokens `[batch, time]`: `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,
   `llama3_8b`; `from_config` builds any other size.
@@ -115,6 +128,12 @@ def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     return Swin, {**_SWINS[match[1]], **sizes, 'num_classes': 1000}
   elif (match := re.fullmatch(r'mobilenetv2_(\d+d?)', name)) and match[1] in _MOBILENETS:
     return MobileNetV2, {**mobilenetv2_fields(*_MOBILENETS[match[1]]), 'num_classes': 1000}
+  elif name in _MLPS:
+    return MLP, {'hidden': _MLPS[name], 'num_classes': 10}
+  elif name in _RESNEXTS:
+    depth, cardinality, base_width = _RESNEXTS[name]
+    groups = {'cardinality': cardinality, 'base_width': base_width}
+    return ResNet, {**_RESNETS[depth], **groups, 'num_classes': 1000}
   elif match := re.fullmatch(r'(cifar_)?resnet(\d+)', name):
     cifar, depth = bool(match[1]), int(match[2])
     if not cifar and depth in _RESNETS:
@@ -132,6 +151,11 @@ def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
         'fc_init': kaiming_normal_fan_in,
         'num_classes': 10,
       }
+  elif (match := re.fullmatch(r'wrn(\d+)_(\d+)', name)) and int(match[1]) % 6 == 4:
+    blocks, factor = int(match[1]) // 6, int(match[2])
+    widths = tuple(width * factor for width in (16, 32, 64))
+    if blocks and factor:
+      return WideResNet, {'stage_sizes': (blocks,) * 3, 'widths': widths, 'num_classes': 10}
   known = [*names(), *decoders.SIZES]
   close = difflib.get_close_matches(name, known, 3, 0.5)
   hint = f'closest: {", ".join(close)}' if close else f'known: {", ".join(known)}'

@@ -5,6 +5,7 @@ nothing is lost, and goes on where it was left.
 """
 
 from jaxlab.training.accumulate import accumulate_gradients
+from jaxlab.training.averaging import average_pytrees, running_average
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.feed import DataIterator
 from jaxlab.training.fit import fit
@@ -23,10 +24,12 @@ __all__ = [
   'Progress',
   'TrainState',
   'accumulate_gradients',
+  'average_pytrees',
   'cast_floating',
   'fit',
   'make_optimizer',
   'make_schedule',
   'map_batches',
   'read_metrics',
+  'running_average',
 ]

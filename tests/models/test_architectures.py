@@ -14,10 +14,12 @@ def test_every_name_traces_with_its_number_of_classes(name):
     small = {'depths': (1, 1)}
   elif '_patch' in name:
     small = {'depth': 2}
+  elif name in ('mlp', 'linear'):
+    small = {}
   else:
     small = {'stage_sizes': (1,) * 3}
   for overrides, features in (
-    ({}, 10 if name.startswith('cifar') else 1000),
+    ({}, 10 if name.startswith(('cifar', 'wrn', 'mlp', 'linear')) else 1000),
     ({'num_classes': None}, None),
   ):
     model = create(name, **small, **overrides)

@@ -1,0 +1,41 @@
+"""Classifiers that are trained on cached features, in seconds and without the network behind them.
+
+`fit_max_margin` is IbM2: it finds the widest noise under which a linear head still fits a few labeled
+features, and trains the head there.
+"""
+
+from jaxlab.classifiers.bisection import (
+  bisect_epsilon,
+  bisect_epsilon_compiled,
+)
+from jaxlab.classifiers.max_margin import (
+  MaxMargin,
+  Search,
+  fit_max_margin,
+  margin_head,
+  search_epsilon,
+)
+from jaxlab.classifiers.noisy_head import (
+  add_noise,
+  feature_std,
+  noisy_accuracy,
+  perturb_features,
+  perturbed_loss,
+  train_head,
+)
+
+__all__ = [
+  'MaxMargin',
+  'Search',
+  'add_noise',
+  'bisect_epsilon',
+  'bisect_epsilon_compiled',
+  'feature_std',
+  'fit_max_margin',
+  'margin_head',
+  'noisy_accuracy',
+  'perturb_features',
+  'perturbed_loss',
+  'search_epsilon',
+  'train_head',
+]

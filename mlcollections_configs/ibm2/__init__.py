@@ -1,0 +1,1 @@
+"""Settings of IbM2 (Fu et al., CVPR 2024)."""
