@@ -3,7 +3,7 @@ import sys
 
 PROGRAM = """
 import sys
-from jaxlab import data, evaluation, losses, models, parallel, quantizers, training
+from jaxlab import classifiers, data, evaluation, losses, models, parallel, quantizers, training
 heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'grain', 'torch', 'PIL'}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge
