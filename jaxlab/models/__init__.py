@@ -87,6 +87,10 @@ from jaxlab.models.vit import (
   stack_blocks,
   unstack_blocks,
 )
+from jaxlab.models.wide_resnet import (
+  PreActivationBlock,
+  WideResNet,
+)
 
 __all__ = [
   'GPT2',
@@ -104,11 +108,13 @@ __all__ = [
   'MLPHead',
   'MobileNetV2',
   'NormedLinear',
+  'PreActivationBlock',
   'ResNet',
   'Site',
   'Swin',
   'ViT',
   'WeightNormHead',
+  'WideResNet',
   'abstract_variables',
   'apply',
   'apply_in_turn',

@@ -193,13 +193,9 @@ class WideResNet(nn.Module):
       ValueError: for a name that is no stage, or images that are not NHWC floats.
 
     >>> model = WideResNet((1, 1), widths=(4, 8))
-    >>> x = jnp.ones((2, 8, 8, 3))
-    >>> variables = model.init(jax.random.key(0), x)
-    >>> into_block2 = model.apply(variables, x, stop='block2')
-    >>> model.apply(
-    ...   variables, into_block2, train={'block2'}, start='block2', mutable='batch_stats'
-    ... )[0].shape
-    (2, 8)
+    >>> run = functools.partial(model.init_with_output, jax.random.key(0), stop='block2')
+    >>> jax.eval_shape(run, jnp.ones((2, 8, 8, 3)))[0].shape
+    (2, 8, 8, 4)
     """
     check_images(x)
     trained = () if isinstance(train, bool) else tuple(train)

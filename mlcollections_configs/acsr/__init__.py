@@ -1,0 +1,1 @@
+"""Settings of ACSR (Fu et al., ECCV 2022)."""
