@@ -1,0 +1,1 @@
+"""Settings of BTM (Yu et al. 2024)."""

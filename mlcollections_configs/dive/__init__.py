@@ -1,0 +1,1 @@
+"""Settings of DiVE (He et al., ICCV 2021)."""

@@ -1,0 +1,1 @@
+"""Settings of GML (Du & Wu, CVPR 2023)."""
