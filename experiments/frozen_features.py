@@ -60,7 +60,7 @@ def tasks(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Task]:
     ValueError: for features, labels or shots that make no few-shot problem.
   """
   if config.features:
-    arrays = read_features(config.features)
+    arrays = read_features(config.features, complete=('train',))
     parts = [arrays[name] for name in ('train_features', 'train_labels')]
     rest = [arrays[name] for name in ('test_features', 'test_labels')]
     classes = int(parts[1].max()) + 1

@@ -189,7 +189,11 @@ def check(config: ConfigDict) -> None:
   ):
     if value < 1:
       raise ValueError(f'{name}={value} must be at least 1.')
-  num_iterations(config.search.right, config.search.tolerance)
+  if not num_iterations(config.search.right, config.search.tolerance):
+    raise ValueError(
+      f'search.tolerance={config.search.tolerance:g} is above search.right={config.search.right:g}: nothing '
+      'would be searched.'
+    )
   if 'network' in config.representations and not config.features:
     frozen_features.feature_fn(config, frozen_features.network(config))
 

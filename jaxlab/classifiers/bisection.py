@@ -22,7 +22,8 @@ def bisect_epsilon(
 
   From epsilon = right / 2: if `evaluate(epsilon) > threshold` the interval's left end moves there, else
   its right end, and epsilon becomes its midpoint, until the interval is shorter than `tolerance` (8 times
-  with the defaults). `bisect_epsilon_compiled` takes the same steps inside of a compiled program.
+  with the defaults; never, if it is from the start). `bisect_epsilon_compiled` takes the same steps inside
+  of a compiled program.
 
   Args:
     evaluate: accuracy at an epsilon, in [0, 1].
@@ -62,11 +63,12 @@ def bisect_epsilon_compiled(
   *,
   right: float = 10.0,
   tolerance: float = 0.05,
-) -> tuple[PyTree, jax.Array, jax.Array]:
+) -> tuple[PyTree, jax.Array, jax.Array, jax.Array]:
   """The bisection of `bisect_epsilon` as a scan: traceable, and with a state that is warm-started.
 
   The interval halves every time, so the number of iterations is known beforehand; `vmap` runs any number
-  of searches in step.
+  of searches in step. `bisect_epsilon` is the reference: where `tolerance` is `right` halved some times, the
+  rounding of its ends may cost it, or spare it, the last iteration.
 
   Args:
     evaluate: `(state, epsilon, iteration) -> (state, accuracy)`, pure.
@@ -76,7 +78,8 @@ def bisect_epsilon_compiled(
     tolerance: static, as in `bisect_epsilon`.
 
   Returns:
-    `(state, epsilon, trace)`: the trace `[iterations, 4]` holds epsilon, accuracy, left and right.
+    `(state, epsilon, interval, trace)`: the last midpoint, the last interval `[2]`, and epsilon, accuracy,
+    left and right of each iteration, `[iterations, 4]`.
 
   Raises:
     ValueError: if `right` or `tolerance` is not positive.
@@ -95,7 +98,7 @@ def bisect_epsilon_compiled(
   ends = jnp.zeros((), dtype), jnp.asarray(right, dtype)
   iterations = jnp.arange(num_iterations(right, tolerance))
   (state, left, end), trace = jax.lax.scan(halve, (state, *ends), iterations)
-  return state, (left + end) / 2, trace
+  return state, (left + end) / 2, jnp.stack([left, end]), trace
 
 
 def num_iterations(right: float, tolerance: float) -> int:

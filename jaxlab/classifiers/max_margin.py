@@ -20,10 +20,10 @@ from jax.typing import ArrayLike
 
 from jaxlab.classifiers.bisection import bisect_epsilon_compiled, num_iterations
 from jaxlab.classifiers.noisy_head import (
-  as_examples,
   feature_std,
   initial_params,
   noisy_accuracy,
+  require_examples,
   train_head,
 )
 from jaxlab.models.classifier_heads import WeightNormHead
@@ -104,7 +104,8 @@ def search_epsilon(
     labels: integers `[examples]`.
     num_copies: noisy copies of an example, in a step and in the evaluation.
     right: largest epsilon considered.
-    tolerance: length below which the interval is small enough.
+    tolerance: length below which the interval is small enough; above `right` nothing is searched, and
+      epsilon is `right / 2`.
     max_threshold: cap of the threshold.
     learning_rate: of threshold and search, for 256 examples a step.
     epochs: of each iteration, with a new optimizer and schedule.
@@ -118,7 +119,7 @@ def search_epsilon(
     ValueError: as `train_head`, or if `right` or `tolerance` is not positive.
   """
   num_iterations(right, tolerance)  # raises before any work
-  features, labels = as_examples(features, labels)
+  require_examples(features, labels)
   sigma = feature_std(features)
   shared = {'batch_size': batch_size, 'smoothing': smoothing, 'learning_rate': learning_rate}
   cost = {'chunk_size': chunk_size, 'sharding': sharding}
@@ -144,16 +145,13 @@ def search_epsilon(
     )  # fmt: skip
     return params, accuracy
 
-  params, epsilon, trace = bisect_epsilon_compiled(
+  params, epsilon, interval, trace = bisect_epsilon_compiled(
     evaluate,
     initial_params(search_key, head, features),
     threshold,
     right=right,
     tolerance=tolerance,
   )
-  last, accuracy, left, end = trace[-1]
-  fits = accuracy > threshold
-  interval = jnp.stack([jnp.where(fits, last, left), jnp.where(fits, end, last)])
   return Search(epsilon, threshold, trace, interval, params)
 
 

@@ -10,6 +10,8 @@ import optax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from jaxlab.losses._arguments import accumulated, is_concrete
+from jaxlab.losses._labels import require_classes
 from jaxlab.losses.classification import label_smoothing_cross_entropy
 
 Array = jax.Array
@@ -24,7 +26,7 @@ def feature_std(features: ArrayLike) -> Array:
   Raises:
     ValueError: for fewer than two examples, which have no deviation.
   """
-  features = _wide(features)
+  (features,) = accumulated(features)
   if features.ndim != 2 or len(features) < 2:
     raise ValueError(
       f'feature_std: features must be [examples, dim] with at least 2 examples, got {features.shape}.'
@@ -130,13 +132,13 @@ def train_head(
     sharding: of the axis of examples of a chunk, to share the work on copies between devices.
 
   Raises:
-    ValueError: if shapes do not fit or a size is not positive; where values are concrete: labels below 0
-      or features that are not finite.
+    ValueError: if shapes do not fit or a size is not positive; where values are concrete: labels that are
+      no classes of the head, or features that are not finite.
   """
-  features, labels = as_examples(features, labels)
+  features, labels = _examples(head, params, features, labels)
   sizes = {'num_copies': num_copies, 'epochs': epochs, 'batch_size': batch_size}
-  _require_positive(**sizes, chunk_size=chunk_size or 1)
-  sigma = feature_std(features) if sigma is None else _wide(sigma)
+  _require_counts(**sizes, chunk_size=chunk_size or 1)
+  sigma = feature_std(features) if sigma is None else accumulated(sigma)[0]
   count = len(features)
   rate = learning_rate * batch_size / 256
   batch_size = min(batch_size, count)
@@ -209,9 +211,9 @@ def noisy_accuracy(
   Raises:
     ValueError: as `train_head`.
   """
-  features, labels = as_examples(features, labels, least=1 if sigma is not None else 2)
-  _require_positive(num_copies=num_copies, chunk_size=chunk_size)
-  sigma = feature_std(features) if sigma is None else _wide(sigma)
+  features, labels = _examples(head, params, features, labels, 1 if sigma is not None else 2)
+  _require_counts(num_copies=num_copies, chunk_size=chunk_size)
+  sigma = feature_std(features) if sigma is None else accumulated(sigma)[0]
   count, chunk = len(features), min(chunk_size, len(features))
   rows = jnp.pad(jnp.arange(count), (0, -count % chunk), constant_values=-1).reshape(-1, chunk)
 
@@ -227,7 +229,7 @@ def noisy_accuracy(
 
 def initial_params(key: Array, head: nn.Module, features: ArrayLike) -> PyTree:
   """Returns fresh parameters of a head for these features, in the dtype of the computation."""
-  features = _wide(features)
+  (features,) = accumulated(features)
   params = head.init(key, features[:1])['params']
   return jax.tree.map(lambda p: p.astype(features.dtype), params)
 
@@ -237,7 +239,7 @@ def _copies(key, features, rows, sigma, epsilon, num_copies, sharding=None) -> A
 
   An example occurs once an epoch, so a key for the epoch and the position make a stream of its own.
   """
-  _require_positive(num_copies=num_copies)
+  _require_counts(num_copies=num_copies)
   shape = (num_copies, features.shape[1])
   if isinstance(epsilon, int | float) and epsilon == 0:
     return jnp.broadcast_to(features[:, None], (len(features), *shape))  # draws no noise for naught
@@ -248,36 +250,38 @@ def _copies(key, features, rows, sigma, epsilon, num_copies, sharding=None) -> A
   return copies if sharding is None else jax.lax.with_sharding_constraint(copies, sharding)
 
 
-def as_examples(features: ArrayLike, labels: ArrayLike, least: int = 2) -> tuple[Array, Array]:
-  """Returns features in at least float32 and labels; raises ValueError if they do not fit."""
-  features, labels = jnp.asarray(features), jnp.asarray(labels)
-  if features.ndim != 2 or len(features) < least or not features.shape[1]:
+def require_examples(features: ArrayLike, labels: ArrayLike, least: int = 2) -> None:
+  """Raises ValueError unless there are at least `least` features, finite (if concrete), with labels."""
+  shape, label_shape = jnp.shape(features), jnp.shape(labels)
+  if len(shape) != 2 or shape[0] < least or not shape[1]:
     raise ValueError(
-      f'features must be [examples, dim] with at least {least} examples, got {features.shape}.'
+      f'features must be [examples, dim] with at least {least} examples, got {shape}.'
     )
-  if labels.shape != features.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+  if label_shape != shape[:1] or not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
     raise ValueError(
-      f'labels must be integers, one for each of the {len(features)} features; got {labels.dtype} '
-      f'{labels.shape}.'
+      f'labels must be integers, one for each of the {shape[0]} features; got '
+      f'{jnp.result_type(labels)} {label_shape}.'
     )
-  if not any(isinstance(x, jax.core.Tracer) for x in (features, labels)):
+  if is_concrete(features):
     finite = np.isfinite(np.asarray(features, np.float32)).all(1)
     if not finite.all():
       raise ValueError(
         f'{np.sum(~finite)} of {len(finite)} features hold NaN or infinity, the first at position '
         f'{int(np.argmin(finite))}.'
       )
-    if int(labels.min()) < 0:
-      raise ValueError(f'labels must not be negative, got {int(labels.min())}.')
-  return _wide(features), labels
 
 
-def _require_positive(**sizes: float) -> None:
+def _examples(head, params, features, labels, least: int = 2) -> tuple[Array, Array]:
+  """Returns features in at least float32 and labels; raises ValueError if the head cannot take them."""
+  require_examples(features, labels, least)
+  (wide,) = accumulated(features)
+  # Out of range, a label would give a loss without meaning and no error.
+  logits = jax.eval_shape(lambda p, x: head.apply({'params': p}, x[:1]), params, wide)
+  require_classes(labels, logits.shape[-1])
+  return wide, jnp.asarray(labels)
+
+
+def _require_counts(**sizes: int) -> None:
   for name, value in sizes.items():
     if value < 1:
       raise ValueError(f'{name}={value} must be at least 1.')
-
-
-def _wide(x: ArrayLike) -> Array:
-  x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -71,7 +71,7 @@ from jaxlab.data.long_tail import (
   subset,
   undersample_indices,
 )
-from jaxlab.data.mixup import (
+from jaxlab.data.mixing import (
   mix_images,
   mixup,
   mixup_loss,

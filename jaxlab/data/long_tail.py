@@ -7,12 +7,12 @@ Label-Distribution-Aware Margin Loss, NeurIPS 2019 (https://arxiv.org/abs/1906.0
 
 import numpy as np
 
-from jaxlab.data.listed_images import ListedImages as ListedImages
-from jaxlab.data.listed_images import read_split_file as read_split_file
 from jaxlab.data.sources import InMemory, Record, Source, check_labels
 
 
-def exponential_counts(num_classes: int, max_count: int, ratio: float) -> np.ndarray:
+def exponential_counts(
+  num_classes: int, max_count: int, ratio: float | None = None, *, factor: float | None = None
+) -> np.ndarray:
   """Class counts that fall exponentially: `int(max_count * (1 / ratio) ** (c / (num_classes - 1)))`.
 
   Truncated, in float64. Class 0 is the head.
@@ -21,6 +21,8 @@ def exponential_counts(num_classes: int, max_count: int, ratio: float) -> np.nda
     num_classes: number of classes C.
     max_count: images of class 0; 50000 / C in CIFAR-LT.
     ratio: imbalance, images of the first class to those of the last; >= 1.
+    factor: in place of `ratio`: its inverse, which the published code takes (0.01 for ratio 100). Not every
+      factor is `1 / ratio` of some float64, and truncation can make that an image.
 
   Returns:
     int64 `[num_classes]`.
@@ -31,19 +33,22 @@ def exponential_counts(num_classes: int, max_count: int, ratio: float) -> np.nda
   >>> exponential_counts(10, 5000, ratio=100).tolist()
   [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
   """
-  factor = _factor(num_classes, max_count, ratio)
+  factor = _factor(num_classes, max_count, ratio, factor)
   last = max(num_classes - 1, 1)
   counts = [int(max_count * factor ** (c / last)) for c in range(num_classes)]
-  return _positive(counts, max_count, ratio)
+  return _positive(counts, max_count, factor)
 
 
-def step_counts(num_classes: int, max_count: int, ratio: float) -> np.ndarray:
+def step_counts(
+  num_classes: int, max_count: int, ratio: float | None = None, *, factor: float | None = None
+) -> np.ndarray:
   """Class counts of two heights: `max_count` for the first C // 2 classes, `int(max_count / ratio)` else.
 
   Args:
     num_classes: number of classes C.
     max_count: images of a class of the first half.
     ratio: imbalance; >= 1. The count is `max_count * (1 / ratio)`, truncated, in float64.
+    factor: in place of `ratio`: its inverse, as in `exponential_counts`.
 
   Returns:
     int64 `[num_classes]`.
@@ -51,10 +56,10 @@ def step_counts(num_classes: int, max_count: int, ratio: float) -> np.ndarray:
   Raises:
     ValueError: numbers out of range, or a count that truncates to 0.
   """
-  factor = _factor(num_classes, max_count, ratio)
+  factor = _factor(num_classes, max_count, ratio, factor)
   head = num_classes // 2
   counts = [max_count] * head + [int(max_count * factor)] * (num_classes - head)
-  return _positive(counts, max_count, ratio)
+  return _positive(counts, max_count, factor)
 
 
 def class_counts(
@@ -188,7 +193,7 @@ def shot_groups(counts: np.ndarray, many: int = 100, few: int = 20) -> dict[str,
   if counts.ndim != 1:
     raise ValueError(f'counts have shape {counts.shape}, expected [num_classes].')
   if few > many + 1:
-    raise ValueError(f'few is {few}, many is {many}; expected few <= many.')
+    raise ValueError(f'few is {few}, many is {many}; expected few <= many + 1.')
   head, tail = counts > many, counts < few
   return {'many': head, 'medium': ~head & ~tail, 'few': tail}
 
@@ -319,11 +324,21 @@ def source_labels(source: Source) -> np.ndarray:
   return np.array([source[i]['label'] for i in range(len(source))], np.int32)
 
 
-def _factor(num_classes: int, max_count: int, ratio: float) -> float:
+def _factor(num_classes: int, max_count: int, ratio: float | None, factor: float | None) -> float:
+  """Returns the imbalance factor, in (0, 1]; raises ValueError for numbers out of range."""
   if num_classes < 1 or max_count < 1:
     raise ValueError(
       f'num_classes is {num_classes}, max_count is {max_count}, expected numbers >= 1.'
     )
+  if (ratio is None) == (factor is None):
+    raise ValueError(f'ratio is {ratio}, factor is {factor}, expected one of them.')
+  if factor is not None:
+    if not 0 < factor <= 1:
+      raise ValueError(
+        f'factor is {factor}, expected a number in (0, 1]: images of the smallest class to those of the '
+        'largest.'
+      )
+    return factor
   if not 1 <= ratio < float('inf'):
     raise ValueError(
       f'ratio is {ratio}, expected a number >= 1: images of the largest class to those of the smallest '
@@ -332,12 +347,12 @@ def _factor(num_classes: int, max_count: int, ratio: float) -> float:
   return 1 / ratio
 
 
-def _positive(counts: list[int], max_count: int, ratio: float) -> np.ndarray:
+def _positive(counts: list[int], max_count: int, factor: float) -> np.ndarray:
   result = np.array(counts, np.int64)
   empty = np.flatnonzero(result < 1)
   if empty.size:
     raise ValueError(
-      f'{_name_classes(empty)} no images: max_count {max_count} at ratio {ratio} truncates to 0. Use '
+      f'{_name_classes(empty)} no images: max_count {max_count} at ratio {1 / factor:g} truncates to 0. Use '
       f'a ratio below {max_count}.'
     )
   return result

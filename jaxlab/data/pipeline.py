@@ -193,8 +193,10 @@ class _Batches:
     if self.sampler is not None:
       order = draw_epoch(self.sampler, 0, self.size)
       self.size, self.drawn = len(order), (0, order)
-      # Tells apart samplers of any kind, also those that differ only in the labels they know.
-      self.fingerprint = {'sampler': zlib.crc32(order.tobytes())}
+      # Tells apart samplers of any kind, also those that differ only in the labels they know, or (which
+      # only a second epoch shows) in how they go on.
+      later = draw_epoch(self.sampler, 1, len(self.source))
+      self.fingerprint = {'sampler': zlib.crc32(later.tobytes(), zlib.crc32(order.tobytes()))}
     count = self.size / self.batch_size
     self.steps_per_epoch = math.ceil(count) if self.keep_remainder else math.floor(count)
 

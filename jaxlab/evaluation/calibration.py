@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.evaluation._arguments import is_here
+from jaxlab.losses._arguments import accumulated, is_concrete
 
 
 class Calibration(NamedTuple):
@@ -69,15 +69,14 @@ def expected_calibration_error(
     )
   if mask is not None and jnp.shape(mask) != jnp.shape(confidences):
     raise ValueError(f'mask has shape {jnp.shape(mask)}, expected {jnp.shape(confidences)}.')
-  if is_here(confidences) and (mask is None or is_here(mask)):
+  if is_concrete(confidences) and (mask is None or is_concrete(mask)):
     values = np.asarray(confidences)[... if mask is None else np.asarray(mask, bool)]
     if not np.all((values >= 0) & (values <= 1)):
       raise ValueError(
         f'confidences run from {values.min()} to {values.max()}, expected probabilities in [0, 1], not '
         'logits.'
       )
-  confidences = jnp.asarray(confidences)
-  confidences = confidences.astype(jnp.promote_types(confidences.dtype, jnp.float32))
+  (confidences,) = accumulated(confidences)
   dtype = confidences.dtype
   edges = jnp.asarray(np.linspace(0, 1, num_bins + 1), dtype)
   bins = jnp.searchsorted(edges, confidences, side='left') - 1

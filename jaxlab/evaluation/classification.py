@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxlab.evaluation._arguments import require_labels
+from jaxlab.losses._arguments import accumulated
+from jaxlab.losses._labels import require_classes
 
 
 def label_rank(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -70,7 +71,7 @@ def top_k_accuracy(
   """
   num_classes = jnp.shape(logits)[-1]
   _require_k(k, num_classes)
-  require_labels('labels', labels, num_classes, mask)
+  require_classes(labels, num_classes, mask)
   correct = label_rank(logits, labels) < k
   return jnp.mean(
     correct, dtype=jnp.float32, where=None if mask is None else jnp.asarray(mask, bool)
@@ -95,8 +96,8 @@ def confusion_matrix(
   Raises:
     ValueError: if concrete labels or predictions are out of range.
   """
-  require_labels('labels', labels, num_classes, mask)
-  require_labels('predictions', predictions, num_classes, mask)
+  require_classes(labels, num_classes, mask)
+  require_classes(predictions, num_classes, mask, 'predictions')
   predictions, labels = jnp.asarray(predictions), jnp.asarray(labels)
   counts = _in_range(labels, num_classes) & _in_range(predictions, num_classes)
   if mask is not None:
@@ -114,10 +115,12 @@ def per_class_recall(confusion: ArrayLike) -> jax.Array:
     confusion: `[num_classes, num_classes]`, rows are labels.
 
   Returns:
-    `[num_classes]` float32; NaN for a class without examples (`jnp.nanmean` gives the balanced accuracy).
+    `[num_classes]`, float32 or wider; NaN for a class without examples (`jnp.nanmean` gives the balanced
+    accuracy).
   """
   confusion = jnp.asarray(confusion)
-  return jnp.diagonal(confusion).astype(jnp.float32) / jnp.sum(confusion, axis=1)
+  (correct,) = accumulated(jnp.diagonal(confusion))
+  return correct / jnp.sum(confusion, axis=1)
 
 
 class Tally(NamedTuple):
@@ -169,7 +172,7 @@ def tally_update(
     raise ValueError(
       f'Expected logits [batch, {num_classes}] and labels [batch], got {logits.shape}, {labels.shape}.'
     )
-  require_labels('labels', labels, num_classes, mask)
+  require_classes(labels, num_classes, mask)
   counts = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
   known = counts & _in_range(labels, num_classes)
   predictions = jnp.argmax(jnp.where(jnp.isnan(logits), -jnp.inf, logits), axis=-1)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxlab.evaluation._arguments import require_features, require_labels
+from jaxlab.evaluation._arguments import require_features
 from jaxlab.losses import normalize
+from jaxlab.losses._labels import require_classes
 
 
 class Neighbors(NamedTuple):
@@ -67,7 +68,7 @@ def weighted_knn(
   """
   require_features('bank', bank, jnp.size(bank_labels))
   require_features('queries', queries)
-  require_labels('bank_labels', bank_labels, num_classes)
+  require_classes(bank_labels, num_classes, name='bank_labels')
   if jnp.shape(bank)[1] != jnp.shape(queries)[1]:
     raise ValueError(
       f'bank and queries must have one dimension, got {jnp.shape(bank)} and {jnp.shape(queries)}.'

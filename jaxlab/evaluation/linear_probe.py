@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.evaluation._arguments import require_features, require_labels
+from jaxlab.evaluation._arguments import require_features
+from jaxlab.losses._labels import require_classes
 
 
 class Probe(NamedTuple):
@@ -53,7 +54,7 @@ def probe_accuracy(probe: Probe, features: ArrayLike, labels: ArrayLike) -> jax.
     ValueError: if shapes do not fit, or (where they are concrete) labels are out of range.
   """
   require_features('features', features, jnp.size(labels))
-  require_labels('labels', labels, probe.bias.size)
+  require_classes(labels, probe.bias.size)
   if jnp.shape(features)[1] != probe.kernel.shape[0]:
     raise ValueError(
       f'The probe takes features of dimension {probe.kernel.shape[0]}, got {jnp.shape(features)}.'
@@ -320,7 +321,7 @@ def _require(features: ArrayLike, labels: ArrayLike, num_classes: int, **sizes: 
   if jnp.ndim(labels) != 1:
     raise ValueError(f'labels must be [examples], got {jnp.shape(labels)}.')
   require_features('features', features, jnp.size(labels))
-  require_labels('labels', labels, num_classes)
+  require_classes(labels, num_classes)
   for name, value in sizes.items():
     if value < 1:
       raise ValueError(f'{name} must be positive, got {value}.')

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.evaluation._arguments import is_here
 from jaxlab.evaluation.classification import confusion_matrix, per_class_recall
+from jaxlab.losses._arguments import accumulated, is_concrete
 
 ZERO_REPLACEMENT = 1e-3  # as in Du & Wu 2023: a recall of 0.1 %
 
@@ -136,7 +136,7 @@ def confusion_metrics(
 
 
 def _replace_zeros(recalls: ArrayLike, zero_replacement: float) -> jax.Array:
-  if not zero_replacement > 0:
+  if is_concrete(zero_replacement) and not np.asarray(zero_replacement) > 0:
     raise ValueError(f'zero_replacement is {zero_replacement}, expected a number > 0.')
   recalls = _check(recalls)
   return jnp.where(recalls == 0, zero_replacement, recalls)
@@ -145,7 +145,7 @@ def _replace_zeros(recalls: ArrayLike, zero_replacement: float) -> jax.Array:
 def _check(recalls: ArrayLike) -> jax.Array:
   if not jnp.ndim(recalls) or not jnp.shape(recalls)[-1]:
     raise ValueError(f'recalls have shape {jnp.shape(recalls)}, expected [..., num_classes].')
-  if is_here(recalls):
+  if is_concrete(recalls):
     values = np.asarray(recalls)
     missing = np.argwhere(np.isnan(values))
     if missing.size:
@@ -157,5 +157,4 @@ def _check(recalls: ArrayLike) -> jax.Array:
       raise ValueError(
         f'recalls run from {values.min()} to {values.max()}, expected shares in [0, 1], not percent.'
       )
-  recalls = jnp.asarray(recalls)
-  return recalls.astype(jnp.promote_types(recalls.dtype, jnp.float32))
+  return accumulated(recalls)[0]

@@ -1,13 +1,15 @@
-"""What every loss does with its arguments before the formula."""
+"""What losses and metrics do with their arguments before the formula."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 
 def accumulated(*arrays: ArrayLike) -> list[jax.Array]:
   """Returns the arrays in at least float32, in which sums and exponentials are taken."""
-  return [jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32)) for x in arrays]
+  arrays = [jnp.asarray(x) for x in arrays]
+  return [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in arrays]
 
 
 def require_same_shape(ndim: int | None = None, **arrays: ArrayLike) -> None:
@@ -24,5 +26,29 @@ def require_same_shape(ndim: int | None = None, **arrays: ArrayLike) -> None:
 def require_positive(**values: ArrayLike) -> None:
   """Raises ValueError unless the named scalars are positive; traced values pass unchecked."""
   for name, value in values.items():
-    if not isinstance(value, jax.core.Tracer) and not value > 0:
+    if is_concrete(value) and not np.all(np.asarray(value) > 0):
       raise ValueError(f'{name} must be positive, got {value}.')
+
+
+def require_not_negative(**values: ArrayLike) -> None:
+  """Raises ValueError if a named value is below 0 or NaN; traced values pass unchecked."""
+  for name, value in values.items():
+    if is_concrete(value) and not np.all(np.asarray(value) >= 0):
+      raise ValueError(f'{name} must not be negative, got {value}.')
+
+
+def require_share(**values: ArrayLike) -> None:
+  """Raises ValueError unless the named values are in [0, 1]; traced values pass unchecked."""
+  for name, value in values.items():
+    if is_concrete(value):
+      array = np.asarray(value, np.float64)
+      if not np.all((array >= 0) & (array <= 1)):
+        raise ValueError(f'{name} must be in [0, 1], got {value}.')
+
+
+def is_concrete(x: ArrayLike) -> bool:
+  """Returns whether this process can read the values of `x` now, by `np.asarray`.
+
+  In a `jit` that closes over `x` its values can be read, but jax would trace what it computes of them.
+  """
+  return not isinstance(x, jax.core.Tracer) and getattr(x, 'is_fully_addressable', True)

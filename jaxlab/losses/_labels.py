@@ -1,9 +1,10 @@
-"""What the losses of classifiers check of labels, class counts and weights."""
+"""What the losses and metrics of classifiers check of labels and class counts."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from jaxlab.losses._arguments import is_concrete
 
 
 def require_labels(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> None:
@@ -18,15 +19,17 @@ def require_labels(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None 
   require_classes(labels, shape[-1], mask)
 
 
-def require_classes(labels: ArrayLike, num_classes: int, mask: ArrayLike | None = None) -> None:
+def require_classes(
+  labels: ArrayLike, num_classes: int, mask: ArrayLike | None = None, name: str = 'labels'
+) -> None:
   """Raises ValueError unless `labels` are integers; if concrete, unless all (unmasked) are in range."""
   if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-    raise ValueError(f'labels must be integers, got {jnp.result_type(labels)}.')
+    raise ValueError(f'{name} must be integers, got {jnp.result_type(labels)}.')
   if is_concrete(labels) and (mask is None or is_concrete(mask)):
     values = np.asarray(labels) if mask is None else np.asarray(labels)[np.asarray(mask, bool)]
     if values.size and not 0 <= values.min() <= values.max() < num_classes:
       raise ValueError(
-        f'labels must be in [0, {num_classes}), got values from {values.min()} to {values.max()}.'
+        f'{name} must be in [0, {num_classes}), got values from {values.min()} to {values.max()}.'
       )
 
 
@@ -44,24 +47,3 @@ def require_class_counts(class_counts: ArrayLike, num_classes: int | None = None
         f'class_counts must be positive integers, got {counts[wrong[0]]:g} for class {wrong[0]}: '
         'leave out classes without training examples and number the others anew.'
       )
-
-
-def require_share(**values: ArrayLike) -> None:
-  """Raises ValueError unless the named values are in [0, 1]; traced values pass unchecked."""
-  for name, value in values.items():
-    if is_concrete(value):
-      array = np.asarray(value, np.float64)
-      if not np.all((array >= 0) & (array <= 1)):
-        raise ValueError(f'{name} must be in [0, 1], got {value}.')
-
-
-def require_not_negative(**values: ArrayLike) -> None:
-  """Raises ValueError if a named value is below 0 or NaN; traced values pass unchecked."""
-  for name, value in values.items():
-    if is_concrete(value) and not np.all(np.asarray(value) >= 0):
-      raise ValueError(f'{name} must not be negative, got {value}.')
-
-
-def is_concrete(x: ArrayLike) -> bool:
-  """Returns whether the values of `x` can be read by this process now."""
-  return not isinstance(x, jax.core.Tracer) and getattr(x, 'is_fully_addressable', True)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated
-from jaxlab.losses._labels import require_labels, require_not_negative, require_share
+from jaxlab.losses._arguments import accumulated, require_not_negative, require_share
+from jaxlab.losses._labels import require_labels
 
 
 def label_smoothing_cross_entropy(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated
-from jaxlab.losses._labels import require_class_counts, require_labels, require_not_negative
+from jaxlab.losses._arguments import accumulated, require_not_negative
+from jaxlab.losses._labels import require_class_counts, require_labels
 
 
 def hard_categories(logits: ArrayLike, labels: ArrayLike, num_hard: int) -> jax.Array:

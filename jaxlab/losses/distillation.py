@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, require_positive, require_same_shape
-from jaxlab.losses._labels import require_share
+from jaxlab.losses._arguments import (
+  accumulated,
+  require_positive,
+  require_same_shape,
+  require_share,
+)
 from jaxlab.losses.long_tail import balanced_softmax_loss
 
 

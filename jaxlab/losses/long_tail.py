@@ -10,8 +10,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, require_positive, require_same_shape
-from jaxlab.losses._labels import is_concrete, require_class_counts, require_labels, require_share
+from jaxlab.losses._arguments import (
+  accumulated,
+  is_concrete,
+  require_positive,
+  require_same_shape,
+  require_share,
+)
+from jaxlab.losses._labels import require_class_counts, require_labels
 from jaxlab.losses.classification import label_smoothing_cross_entropy, weighted_cross_entropy
 
 
@@ -348,9 +354,9 @@ def gml_loss(
   if jnp.ndim(logits) != 2:
     raise ValueError(f'logits must be [batch, num_classes], got {jnp.shape(logits)}.')
   require_labels(logits, labels, mask)
-  if is_concrete(power) and not power >= 1:
+  if is_concrete(power) and not np.all(np.asarray(power) >= 1):
     raise ValueError(f'power must be at least 1, got {power}.')
-  if is_concrete(prob_floor) and not 0 < prob_floor < 1:
+  if is_concrete(prob_floor) and not 0 < np.asarray(prob_floor) < 1:
     raise ValueError(f'prob_floor must be in (0, 1), got {prob_floor}.')
   (logits,), labels = accumulated(logits), jnp.asarray(labels)
   counts = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, require_positive
-from jaxlab.losses._labels import (
-  require_class_counts,
-  require_classes,
+from jaxlab.losses._arguments import (
+  accumulated,
   require_not_negative,
+  require_positive,
   require_share,
 )
+from jaxlab.losses._labels import require_class_counts, require_classes
 
 
 def paco_loss(

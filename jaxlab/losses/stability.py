@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, require_same_shape
-from jaxlab.losses._labels import require_not_negative
+from jaxlab.losses._arguments import accumulated, require_not_negative, require_same_shape
 from jaxlab.losses.classification import label_smoothing_cross_entropy
 from jaxlab.losses.contrastive import normalize
 

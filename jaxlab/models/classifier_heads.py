@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from jaxlab.models.heads import unit
 from jaxlab.models.initializers import torch_default, torch_default_bias
 
 Array = jax.Array
@@ -38,7 +39,7 @@ class NormedLinear(nn.Module):
     """Maps `[..., features]` to cosines `[..., num_classes]`."""
     kernel = self.param('kernel', _unit_columns, (x.shape[-1], self.num_classes))
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-    return _over_norm(x, -1) @ _over_norm(kernel, 0)
+    return unit(x, -1) @ unit(kernel, 0)
 
 
 class LearnableWeightScaling(nn.Module):
@@ -100,10 +101,10 @@ class WeightNormHead(nn.Module):
     v = self.param('v', _rows, (self.num_classes, x.shape[-1]))
     g = self.param('g', lambda key, shape: _norm(v, -1), (self.num_classes, 1))
     x, v, g = nn.dtypes.promote_dtype(x, v, g, dtype=self.dtype)
-    weight = _over_norm(v, -1) * g
+    weight = unit(v, -1) * g
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    unit = (wide / (_norm(wide, -1) + self.eps)).astype(x.dtype)
-    return self.scale * (unit @ weight.T)
+    short = (wide / (_norm(wide, -1) + self.eps)).astype(x.dtype)
+    return self.scale * (short @ weight.T)
 
 
 class Classifier(nn.Module):
@@ -178,8 +179,8 @@ def nearest_class_mean(features: ArrayLike, labels: ArrayLike, num_classes: int)
   _require_classes('nearest_class_mean', num_classes)
   wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
   # The sum points where the mean does.
-  sums = jax.ops.segment_sum(_over_norm(wide, -1), labels, num_classes)
-  return _over_norm(sums, -1).T.astype(features.dtype)
+  sums = jax.ops.segment_sum(unit(wide, -1), labels, num_classes)
+  return unit(sums, -1).T.astype(features.dtype)
 
 
 def _require_classes(name: str, num_classes: int) -> None:
@@ -193,11 +194,6 @@ def _norm(x: Array, axis: int) -> Array:
   return jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis, keepdims=True), 1e-24))
 
 
-def _over_norm(x: Array, axis: int) -> Array:
-  """Returns `x / max(|x|, 1e-12)` along `axis`, in the input's dtype."""
-  return (x / _norm(x, axis)).astype(x.dtype)
-
-
 def _unit_columns(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
   """Draws the initial directions of LDAM's classifier: uniform in a cube, brought to unit length."""
-  return _over_norm(jax.random.uniform(key, shape, dtype, -1, 1), 0)
+  return unit(jax.random.uniform(key, shape, dtype, -1, 1), 0)

@@ -176,16 +176,16 @@ class DINOHead(nn.Module):
       dtype=self.dtype,
       name='mlp',
     )(x, train)
-    x = HookPoint(name='bottleneck')(_unit(x, axis=-1))
+    x = HookPoint(name='bottleneck')(unit(x, axis=-1))
     shape = (self.bottleneck, self.num_prototypes)
-    kernel = _unit(self.param('last_layer_kernel', torch_default, shape), axis=0)
+    kernel = unit(self.param('last_layer_kernel', torch_default, shape), axis=0)
     if not self.norm_last_layer:
       kernel = kernel * self.param('last_layer_scale', nn.initializers.ones, shape[1:])
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return x @ kernel
 
 
-def _unit(x: Array, axis: int) -> Array:
+def unit(x: Array, axis: int) -> Array:
   """Returns `x / max(|x|, 1e-12)` along `axis`, in the input's dtype; its gradient at 0 is finite."""
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   square = jnp.sum(wide * wide, axis, keepdims=True)

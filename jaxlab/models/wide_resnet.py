@@ -121,9 +121,9 @@ class WideResNet(nn.Module):
   """A wide residual network over float images `[batch, height, width, channels]`.
 
   Stages `conv1`, `block1`, `block2`, ..., `bn1` (with the final ReLU `relu`), global average `avgpool`, and
-  the classifier `linear`. Convolutions have no bias and start normal with variance 2 / (9 features).
-  The defaults are WRN-28-10 on features of 640 channels. Collections: `params`, `batch_stats`; train mode
-  with dropout needs the RNG `dropout`.
+  the classifier `linear`. Convolutions have no bias and start normal with variance
+  2 / (kernel area * features). The defaults are WRN-28-10 on features of 640 channels. Collections:
+  `params`, `batch_stats`; train mode with dropout needs the RNG `dropout`.
 
   Attributes:
     stage_sizes: number of pre-activation blocks of each stage.

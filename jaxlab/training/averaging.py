@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 PyTree = Any
@@ -60,7 +61,7 @@ def running_average(average: PyTree, new: PyTree, count: ArrayLike) -> PyTree:
   Raises:
     ValueError: for a negative (concrete) `count`, or naming the paths where the trees differ.
   """
-  if not isinstance(count, jax.core.Tracer) and count < 0:
+  if not isinstance(count, jax.core.Tracer) and np.asarray(count) < 0:
     raise ValueError(
       f'running_average: count={count} is negative; it is the number of trees so far.'
     )

@@ -26,9 +26,10 @@ def test_both_bisections_agree_with_the_reference_trace(vectors, x64):
     search = jax.jit(
       lambda th: bisect_epsilon_compiled(lambda s, e, i: (s, accuracy(e)), (), th, **options)
     )
-    _, epsilon, trace = search(jnp.asarray(threshold, float if x64 else jnp.float32))
+    _, epsilon, interval, trace = search(jnp.asarray(threshold, float if x64 else jnp.float32))
     rtol = 1e-12 if x64 else 1e-6
     assert_close(epsilon, vectors['out_epsilon'], rtol)
+    assert_close(interval.mean(), vectors['out_epsilon'], rtol)
     assert_close(trace, vectors['out_trace_eps_acc_left_right'], rtol)
 
 
@@ -38,10 +39,11 @@ def test_the_interval_ends_below_the_tolerance_around_the_crossing():
     width = right / 2 ** len(trace)
     assert width < tolerance <= 2 * width
     assert abs(epsilon - 0.7) <= width / 2
-    _, compiled, its_trace = bisect_epsilon_compiled(
+    _, compiled, interval, its_trace = bisect_epsilon_compiled(
       lambda s, e, i: (s, 1 - e / 10), (), 0.93, right=right, tolerance=tolerance
     )
     assert_close(compiled, epsilon, 1e-6)
+    assert_close(interval, [epsilon - width / 2, epsilon + width / 2], 1e-6)
     assert its_trace.shape == (len(trace), 4)
 
 
@@ -49,8 +51,16 @@ def test_the_state_goes_from_iteration_to_iteration():
   def evaluate(state, epsilon, iteration):
     return state.at[iteration].set(epsilon), 1 - epsilon / 10
 
-  visited, _, trace = bisect_epsilon_compiled(evaluate, jnp.zeros(8), 0.5)
+  visited, *_, trace = bisect_epsilon_compiled(evaluate, jnp.zeros(8), 0.5)
   np.testing.assert_array_equal(visited, trace[:, 0])
+
+
+def test_an_interval_that_is_short_from_the_start_is_not_searched():
+  assert bisect_epsilon(lambda e: 1.0, 0.9, right=1.0, tolerance=2.0) == (0.5, [])
+  _, epsilon, interval, trace = bisect_epsilon_compiled(
+    lambda s, e, i: (s, e), (), 0.9, right=1.0, tolerance=2.0
+  )
+  assert float(epsilon) == 0.5 and interval.tolist() == [0, 1] and trace.shape == (0, 4)
 
 
 def test_an_accuracy_on_the_threshold_does_not_pass():

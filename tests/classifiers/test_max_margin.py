@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -35,23 +37,24 @@ def fits():
 def test_the_compiled_search_takes_the_steps_of_the_host_reference(fits):
   keys, features, found = fits
   found = found.search
+  noise = {'num_copies': OPTIONS['num_copies']}
+
+  @jax.jit
+  def step(train_key, eval_key, x, params, epsilon, iteration):
+    params = train_head(
+      jax.random.fold_in(train_key, iteration), HEAD, params, x, Y, epsilon=epsilon,
+      epochs=OPTIONS['search_epochs'], batch_size=64, learning_rate=1.0, **noise,
+    )  # fmt: skip
+    key = jax.random.fold_in(eval_key, iteration)
+    return params, noisy_accuracy(key, HEAD, params, x, Y, epsilon=epsilon, **noise)
+
   for run in range(2):
     key, x = keys[run], features[run]
-    _, search_key, train_key, eval_key = jax.random.split(jax.random.split(key, 3)[0], 4)
+    _, search_key, *keys_of_step = jax.random.split(jax.random.split(key, 3)[0], 4)
     head = {'params': initial_params(search_key, HEAD, x), 'iteration': 0}
-    noise = {'num_copies': OPTIONS['num_copies']}
 
-    @jax.jit
-    def step(params, epsilon, iteration, x=x, train_key=train_key, eval_key=eval_key, noise=noise):
-      params = train_head(
-        jax.random.fold_in(train_key, iteration), HEAD, params, x, Y, epsilon=epsilon,
-        epochs=OPTIONS['search_epochs'], batch_size=64, learning_rate=1.0, **noise,
-      )  # fmt: skip
-      key = jax.random.fold_in(eval_key, iteration)
-      return params, noisy_accuracy(key, HEAD, params, x, Y, epsilon=epsilon, **noise)
-
-    def evaluate(epsilon, head=head, step=step):
-      head['params'], accuracy = step(head['params'], epsilon, head['iteration'])
+    def evaluate(epsilon, head=head, fixed=(*keys_of_step, x)):
+      head['params'], accuracy = step(*fixed, head['params'], epsilon, head['iteration'])
       head['iteration'] += 1
       return accuracy
 
@@ -103,12 +106,36 @@ def test_the_final_head_is_a_fresh_one_trained_at_the_epsilon_found(fits):
   assert not np.allclose(found.params['v'], found.search.params['v'])
 
 
+def test_the_search_runs_op_by_op_and_in_a_program_that_closes_over_the_examples():
+  options = {'num_copies': 2, 'search_epochs': 1, 'threshold_epochs': 1, 'epochs': 1}
+  x, y = jax.numpy.asarray(X), jax.numpy.asarray(Y)
+
+  def fit(key):
+    return fit_max_margin(key, HEAD, x, y, **options, right=8.0, tolerance=5.0)
+
+  found, traced = fit(jax.random.key(0)), jax.eval_shape(fit, jax.random.key(0))
+  assert found.search.interval.tolist() in ([0, 4], [4, 8])
+  assert float(found.search.epsilon) == np.mean(found.search.interval)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(traced), strict=True):
+    assert np.isfinite(a).all() and a.shape == b.shape and a.dtype == b.dtype
+
+
+def test_an_interval_that_is_short_from_the_start_is_not_searched():
+  options = {'num_copies': 2, 'epochs': 1, 'threshold_epochs': 1}
+  search = functools.partial(search_epsilon, right=2.0, tolerance=3.0, **options)
+  found = jax.jit(search, static_argnums=1)(jax.random.key(0), HEAD, X, Y)
+  assert float(found.epsilon) == 1 and found.interval.tolist() == [0, 2]
+  assert found.trace.shape == (0, 4)
+
+
 def test_bad_arguments_raise_before_any_work():
   key = jax.random.key(0)
   with pytest.raises(ValueError, match='right=0 must be positive'):
     search_epsilon(key, HEAD, X, Y, right=0)
   with pytest.raises(ValueError, match='one for each of the 30 features'):
     search_epsilon(key, HEAD, X, Y[:4])
+  with pytest.raises(ValueError, match=r'labels must be in \[0, 3\)'):
+    fit_max_margin(key, HEAD, X, Y + 1)
   with pytest.raises(ValueError, match='at least 2 examples'):
     fit_max_margin(key, HEAD, X[:1], Y[:1])
   with pytest.raises(TypeError, match='rigth'):

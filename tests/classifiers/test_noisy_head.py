@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,9 +38,13 @@ X, Y = blobs()
 PARAMS = initial_params(jax.random.key(1), HEAD, X)
 
 
-def train(key=0, features=X, labels=Y, **options):
-  fit = jax.jit(lambda x, y: train_head(jax.random.key(key), HEAD, PARAMS, x, y, **options))
-  return fit(features, labels)
+@functools.cache
+def compiled(**options):
+  return jax.jit(lambda x, y: train_head(jax.random.key(0), HEAD, PARAMS, x, y, **options))
+
+
+def train(features=X, **options):
+  return compiled(**options)(features, Y)
 
 
 def assert_params_close(actual, expected, rtol=1e-5):
@@ -83,19 +89,18 @@ def test_noise_objective_agrees_with_reference(vectors, dtype, rtol):
 def test_noise_has_the_deviation_of_its_channel_and_streams_by_example():
   sigma = jnp.array([0.0, 1.0, 3.0])
   x = jnp.array([[5.0, 6.0, 7.0], [1.0, 2.0, 3.0]])
-  draw = jax.jit(lambda x: perturb_features(jax.random.key(0), x, sigma, 2.0, 4000))
-  copies = draw(x).reshape(2, 4000, 3)
+  draw = jax.jit(lambda x, seed: perturb_features(jax.random.key(seed), x, sigma, 2.0, 4000))
+  copies = draw(x, 0).reshape(2, 4000, 3)
   assert_close(jnp.std(copies, 1), jnp.broadcast_to(2 * sigma, (2, 3)), 0.05)
   assert_close(jnp.mean(copies, 1), x, 0.05)
   np.testing.assert_array_equal(copies[0, :, 0], 5.0)
-  np.testing.assert_array_equal(draw(x[:1]), copies[0])
+  np.testing.assert_array_equal(draw(x[:1], 0), copies[0])
   assert not np.allclose(copies[0] - x[0], copies[1] - x[1])
-  again = perturb_features(jax.random.key(1), x[:1], sigma, 2.0, 4000)
-  assert not np.allclose(copies[0], again)
+  assert not np.allclose(copies[0], draw(x[:1], 1))
 
 
 def test_no_gradient_reaches_the_features():
-  copies = perturb_features(jax.random.key(0), X, feature_std(X), 1.0, 2).reshape(len(X), 2, -1)
+  copies = np.stack([X, 2 * X], 1)
   gradient = jax.jit(jax.grad(lambda c: jnp.sum(perturbed_loss(HEAD, PARAMS, c, Y))))(copies)
   np.testing.assert_array_equal(gradient, 0)
 
@@ -115,13 +120,11 @@ def test_training_is_adam_over_a_cosine_of_epochs():
 
 
 def test_copies_in_chunks_or_on_eight_devices_give_the_same_head():
-  options = {**OPTIONS, 'epsilon': 1.0, 'num_copies': 3}
+  options = {**OPTIONS, 'epsilon': 1.0, 'num_copies': 3, 'batch_size': 8}
   whole = train(**options)
-  for chunk_size in (1, 3):
-    assert_params_close(train(**options, chunk_size=chunk_size), whole, 1e-4)
+  assert_params_close(train(**options, chunk_size=3), whole, 1e-4)
   sharding = NamedSharding(parallel.make_mesh(), PartitionSpec('data'))
-  options['batch_size'] = 8
-  assert_params_close(train(**options, sharding=sharding), train(**options), 1e-4)
+  assert_params_close(train(**options, sharding=sharding), whole, 1e-4)
 
 
 def test_runs_mapped_at_once_are_those_of_a_loop():
@@ -171,16 +174,23 @@ def test_noisy_accuracy_counts_all_copies_whatever_the_chunks():
   params = train(**OPTIONS)
   options = {'epsilon': 3.0, 'num_copies': 7}
   key, sigma = jax.random.key(5), feature_std(X)
-  copies = perturb_features(key, X, sigma, 3.0, 7)
-  predictions = jnp.argmax(HEAD.apply({'params': params}, copies), -1)
-  expected = np.mean(np.asarray(predictions) == np.repeat(Y, 7))
+
+  @jax.jit
+  def accuracies(params):
+    predictions = HEAD.apply({'params': params}, perturb_features(key, X, sigma, 3.0, 7)).argmax(-1)
+    expected = jnp.mean(predictions == np.repeat(Y, 7))
+    accuracy = functools.partial(noisy_accuracy, key, HEAD, params)
+    return expected, {
+      'chunks': [accuracy(X, Y, **options, chunk_size=size) for size in (3, 256)],
+      'clean': accuracy(X, Y),
+      'one': accuracy(X[:1], Y[:1], sigma=sigma, **options),
+    }
+
+  expected, found = accuracies(params)
   assert 0.1 < expected < 1
-  for chunk_size in (3, 256):
-    found = noisy_accuracy(key, HEAD, params, X, Y, **options, chunk_size=chunk_size)
-    assert_close(found, expected, 1e-6)
-  assert float(noisy_accuracy(key, HEAD, params, X, Y)) > 0.9
-  one = noisy_accuracy(key, HEAD, params, X[:1], Y[:1], sigma=sigma, **options)
-  assert 0 <= float(one) <= 1
+  assert_close(found['chunks'], [expected] * 2, 1e-6)
+  assert float(found['clean']) > 0.9
+  assert 0 <= float(found['one']) <= 1
 
 
 def test_constant_channels_get_no_noise_and_bfloat16_features_compute_in_float32():
@@ -212,7 +222,8 @@ def nan_at_4():
     ({'features': X[0]}, r'must be \[examples, dim\]'),
     ({'labels': Y[:3]}, r'one for each of the 10 features; got int32 \(3,\)'),
     ({'labels': Y.astype(np.float32)}, 'labels must be integers'),
-    ({'labels': Y - 1}, 'labels must not be negative'),
+    ({'labels': Y - 1}, r'labels must be in \[0, 3\), got values from -1 to 1'),
+    ({'labels': jnp.asarray(Y + 1)}, r'labels must be in \[0, 3\), got values from 1 to 3'),
     ({'features': nan_at_4()}, '1 of 10 features hold NaN or infinity, the first at position 4'),
     ({'num_copies': 0}, 'num_copies=0 must be at least 1'),
     ({'epochs': 0}, 'epochs=0'),
@@ -224,6 +235,22 @@ def test_bad_arguments_raise(changes, message):
   given = {'features': X, 'labels': Y, **changes}
   with pytest.raises(ValueError, match=message):
     train_head(jax.random.key(0), HEAD, PARAMS, given.pop('features'), given.pop('labels'), **given)
+
+
+def test_examples_that_a_program_closes_over_are_checked_and_give_the_same_head():
+  x, y, wrong = jnp.asarray(X), jnp.asarray(Y), jnp.asarray(Y + 1)
+
+  @jax.jit
+  def fit(key):
+    params = train_head(key, HEAD, PARAMS, x, y, **OPTIONS)
+    return params, noisy_accuracy(key, HEAD, params, x, y, epsilon=1.0, num_copies=2)
+
+  params, accuracy = fit(jax.random.key(0))
+  assert_params_close(params, train(**OPTIONS))
+  assert 0 <= float(accuracy) <= 1
+  for judge in (train_head, noisy_accuracy):
+    with pytest.raises(ValueError, match=r'labels must be in \[0, 3\)'):
+      jax.jit(lambda key, judge=judge: judge(key, HEAD, PARAMS, x, wrong))(jax.random.key(0))
 
 
 def test_one_class_and_one_example_raise():

@@ -35,12 +35,21 @@ def test_selection_is_the_published_one_in_its_order(vectors):
   targets = vectors['in_targets']
   num_classes = int(targets.max()) + 1
   counts = long_tail.exponential_counts(
-    num_classes, len(targets) // num_classes, 1 / vectors.param('imb_factor')
+    num_classes, len(targets) // num_classes, factor=vectors.param('imb_factor')
   )
   np.testing.assert_array_equal(counts, vectors['out_counts'])
   indices = long_tail.select_imbalanced(targets, counts, vectors.param('seed'))
   np.testing.assert_array_equal(indices, vectors['out_selected_indices'])
   np.testing.assert_array_equal(targets[indices], vectors['out_selected_targets'])
+
+
+def test_a_factor_is_taken_as_it_is():
+  # 1 / (1 / 0.11) is a little less than 0.11, and 100 times that is truncated to 10.
+  assert long_tail.exponential_counts(4, 100, factor=0.11).tolist() == [100, 47, 22, 11]
+  assert long_tail.step_counts(2, 100, factor=0.11).tolist() == [100, 11]
+  np.testing.assert_array_equal(
+    long_tail.exponential_counts(10, 5000, factor=0.01), long_tail.exponential_counts(10, 5000, 100)
+  )
 
 
 @golden('btm', 'undersample_counts')
@@ -174,6 +183,11 @@ def test_source_labels_are_those_of_the_records():
   [
     (lambda: long_tail.exponential_counts(10, 100, 0.01), 'ratio is 0.01, expected a number >= 1'),
     (lambda: long_tail.step_counts(10, 100, float('nan')), 'ratio is nan'),
+    (lambda: long_tail.step_counts(10, 100, factor=1.5), r'factor is 1.5, expected .* \(0, 1\]'),
+    (lambda: long_tail.exponential_counts(10, 100, factor=float('nan')), 'factor is nan'),
+    (lambda: long_tail.exponential_counts(10, 100), 'ratio is None, factor is None'),
+    (lambda: long_tail.step_counts(10, 100, 2, factor=0.5), 'expected one of them'),
+    (lambda: long_tail.step_counts(4, 50, factor=0.01), 'max_count 50 at ratio 100 truncates to 0'),
     (
       lambda: long_tail.exponential_counts(10, 50, 100),
       r'classes 8, 9 have no images: max_count 50 .* ratio below 50',
@@ -208,7 +222,7 @@ def test_source_labels_are_those_of_the_records():
       ),
       'test_per_class is 0',
     ),
-    (lambda: long_tail.shot_groups(np.arange(4), many=2, few=4), 'expected few <= many'),
+    (lambda: long_tail.shot_groups(np.arange(4), many=2, few=4), r'expected few <= many \+ 1'),
     (lambda: long_tail.index_groups(np.arange(4), (3, 2)), r'boundaries are \(3, 2\)'),
     (lambda: long_tail.index_groups(np.arange(4), (3, 5)), r'boundaries are \(3, 5\)'),
     (lambda: long_tail.undersample_indices(None, _labels([3, 3]), 0), 'cap is 0'),

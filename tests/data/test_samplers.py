@@ -164,6 +164,11 @@ def test_state_of_another_sampler_is_refused():
       loader(ClassBalancedSampler(LABELS, seed=1)).set_state(state)
   with pytest.raises(ValueError, match=r'belongs to another data order: .*sampler was .* is None'):
     loader(None).set_state(states[1])
+  # Alike in the first epoch.
+  slow, fast = (MixedSampler(LABELS, num_epochs=n) for n in (8, 4))
+  np.testing.assert_array_equal(slow(0), fast(0))
+  with pytest.raises(ValueError, match=r'belongs to another data order: .*sampler was'):
+    loader(slow).set_state(loader(fast).get_state())
 
 
 @pytest.mark.parametrize(

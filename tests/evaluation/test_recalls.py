@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab.data.long_tail import shot_groups
+from jaxlab.evaluation.classification import confusion_matrix, per_class_recall
 from jaxlab.evaluation.recalls import (
   confusion_metrics,
   geometric_mean,
@@ -41,6 +42,8 @@ def test_means_of_recalls_agree_with_reference(vectors, x64):
     for ours, theirs in expected.items():
       assert_close(metrics[ours], vectors[f'out_{theirs}'], rtol)
     recalls = vectors['out_per_class_recall']
+    confusion = confusion_matrix(vectors['in_predictions'], vectors['in_labels'], recalls.size)
+    assert_close(per_class_recall(jnp.asarray(confusion, float)), recalls, rtol)
     replacement = vectors.param('zero_replacement')
     for mean, theirs in ((harmonic_mean, 'harmonic_mean'), (geometric_mean, 'geometric_mean')):
       compiled = jax.jit(mean, static_argnums=1)

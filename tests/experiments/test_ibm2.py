@@ -1,8 +1,10 @@
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors import numpy as safetensors_numpy
 
 from experiments import frozen_features, ibm2, launcher
@@ -39,20 +41,29 @@ def feature_file(path, **changes):
   return str(path)
 
 
+@functools.cache
+def feature_shape(model, image):
+  """Returns the shape of two images' features by the network of a configuration (as JSON)."""
+  config = ConfigDict({'model': json.loads(model), 'data': {'mean': 0.0, 'std': 1.0}})
+  module = frozen_features.network(config)
+  images = jax.ShapeDtypeStruct((2, *image), np.uint8)
+  fn = frozen_features.feature_fn(config, module)
+  return jax.eval_shape(fn, models.abstract_variables(module, image), images).shape
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_setting_builds_and_traces(path):
   config = launcher.load_config(path)
   ibm2.check(config)
   dim = config.relu.units
   if 'network' in config.representations:
-    model = frozen_features.network(config)
     assert config.data.train_decode == config.data.test_decode
-    image = tuple(config.data.stored_image)
-    fn = frozen_features.feature_fn(config, model)
-    images = jax.ShapeDtypeStruct((2, *image), np.uint8)
-    features = jax.eval_shape(fn, models.abstract_variables(model, image), images)
-    dim = features.shape[1]
-    assert features.shape == (2, 2048 if 'resnet' in config.model.name else 384)
+    own = {
+      name: v for name, v in config.model.items() if name not in ('weights', 'prefix', 'ignore')
+    }
+    shape = feature_shape(json.dumps(own, sort_keys=True), tuple(config.data.stored_image))
+    assert shape == (2, 2048 if 'resnet' in config.model.name else 384)
+    dim = shape[1]
   count = config.data.train_size if 0 in config.shots else config.data.num_classes
   own = ibm2.programs(config, config.data.num_classes, count)
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -146,6 +157,17 @@ def test_embedded_claims_are_about_the_tasks_of_the_embedded_setting(tmp_path):
     ({}, {'features_shots': ()}, r'features_shots=\(\): expected different numbers'),
     ({}, {'num_copies': 0}, 'num_copies=0 must be at least 1'),
     ({}, {'search': {**SHORT, 'right': 0.0}}, 'right=0.0 must be positive'),
+    ({}, {'search': {**SHORT, 'right': 2.0}}, r'search.tolerance=3 is above search.right=2'),
+    (
+      {'train_labels': np.arange(12) % 3 * 2},
+      {},
+      r'own.npz: train_labels: class 1 of 0..4 has no rec',
+    ),
+    (
+      {'test_labels': np.arange(30) % 4},
+      {},
+      r'own.npz: test_labels: 7 labels are out of range 0..2',
+    ),
   ],
 )
 def test_features_that_make_no_problem_raise(tmp_path, arrays, changes, message):
@@ -158,6 +180,13 @@ def test_features_that_make_no_problem_raise(tmp_path, arrays, changes, message)
         config[name] = value
   with pytest.raises(ValueError, match=message):
     ibm2.run(config, tmp_path)
+
+
+def test_own_features_need_every_class_in_training_only(tmp_path):
+  labels = np.arange(30) % 3
+  config = tiny(features=feature_file(tmp_path / 'own.npz', test_labels=np.minimum(labels, 1)))
+  (task,) = frozen_features.tasks(config, tmp_path)
+  assert task.num_classes == 3 and set(task.test_labels) == {0, 1}
 
 
 def test_missing_files_unknown_representations_and_features_raise(tmp_path):

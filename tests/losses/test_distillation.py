@@ -120,6 +120,17 @@ def test_alpha_zero_is_balanced_softmax_exactly_and_alpha_one_knows_no_labels():
   assert dive(student, labels, 1.0) == dive(student, (labels + 1) % 5, 1.0)
 
 
+def test_a_compiled_program_may_close_over_a_temperature_that_is_an_array():
+  student, teacher, _ = batch()
+  for temperature, message in ((jnp.float32(2.0), None), (jnp.float32(-2.0), 'must be positive')):
+    loss = jax.jit(lambda z, t=temperature: distillation.distillation_loss(z, teacher, t))
+    if message is None:
+      assert_close(loss(student), distillation.distillation_loss(student, teacher, 2.0), 1e-5)
+    else:
+      with pytest.raises(ValueError, match=message):
+        loss(student)
+
+
 def test_no_gradient_reaches_the_teacher():
   student, teacher, labels = batch()
 
@@ -147,7 +158,7 @@ def test_loss_agrees_compiled_under_vmap_in_bfloat16_and_on_many_devices():
 
   loop = np.stack([loss(*args) for args in zip(student, teacher, labels)])
   assert_close(jax.jit(jax.vmap(loss))(student, teacher, labels), loop, 1e-5)
-  half = loss(student[0].astype(jnp.bfloat16), teacher[0].astype(jnp.bfloat16), labels[0])
+  half = jax.jit(loss)(student[0].astype(jnp.bfloat16), teacher[0].astype(jnp.bfloat16), labels[0])
   assert half.dtype == jnp.float32
   assert_close(half, loop[0], 2e-2)
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))

@@ -89,25 +89,28 @@ def test_label_aware_smoothing_and_its_loss_agree_with_reference(vectors, rtol):
 
 
 @golden('gml', 'gml_loss')
-def test_gml_loss_and_gradient_agree_with_reference(vectors, rtol):
+def test_gml_loss_gradient_recalls_and_probabilities_agree_with_reference(vectors, rtol):
   logits, labels, counts = (vectors[f'in_{name}'] for name in ('logits', 'labels', 'class_counts'))
-  step = mean_and_grad(long_tail.gml_loss, power=vectors.param('p'))
-  value, grad = step(logits, labels, counts)
+  loss = functools.partial(long_tail.gml_loss, power=vectors.param('p'))
+  classes = labels == np.arange(len(counts))[:, None]
+  rows = np.eye(len(labels), dtype=bool)
+
+  @jax.jit
+  def step(logits):
+    # Of one class alone, and of one example alone, the loss is minus the log of what the reference lists.
+    parts = jax.lax.map(lambda mask: jnp.exp(-loss(logits, labels, counts, mask=mask)), masks)
+    return *jax.value_and_grad(loss)(logits, labels, counts), parts
+
+  masks = np.concatenate([classes, rows])
+  value, grad, parts = step(logits)
+  recalls, probs = parts[: len(counts)], parts[len(counts) :]
   assert_close(value, vectors['out_loss'], rtol)
   assert_close(grad, vectors['grad_logits'], rtol)
-
-
-@golden('gml', 'gml_loss')
-def test_gml_of_one_class_is_minus_log_of_its_reference_recall(vectors, rtol):
-  logits, labels, counts = (vectors[f'in_{name}'] for name in ('logits', 'labels', 'class_counts'))
-  loss = jax.jit(functools.partial(long_tail.gml_loss, power=vectors.param('p')))
-  recalls = np.array([np.exp(-loss(logits, labels, counts, mask=labels == c)) for c in range(3)])
-  present = vectors['out_class_present'][:3]
   # The loss is what is accurate to `rtol`; its exponential loses as much as the exponent is large.
-  assert_close(recalls[present], vectors['out_class_mean_prob'][:3][present], 20 * rtol)
+  present = vectors['out_class_present']
+  assert_close(recalls[present], vectors['out_class_mean_prob'][present], 20 * rtol)
   np.testing.assert_array_equal(recalls[~present], 1)
-  rows = [loss(logits, labels, counts, mask=np.arange(len(labels)) == i) for i in range(3)]
-  assert_close(np.exp(-np.array(rows)), vectors['out_reweighted_prob_true_class'][:3], 20 * rtol)
+  assert_close(probs, vectors['out_reweighted_prob_true_class'], 20 * rtol)
 
 
 @settings(max_examples=20, deadline=None)
@@ -254,6 +257,26 @@ def test_gml_batch_is_the_global_one_on_any_number_of_devices():
   assert_close(many[1], one[1], 1e-6)
 
 
+def test_a_compiled_program_may_close_over_scalars_that_are_arrays():
+  logits, labels = batch()
+  one, half, share = (jnp.float32(value) for value in (1, 0.5, 1e-5))
+
+  @jax.jit
+  def losses(z):
+    return (
+      long_tail.gml_loss(z, labels, COUNTS, power=one, prob_floor=share),
+      long_tail.ldam_loss(z, labels, COUNTS, max_margin=half, scale=one),
+      long_tail.ensemble_probabilities(z, z, one, one),
+    )
+
+  gml, _, probs = losses(logits)
+  assert_close(gml, long_tail.gml_loss(logits, labels, COUNTS), 1e-5)
+  assert_close(probs, jax.nn.softmax(logits), 1e-6)
+  for options in ({'power': jnp.float32(0.5)}, {'prob_floor': jnp.float32(1.0)}):
+    with pytest.raises(ValueError, match='must be'):
+      jax.jit(lambda z, o=options: long_tail.gml_loss(z, labels, COUNTS, **o))(logits)
+
+
 def test_ensemble_is_a_mean_of_tempered_probabilities():
   new, old = batch(0)[0], batch(1)[0]
   probs = long_tail.ensemble_probabilities(new, old, 2.0, 0.5)
@@ -277,7 +300,7 @@ def test_losses_agree_compiled_under_vmap_and_in_bfloat16(name):
   logits, labels = (np.stack(x) for x in zip(*[batch(seed) for seed in range(3)]))
   loop = np.stack([loss(a, b) for a, b in zip(logits, labels)])
   assert_close(jax.jit(jax.vmap(loss))(logits, labels), loop, 1e-5)
-  half = loss(jnp.asarray(logits[0], jnp.bfloat16), labels[0])
+  half = jax.jit(loss)(jnp.asarray(logits[0], jnp.bfloat16), labels[0])
   assert half.dtype == jnp.float32
   assert_close(half, loop[0], 3e-2)
 

@@ -35,7 +35,7 @@ def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
 def test_basic_block_with_padded_shortcut_agrees_with_reference(vectors):
   x = jnp.asarray(vectors['in_images_nchw'].transpose(0, 2, 3, 1))
   out = vectors['out_nchw'].transpose(0, 2, 3, 1)
-  block = BasicBlock(out.shape[-1], x.shape[1] // out.shape[1], shortcut='pad')
+  block = BasicBlock(out.shape[-1], -(-x.shape[1] // out.shape[1]), shortcut='pad')
   state_dict = {name.replace('_', '.', 1): a for name, a in vectors.tree('param_').items()}
   variables = from_torch(abstract(block, x.shape), state_dict)
   assert_close(run(block, variables, x), out, 1e-5)

@@ -79,6 +79,16 @@ def test_networks_of_another_architecture_raise_with_the_path(other, message):
     running_average(first, other, 1)
 
 
+def test_the_count_may_be_an_array_that_a_compiled_program_closes_over():
+  for count in (jnp.int32(1), jnp.float32(1.0), np.int64(1)):
+    moved = jax.jit(lambda old, new, count=count: running_average(old, new, count))(1.0, 2.0)
+    assert float(moved) == 1.5
+    with pytest.raises(ValueError, match='is negative'):
+      jax.jit(lambda old, new, count=count: running_average(old, new, -2 * np.asarray(count)))(
+        1.0, 2.0
+      )
+
+
 def test_no_trees_and_negative_counts_raise():
   with pytest.raises(ValueError, match='at least one tree'):
     average_pytrees([])
