@@ -4,7 +4,8 @@ import ast
 import importlib.util
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from experiments.launcher import CONFIGS, load_config, settings
 
@@ -23,18 +24,29 @@ def summary(path: pathlib.Path) -> str:
 EMBEDDED = {'digits', 'pasted_digits', 'digit_scenes', 'text'}
 
 
+def place(data: Mapping[str, Any]) -> str:
+  """Returns the name of a data set and where it comes from."""
+  name = data.get('name', 'nothing')
+  options = data.get('train_options') or data.get('base_options') or {}
+  return f'{name} ({"embedded" if name in EMBEDDED else options.get("root", "on disk")})'
+
+
 def need(paper: str, setting: pathlib.Path) -> str:
-  """Returns what a setting needs: its data, its batch, public weights."""
+  """Returns what a setting needs: its data, its batches, public weights."""
   config = load_config(setting)
   sections = [config]
   if 'network' in config:
     sections = [config.network[name] for name in config.networks]
-  data = dict.fromkeys(section.get('data', {}).get('name', 'nothing') for section in sections)
-  needs = [f'{name} ({"embedded" if name in EMBEDDED else "on disk"})' for name in data]
-  weights = [section.pretrained for section in sections if section.get('pretrained')]
-  batches = dict.fromkeys(str(section.batch_size) for section in sections)
-  what = f'weights {", ".join(weights)}' if weights else f'batch {", ".join(batches)}'
-  return ', '.join([*needs, what])
+  stages = [config.stages[name] for name in config.runs] if 'stages' in config else []
+  needs = dict.fromkeys(place(section.get('data', {})) for section in sections)
+  weights = [part.pretrained for part in (*sections, *stages) if part.get('pretrained')]
+  what = [f'weights {", ".join(dict.fromkeys(weights))}'] if weights else []
+  if stages or not weights:
+    batches = dict.fromkeys(str(part.batch_size) for part in stages or sections)
+    what.append(f'batch {", ".join(batches)}')
+  if any('checkpoint' in section for section in sections) and setting.stem != 'embedded':
+    what.append('or a checkpoint')
+  return ', '.join([*needs, *what])
 
 
 def measured(paper: str, setting: str, runs: pathlib.Path = pathlib.Path('runs')) -> Iterator[str]:

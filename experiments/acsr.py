@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments import episodes, launcher, networks, training
-from experiments.results import print_table, results, row
+from experiments.episode_files import run_tasks
+from experiments.results import check_claims, measured_claims, print_table, results, row
 from jaxlab import data, models, parallel
 from jaxlab.data.few_shot import sample_episodes
 from jaxlab.data.long_tail import source_labels, subset
@@ -29,6 +30,10 @@ from jaxlab.evaluation.episodes import episode_metrics
 from jaxlab.parallel import aot
 
 PyTree = Any
+
+# Names of rows and metrics, whatever betas are run.
+ROWS = r'plain|beta 0|SR [\d.e-]+|EnSR [\d.e-]+( members)?'
+METRICS = r'acc_(mean|1|10|100)|std|mean_minus_3std|ci95_half_width|cosine|drift|drift_ratio'
 
 
 class Arm(NamedTuple):
@@ -60,19 +65,15 @@ def load_pool(config: ConfigDict, part: str) -> data.Source:
   """Returns the images of `part`, 'base' or 'novel': of the classes `data.<part>_classes`, or all.
 
   Raises:
-    ValueError: if their number is not `data.<part>_size`, for which programs are made.
+    ValueError: if their number is not `data.train_size` (base) or `data.novel_size`, for which programs are
+      made.
   """
   own = config.network.backbone.data
   source = data.load(own.name, own[f'{part}_split'], **own[f'{part}_options'])
   if (classes := own[f'{part}_classes']) is not None:
     source = subset(source, np.flatnonzero(np.isin(source_labels(source), classes)))
-  expected = own.train_size if part == 'base' else own.novel_size
-  if len(source) != expected:
-    name = 'train_size' if part == 'base' else 'novel_size'
-    raise ValueError(
-      f'network.backbone.data.{name}={expected}, but {own.name} has {len(source)} {part} images: set '
-      f'--config.network.backbone.data.{name}={len(source)}.'
-    )
+  name = 'train_size' if part == 'base' else 'novel_size'
+  training.check_size(f'network.backbone.data.{name}', own[name], source)
   return source
 
 
@@ -112,12 +113,6 @@ def ensemble(probabilities: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarra
   return mean, np.argmax(mean, -1)
 
 
-def num_base(config: ConfigDict) -> int:
-  """Returns the number of base images that episodes draw from."""
-  available = config.network.backbone.data.train_size
-  return min(config.base_limit or available, available)
-
-
 def check(config: ConfigDict) -> None:
   """Raises ValueError for settings that do not fit together, before anything is trained."""
   if config.finetune.steps < 1 or config.finetune.base_batch < 1 or config.members < 1:
@@ -130,13 +125,14 @@ def check(config: ConfigDict) -> None:
       f'betas={config.betas}, ensemble_betas={config.ensemble_betas}: expected different numbers >= 0 '
       f'(None among betas: no pass over base images).'
     )
-  most = num_base(config)
+  most = episodes.num_base(config)
   if config.ensemble_betas and config.members > most:
     raise ValueError(f'members={config.members} exceeds the {most} base images: no part for each.')
   if not 1 <= config.cosine_images <= most:
     raise ValueError(
       f'cosine_images={config.cosine_images}: expected 1 to {most}, the base images.'
     )
+  check_claims(config, ROWS, METRICS)
   episodes.adaptation(config, episodes.network(config)[0])
   mesh = training.mesh(config)
   parallel.check_batch_size(config.network.backbone.batch_size, mesh)
@@ -152,7 +148,7 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
   drawn = sample_episodes(config.seed, source_labels(novel), config.episodes.count, **sizes)
   novel, drawn = episodes.only_drawn(novel, drawn)
   plans = [
-    (arm, episodes.make_tasks(drawn, arm.beta or 0.0, arm.members, num_base(config)))
+    (arm, episodes.make_tasks(drawn, arm.beta or 0.0, arm.members, episodes.num_base(config)))
     for arm in arms(config)
   ]
   variables = pretrain(config, base, workdir)
@@ -174,7 +170,7 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
     for index, tasks in enumerate(members):
       title = arm.name if arm.members == 1 else f'{arm.name}, network {index + 1}'
       file = folder / f'{title.replace(", ", "_").replace(" ", "_")}.npz'
-      found.append(episodes.run_tasks(config, compiled, tasks, mesh, file, title))
+      found.append(run_tasks(config, compiled, tasks, mesh, file, title))
     cosine = float(np.mean([item['cosine'] for item in found]))
     _, predictions = ensemble([item['probabilities'] for item in found])
     shown[arm.name] = accuracies(predictions)
@@ -192,13 +188,7 @@ def run(config: ConfigDict, workdir) -> dict[str, Any]:
     for item in rows:
       item['metrics']['drift_ratio'] = item['metrics']['drift'] / unregularized
   show(config, rows, shown, workdir)
-  ran = {item['name']: item['metrics'] for item in rows}
-  claims = [
-    claim
-    for claim in config.claims
-    if all(claim['metric'] in ran.get(claim[side], ()) for side in ('baseline', 'method'))
-  ]
-  return results(config, rows, claims)
+  return results(config, rows, measured_claims(config, rows))
 
 
 def lower(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Lowered]:
@@ -209,6 +199,15 @@ def lower(config: ConfigDict, mesh: Mesh) -> dict[str, jax.stages.Lowered]:
     'pretrain': aot.lower_step(networks.program(own), mesh),
     'finetune': episodes.finetune_all(config, True, mesh).lower(variables, pools, tasks),
   }
+
+
+def accuracy_bins(queries: int) -> np.ndarray:
+  """Returns edges of a histogram, in percent: two of the possible accuracies in each bin, 0 to 100 %.
+
+  >>> accuracy_bins(4)
+  array([-12.5,  37.5,  87.5, 137.5])
+  """
+  return 100 * (np.arange(0, queries + 3, 2) - 0.5) / queries
 
 
 def show(
@@ -229,8 +228,7 @@ def show(
   figure, axes = plt.subplots(
     len(chosen), 1, figsize=(8, 1.9 * len(chosen) + 0.6), sharex=True, sharey=True, squeeze=False
   )
-  queries = config.episodes.num_ways * config.episodes.num_queries
-  bins = 100 * (np.arange(0, queries + 2, 2) - 0.5) / queries  # two of the possible accuracies each
+  bins = accuracy_bins(config.episodes.num_ways * config.episodes.num_queries)
   for axis, (name, values) in zip(axes[:, 0], chosen.items(), strict=True):
     percent = np.sort(100 * values)
     worst, rest = percent[:10], percent[10:]

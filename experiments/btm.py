@@ -12,6 +12,7 @@ The file holds `train_features` [records, dim], `train_labels`, `test_features`,
 """
 
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from experiments import launcher, supervised, training
-from experiments.long_tail import Trainer, draw_recalls, finish, lower, softmax, stage_rows
-from experiments.long_tail_data import load_sources, with_features
+from experiments.long_tail import Trainer, check, draw_recalls, finish, lower, softmax, stage_rows
+from experiments.long_tail_data import Sources, load_sources, with_features
 from experiments.results import row
-from jaxlab import data, parallel
+from jaxlab import data, models, parallel
 from jaxlab.data import long_tail
 from jaxlab.training.averaging import average_pytrees, running_average
 
@@ -41,7 +43,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   The row 'single subset' is the average of the K networks' metrics.
   """
   config = with_features(config)
-  trainer = Trainer(config, load_sources(config), workdir)
+  sources = load_sources(config)
+  check_merge(config, sources)
+  trainer = Trainer(config, sources, workdir)
   rows, probabilities = [], {}
   for name in config.runs:
     if name != config.merged.of:
@@ -60,6 +64,41 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   return finish(config, rows)
 
 
+def check_merge(config: ConfigDict, sources: Sources) -> None:
+  """Raises ValueError for settings that do not fit together, before anything is trained."""
+  options = config.merged
+  if options.count < 1:
+    raise ValueError(f'merged.count={options.count}: expected at least one fine-tuning.')
+  if options.of not in config.stages:
+    raise ValueError(
+      f'merged.of={options.of!r}: there is no such stage; stages: {", ".join(config.stages)}.'
+    )
+  if supervised.get_stage(config, options.of).cap is None:
+    raise ValueError(f'stages.{options.of}.cap=None: expected the images a class of a subset.')
+  if options.vmapped and options.of in config.runs:
+    require_memory(sources.train)
+  check(config, sources, rows=('single subset', 'merged'))
+  for position, name in enumerate(config.runs):
+    if options.of not in config.runs[:position] and needs_merge(config, name):
+      raise ValueError(
+        f'runs={tuple(config.runs)}: {name!r} starts from the merged network: name {options.of!r} before it.'
+      )
+
+
+def needs_merge(config: ConfigDict, name: str | None) -> bool:
+  """Returns whether a stage builds on the merged network, itself or through others."""
+  if not name or name == 'merged':
+    return bool(name)
+  stage = config.stages[name]
+  return needs_merge(config, stage.start) or needs_merge(config, stage.teacher)
+
+
+def require_memory(*sources: data.Source) -> None:
+  """Raises ValueError for sources whose records are read one by one."""
+  if not all(isinstance(source, data.InMemory) for source in sources):
+    raise ValueError('merged.vmapped=True needs records in memory; set it to False.')
+
+
 def fine_tune(trainer: Trainer) -> list[Variables]:
   """Returns the variables of K fine-tunings, each on a balanced subset of its own.
 
@@ -76,6 +115,7 @@ def fine_tune(trainer: Trainer) -> list[Variables]:
       supervised.replicate(single, count),
       Aligned(subsets),
       begin=begin and jax.vmap(begin),
+      count=count,
     )
     together = {'params': state.params, **state.model_state}
     return [jax.tree.map(lambda leaf: leaf[run], together) for run in range(count)]  # noqa: B023
@@ -102,8 +142,7 @@ class Aligned:
   """Sources in memory of one length, side by side: a batch has the sources on its second axis."""
 
   def __init__(self, sources: Sequence[data.Source]):
-    if not all(isinstance(source, data.InMemory) for source in sources):
-      raise ValueError('merged.vmapped=True needs records in memory; set it to False.')
+    require_memory(*sources)
     self._sources = sources
     self.num_classes, self.class_names = sources[0].num_classes, sources[0].class_names
 
@@ -131,18 +170,15 @@ def merge(trainer: Trainer, tuned: Sequence[Variables]) -> Variables:
     return merged
   stage = supervised.get_stage(config, options.of)
   model = supervised.classifier(config, stage)
-  return recompute_batch_stats(model, merged, training_batches(trainer, stage))
+  batches = training_batches(trainer, stage)
+  return recompute_batch_stats(model, merged, batches, tuple(stage.eval_mode))
 
 
 def training_batches(trainer: Trainer, stage: ConfigDict) -> Iterable[jax.Array]:
   """Yields the network's inputs of one epoch of the long-tailed set, augmented as in training."""
   config, mesh = trainer.config, training.mesh(trainer.config)
   sharding = parallel.batch_sharding(mesh)
-  index, count = data.process_shard(sharding, stage.batch_size)
-  loader = data.make_loader(
-    trainer.sources.train, batch_size=stage.batch_size, seed=config.seed, num_epochs=1,
-    process_index=index, process_count=count, **training.reading(config, 'train'),
-  )  # fmt: skip
+  loader = training.make_loader(config, trainer.sources.train, stage.batch_size, num_epochs=1)
   key = jax.random.key(config.seed)
 
   @jax.jit
@@ -158,20 +194,34 @@ def training_batches(trainer: Trainer, stage: ConfigDict) -> Iterable[jax.Array]
 
 
 def recompute_batch_stats(
-  model: nn.Module, variables: Mapping[str, PyTree], batches: Iterable[jax.Array]
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  batches: Iterable[jax.Array],
+  eval_mode: Sequence[str] = (),
 ) -> Variables:
   """Returns the variables with running statistics that are the plain mean of those of the batches.
 
   A batch norm moves its statistics by `new = m old + (1 - m) batch`. From `old` 0 and 1 follow `m` and the
-  batch's own, whatever momentum the network has.
+  batch's own, whatever momentum the network has. Modules that match a pattern of `eval_mode` use and keep
+  the statistics that they have.
   """
+  hooks = supervised.eval_mode_hooks(eval_mode)
+  stats = traverse_util.flatten_dict(variables['batch_stats'], sep='/')
+
+  def stays(path: str) -> bool:
+    parts = path.split('/')
+    modules = ['/'.join(parts[:depth]) for depth in range(1, len(parts))]
+    return any(re.fullmatch(pattern, module) for pattern in eval_mode for module in modules)
+
+  kept = {path: leaf for path, leaf in stats.items() if stays(path)}
 
   @jax.jit
   def measure(images):
     def moved(old):
-      given = jax.tree.map(lambda leaf: jnp.full_like(leaf, old), variables['batch_stats'])
-      given = {**variables, 'batch_stats': given}
-      return model.apply(given, images, train=True, mutable=['batch_stats'])[1]['batch_stats']
+      own = {path: jnp.full_like(leaf, old) for path, leaf in stats.items()} | kept
+      given = {**variables, 'batch_stats': traverse_util.unflatten_dict(own, sep='/')}
+      _, new = models.apply(model, given, images, train=True, mutable=['batch_stats'], hooks=hooks)
+      return traverse_util.flatten_dict(new['batch_stats'], sep='/')
 
     return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), moved(0.0), moved(1.0))
 
@@ -179,7 +229,7 @@ def recompute_batch_stats(
   for count, images in enumerate(batches):
     found = measure(images)
     average = found if average is None else running_average(average, found, count)
-  return {**variables, 'batch_stats': average}
+  return {**variables, 'batch_stats': traverse_util.unflatten_dict(average | kept, sep='/')}
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ the frozen stages give is computed once for all of them.
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -292,46 +290,10 @@ def make_tasks(drawn: Episode, beta: float, members: int, num_base: int) -> list
   return [tasks(member) for member in range(members)]
 
 
-def run_tasks(
-  config: ConfigDict, compiled: Callable[..., Any], tasks: PyTree, mesh: Mesh, file: Any, title: str
-) -> dict[str, np.ndarray]:
-  """Returns what `compiled` gives for all tasks; what `file` already holds of this run is not done again.
-
-  `file` grows by `episodes.per_call` tasks at a time.
-  """
-  settings = fingerprint(config)
-  count = len(tasks['episode'])
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
-  chunk = -(-min(config.episodes.per_call, count) // parts) * parts
-  done: dict[str, np.ndarray] = {}
-  if file.exists():
-    with file.open('rb') as stream:
-      held = dict(np.load(stream, allow_pickle=False))
-    if held.pop('settings').item() == settings:
-      done = held
-  for first in range(len(done.get('cosine', ())), count, chunk):
-    rows = np.minimum(np.arange(first, first + chunk), count - 1)  # the last call is filled up
-    batch = {name: values[rows] for name, values in tasks.items()}
-    out = compiled(jax.device_put(batch, NamedSharding(mesh, BATCH_AXES)))
-    if jax.process_count() > 1:
-      out = multihost_utils.process_allgather(out, tiled=True)
-    new = {name: np.asarray(value)[: count - first] for name, value in out.items()}
-    done = {name: np.concatenate([done[name], v]) if done else v for name, v in new.items()}
-    if jax.process_index() == 0:
-      partial = file.parent / f'{file.name}.partial'
-      with partial.open('wb') as stream:
-        np.savez(stream, settings=settings, **done)
-      partial.replace(file)
-    training.say(f'{title}: {min(first + chunk, count)} of {count} episodes')
-  return done
-
-
-def fingerprint(config: ConfigDict) -> str:
-  """Returns the entries that decide an episode's result, as text."""
-  names = ('seed', 'network', 'finetune', 'episodes', 'members', 'base_limit', 'cosine_images')
-  own = {name: value for name, value in json.loads(config.to_json()).items() if name in names}
-  own['episodes'].pop('per_call')
-  return json.dumps(own, sort_keys=True)
+def num_base(config: ConfigDict) -> int:
+  """Returns the number of base images that episodes draw from."""
+  available = config.network.backbone.data.train_size
+  return min(config.base_limit or available, available)
 
 
 def abstract(config: ConfigDict, mesh: Mesh) -> tuple[PyTree, Pools, PyTree]:
@@ -349,7 +311,6 @@ def abstract(config: ConfigDict, mesh: Mesh) -> tuple[PyTree, Pools, PyTree]:
 
   stored = jax.ShapeDtypeStruct((1, *own.stored_image), jnp.uint8)
   into, features = jax.eval_shape(shapes, variables, stored)
-  num_base = min(config.base_limit or own.train_size, own.train_size)
   num_novel = min(
     own.novel_size, config.episodes.count * ways * (shots + config.episodes.num_queries)
   )
@@ -357,8 +318,8 @@ def abstract(config: ConfigDict, mesh: Mesh) -> tuple[PyTree, Pools, PyTree]:
     name: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
     for name, count, leaf in (
       ('novel', num_novel, into),
-      ('base', num_base, into),
-      ('frozen', num_base, features),
+      ('base', num_base(config), into),
+      ('frozen', num_base(config), features),
     )
   }
   count = mesh.shape['data'] * mesh.shape['fsdp']

@@ -18,8 +18,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import launcher, supervised, training
-from experiments.long_tail import Trainer, draw_recalls, finish, lower, softmax, stage_rows
-from experiments.long_tail_data import load_sources, with_features
+from experiments.long_tail import Trainer, check, draw_recalls, finish, lower, softmax, stage_rows
+from experiments.long_tail_data import Sources, load_sources, with_features
 from experiments.results import row
 from jaxlab.data.long_tail import source_labels
 from jaxlab.evaluation.recalls import recall_metrics
@@ -36,10 +36,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   (none of the latter without validation records and with an empty `config.tau.holdout`).
   """
   config = with_features(config)
-  sources = load_sources(config)
+  sources = load_sources(config, validation=True)
+  check_derived(config, sources)
   trainer = Trainer(config, sources, workdir)
-  if config.tau.holdout and not sources.validation:
-    trainer.records(supervised.get_stage(config, config.tau.holdout))  # raises before any training
   rows, probabilities = stage_rows(trainer, config.runs)
   old = trainer.outputs('ce')
 
@@ -60,6 +59,27 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     add('tau-norm', 'baseline', predicted, tau=tau)
   draw_recalls(trainer, probabilities, workdir / 'recalls.png')
   return finish(config, rows)
+
+
+def check_derived(config: ConfigDict, sources: Sources) -> None:
+  """Raises ValueError for settings that do not fit together, before anything is trained."""
+  if not config.tau.grid or min(config.tau.grid) < 0:
+    raise ValueError(f'tau.grid={config.tau.grid}: expected numbers >= 0.')
+  blank = np.zeros((1, config.data.num_classes), np.float32)
+  try:
+    ensemble_probabilities(blank, blank, config.ensemble.t_new, config.ensemble.t_old)
+  except ValueError as error:
+    raise ValueError(f'ensemble: {error}') from None
+  holdout = (config.tau.holdout,) if config.tau.holdout and not sources.validation else ()
+  check(
+    config,
+    sources,
+    stages={'all but runs': ('ce',), 'tau.holdout': holdout},
+    rows=('ensemble', 'post-hoc', 'tau-norm'),
+    metrics=('tau',),
+  )
+  if holdout and not config.stages[holdout[0]].holdout:
+    raise ValueError(f'tau.holdout={holdout[0]!r}: that stage holds nothing out to choose tau on.')
 
 
 def tau_logits(variables: dict[str, Any], features: np.ndarray, tau: float) -> jnp.ndarray:

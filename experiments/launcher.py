@@ -116,8 +116,8 @@ def main(
 ) -> dict[str, Any]:
   """Runs an experiment from the command line and writes `<workdir>/results.json`; returns the results.
 
-  Errors of the user (a `ValueError` before or during the work) end the program with one line on
-  standard error and exit code 2.
+  Errors of the user (a `ValueError` before or during the work, data that are not there) end the program with
+  one line on standard error and exit code 2.
   """
   parser = argparse.ArgumentParser(
     prog=f'python -m experiments.{paper}',
@@ -142,7 +142,7 @@ def main(
       print(config)
       return {}
     return launch(run, config, known.workdir)
-  except ValueError as error:
+  except (ValueError, FileNotFoundError) as error:
     print(f'error: {error}', file=sys.stderr)
     raise SystemExit(2) from error
 
@@ -158,6 +158,9 @@ def launch(
   from jaxlab.parallel import hosts
 
   hosts.initialize()
+  if config.get('features'):  # a user's own: neither the setting's data nor its numbers
+    config = config.copy_and_resolve_references()
+    config.setting = 'features'
   if workdir is None:
     workdir = pathlib.Path('runs') / config.paper / config.setting / f'seed{config.seed}'
   workdir = prepare_workdir(workdir)

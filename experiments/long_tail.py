@@ -6,14 +6,16 @@ somebody asks for their variables, those they start from or learn from first; ea
 """
 
 import functools
+import hashlib
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import results, supervised, training
 from experiments.long_tail_data import Sources
@@ -80,6 +82,7 @@ class Trainer:
     folder: str | None = None,
     key: jax.Array | None = None,
     begin: Callable[[TrainState], TrainState] | None = None,
+    **settings: Any,
   ) -> TrainState:
     """Returns the final state of a stage's run in `<workdir>/<folder>`, from wherever it was left.
 
@@ -91,21 +94,14 @@ class Trainer:
       key: of the drawn values; default: the seed's.
       begin: applied to the drawn state. What comes out is saved as the checkpoint of step 0, from which the
         run goes on like any other: other stages' variables are data of the run, not of its program.
+      **settings: what decides the run besides its `trajectory`.
     """
     config, own = self.config, supervised.get_stage(self.config, name)
     folder, mesh = folder or name, training.mesh(config)
     key = jax.random.key(config.seed) if key is None else key
-    index, count = data.process_shard(parallel.batch_sharding(mesh), own.batch_size)
-    loader = data.make_loader(
-      source,
-      batch_size=own.batch_size,
-      seed=config.seed,
-      sampler=self.sampler(own, source),
-      process_index=index,
-      process_count=count,
-      **training.reading(config, 'train'),
-    )
-    settings = {**self.trajectory(name), 'run': folder}
+    sampler = self.sampler(own, source)
+    loader = training.make_loader(config, source, own.batch_size, sampler=sampler)
+    settings = {**self.trajectory(name), 'run': folder, **settings}
     steps = supervised.num_steps(config, own, self.sources.counts)
     training.say(f'{folder} ({own.title}): {steps} steps')
     if begin is not None:
@@ -158,7 +154,7 @@ class Trainer:
       k: v for k, v in config.data.to_dict().items() if k not in ('num_threads', 'num_workers')
     }
     rest = {k: config[k].to_dict() for k in ('model', 'augment')}
-    features = config.features and np.asarray(self.sources.counts).tolist()
+    features = config.features and digest(self.sources.train)
     return {**rest, 'data': own, 'features': features, 'seed': config.seed, **(ancestry(name))}
 
   def outputs(
@@ -182,9 +178,8 @@ class Trainer:
     config = self.config
     variables = self.variables(name) if variables is None else variables
     model = supervised.classifier(config, supervised.get_stage(config, name))
-    fn = functools.partial(
-      _forward, variables, model=model, mean=config.data.mean, std=config.data.std, method=method
-    )
+    section = FrozenConfigDict(config.data)
+    fn = functools.partial(forward, variables, model=model, section=section, method=method)
     return map_batches(
       fn,
       self.sources.test if source is None else source,
@@ -202,10 +197,87 @@ class Trainer:
     return score(self.config, probabilities, self.labels(), self.sources.counts)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'mean', 'std', 'method'))
-def _forward(variables, batch, *, model, mean, std, method):
-  images = data.normalize(data.to_float(batch['image']), mean, std)
+@functools.partial(jax.jit, static_argnames=('model', 'section', 'method'))
+def forward(
+  variables: PyTree,
+  batch: Mapping[str, jax.Array],
+  *,
+  model: models.Classifier,
+  section: FrozenConfigDict,
+  method: str = '__call__',
+) -> jax.Array:
+  """Returns logits (or `method='features'`) of a batch in eval mode, float32; `section` is `config.data`."""
+  images = supervised.inputs(section, batch['image'])
   return model.apply(variables, images, method=method).astype(jnp.float32)
+
+
+def digest(source: data.InMemory) -> str:
+  """Returns the SHA-1 of the images (features) and labels in memory."""
+  found = hashlib.sha1()
+  for name in ('image', 'label'):
+    found.update(np.ascontiguousarray(source.arrays[name]).data)
+  return found.hexdigest()
+
+
+def check(
+  config: ConfigDict,
+  sources: Sources,
+  *,
+  stages: Mapping[str, Sequence[str]] | None = None,
+  rows: Sequence[str] = (),
+  metrics: Sequence[str] = (),
+) -> None:
+  """Raises ValueError for settings that do not fit together, before anything is trained.
+
+  Every stage of `config.runs` is built, with all that it starts from or learns from, and its variables are
+  compared with theirs by shape.
+
+  Args:
+    config: the configuration.
+    sources: its data.
+    stages: further stages that the experiment asks for, by the setting that names them.
+    rows: names of rows that are not titles of stages.
+    metrics: patterns of metrics besides `METRICS`.
+  """
+  if not config.runs:
+    raise ValueError(f'runs is empty; stages: {", ".join(config.stages)}.')
+  groups(config, sources.counts)
+  titles = [stage.title for stage in config.stages.values()]
+  results.check_claims(
+    config, '|'.join(map(re.escape, [*titles, *rows])), '|'.join([*METRICS, *metrics])
+  )
+  found: dict[str, dict[str, PyTree]] = {}
+
+  def variables(name: str, asker: str, below: tuple[str, ...] = ()) -> dict[str, PyTree]:
+    """Returns the shapes of what a stage ends with; `below` are those that wait for it."""
+    if name == 'merged' and 'merged' in config:
+      name = config.merged.of
+    if name in below:
+      raise ValueError(f'stages {" -> ".join([*below, name])} need one another.')
+    if name in found:
+      return found[name]
+    try:
+      own = supervised.get_stage(config, name)
+    except ValueError as error:
+      raise ValueError(f'{asker}: {error}') from None
+    given = {
+      field: variables(own[field], f'stages.{name}.{field}={own[field]!r}', (*below, name))
+      for field in ('start', 'teacher')
+      if own[field]
+    }
+    try:
+      program = supervised.program(config, name, sources.counts)
+      state = jax.eval_shape(program.init, jax.random.key(0))
+      start, teacher = given.get('start'), given.get('teacher')
+      supervised.take_over(state, start, fresh=tuple(own.fresh), teacher=teacher)
+    except ValueError as error:
+      raise ValueError(f'stages.{name}: {error}') from None
+    found[name] = {'params': state.params, **state.model_state}
+    return found[name]
+
+  for asker, names in ({'runs': config.runs} | dict(stages or {})).items():
+    for name in names:
+      variables(name, f'{asker}={tuple(names)}')
 
 
 def groups(config: ConfigDict, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -257,18 +329,12 @@ def softmax(logits: jax.typing.ArrayLike) -> np.ndarray:
 
 
 def finish(
-  config: ConfigDict, rows: Sequence[dict[str, Any]], extra: Sequence[str] = ()
+  config: ConfigDict, rows: Sequence[dict[str, Any]], extra: Sequence[str] = (), note: str = ''
 ) -> dict[str, Any]:
-  """Prints the table and returns the results, with the claims about rows and metrics that there are."""
-  title = f'{config.paper}, {config.setting}, seed {config.seed}: recalls in %'
+  """Prints the table, with `note` in its title and the `extra` metrics, and returns the results."""
+  title = f'{config.paper}, {config.setting}, seed {config.seed}: recalls in %{note}'
   results.print_table(title, rows, [*METRICS, *extra])
-  held = {item['name']: item['metrics'] for item in rows}
-  claims = [
-    claim
-    for claim in config.claims
-    if all(claim['metric'] in held.get(claim[side], ()) for side in ('baseline', 'method'))
-  ]
-  return results.results(config, rows, claims)
+  return results.results(config, rows, results.measured_claims(config, rows))
 
 
 def draw_recalls(
@@ -314,8 +380,4 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
   """Returns the train steps of the stages `config.runs`, lowered for a mesh."""
   from jaxlab.parallel import aot
 
-  return {
-    name: aot.lower_step(supervised.program(config, name), mesh)
-    for name in config.runs
-    if name in config.stages
-  }
+  return {name: aot.lower_step(supervised.program(config, name), mesh) for name in config.runs}

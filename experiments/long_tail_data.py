@@ -1,6 +1,9 @@
 """The data of a long-tail experiment, from its configuration or from a user's own features."""
 
 import pathlib
+import zipfile
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +20,7 @@ class Sources(NamedTuple):
   Attributes:
     train: long-tailed records.
     test: records of every class.
-    validation: published validation records, where there are some.
+    validation: published validation records, where there are some and they were asked for.
     counts: training images of each class, `[num_classes]`.
   """
 
@@ -27,7 +30,7 @@ class Sources(NamedTuple):
   counts: np.ndarray
 
 
-def load_sources(config: ConfigDict) -> Sources:
+def load_sources(config: ConfigDict, *, validation: bool = False) -> Sources:
   """Returns the data of `config.data`; `data.long_tail.kind` says where the imbalance comes from.
 
   - 'split': all records of a small set; `test_per_class` of each class are drawn for the test, then the
@@ -35,18 +38,17 @@ def load_sources(config: ConfigDict) -> Sources:
   - 'exponential', 'step': the training split, reduced by the published selection (legacy NumPy seed
     `selection_seed`), and the whole test split.
   - 'listed': files named by published text lists; `data.{train,test,validation}_options` are those of
-    `data.long_tail.ListedImages`.
+    `data.ListedImages`. Those of `validation` are read only if it is set.
   - 'features': the arrays of `config.features`, see `with_features`.
 
   Raises:
     ValueError: if batches do not divide over the devices, or the data are not what the configuration says.
     FileNotFoundError: if data are not there.
   """
+  mesh = training.mesh(config)
   for name, stage in config.stages.items():
-    try:
-      parallel.check_batch_size(stage.batch_size, training.mesh(config))
-    except ValueError as error:
-      raise ValueError(f'stages.{name}.batch_size: {error}') from None
+    parallel.check_batch_size(stage.batch_size, mesh, f'stages.{name}.batch_size')
+  parallel.check_batch_size(config.eval_batch_size, mesh, 'eval_batch_size')
   own, tail = config.data, config.data.long_tail
   classes = own.num_classes
   if tail.kind == 'features':
@@ -60,7 +62,7 @@ def load_sources(config: ConfigDict) -> Sources:
     )
   elif tail.kind == 'listed':
     train, test = (
-      long_tail.ListedImages(**own[f'{split}_options'], num_classes=classes)
+      data.ListedImages(**own[f'{split}_options'], num_classes=classes)
       for split in ('train', 'test')
     )
   else:
@@ -76,18 +78,15 @@ def load_sources(config: ConfigDict) -> Sources:
       )
       train = long_tail.subset(train, chosen)
   counts = long_tail.class_counts(long_tail.source_labels(train), classes)
-  if tail.kind == 'listed' and len(train) != own.train_size:
-    raise ValueError(
-      f'data.train_size={own.train_size}, but the list names {len(train)} training images: set '
-      f'--config.data.train_size={len(train)}.'
-    )
-  validation = None
-  if own.get('validation_options'):
-    validation = long_tail.ListedImages(**own.validation_options, num_classes=classes)
+  if tail.kind == 'listed':
+    training.check_size('data.train_size', own.train_size, train)
+  held_out = None
+  if validation and own.get('validation_options'):
+    held_out = data.ListedImages(**own.validation_options, num_classes=classes)
   reader = training.reading(config, 'train')['transform']
   batch = next(data.epoch_batches(long_tail.subset(train, np.arange(2)), 2, transform=reader))
   data.check_batch(batch, num_classes=classes, image_shape=own.stored_image)
-  return Sources(train, test, validation, counts)
+  return Sources(train, test, held_out, counts)
 
 
 def pooled_split(
@@ -110,19 +109,30 @@ def pooled_split(
   return long_tail.subset(pool, chosen[0]), long_tail.subset(pool, chosen[1])
 
 
-def read_features(path: str) -> dict[str, np.ndarray]:
+def read_features(path: str, complete: Sequence[str] = ('train', 'test')) -> dict[str, np.ndarray]:
   """Returns a user's own features: `{train,test}_features` float32 `[records, dim]` and `..._labels`.
 
+  Args:
+    path: an npz file. Its classes are 0 to the largest training label.
+    complete: the splits that must have records of every class.
+
   Raises:
-    ValueError: for a file without these arrays, or arrays that do not fit together.
+    ValueError: for a file without these arrays, or arrays that do not fit together; it names the file, and
+      the array.
   """
   names = [f'{split}_{what}' for split in ('train', 'test') for what in ('features', 'labels')]
   if not pathlib.Path(path).is_file():
     raise ValueError(f'features={path}: there is no such file; expected npz with {names}.')
-  with np.load(path, allow_pickle=False) as file:
-    if missing := [name for name in names if name not in file]:
-      raise ValueError(f'features={path} lacks {missing}; it holds {list(file)}.')
-    arrays = {name: file[name] for name in names}
+  try:
+    if not zipfile.is_zipfile(path):
+      raise ValueError('another kind of file, or cut off')
+    with np.load(path, allow_pickle=False) as file:
+      held = list(file)
+      arrays = {name: file[name] for name in names if name in held}
+  except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    raise ValueError(f'features={path}: not a whole npz file with {names}: {error}.') from None
+  if missing := [name for name in names if name not in held]:
+    raise ValueError(f'features={path} lacks {missing}; it holds {held}.')
   for split in ('train', 'test'):
     features, labels = arrays[f'{split}_features'], arrays[f'{split}_labels']
     if features.ndim != 2 or labels.shape != features.shape[:1]:
@@ -139,7 +149,16 @@ def read_features(path: str) -> dict[str, np.ndarray]:
     raise ValueError(f'features={path}: training and test features differ in their dimension.')
   classes = int(arrays['train_labels'].max(initial=-1)) + 1
   for split in ('train', 'test'):
-    long_tail.class_counts(arrays[f'{split}_labels'], classes)
+    try:
+      counts = long_tail.class_counts(arrays[f'{split}_labels'], classes, allow_empty=True)
+    except ValueError as error:
+      raise ValueError(f'features={path}: {split}_labels: {error}') from None
+    empty = np.flatnonzero(counts == 0).tolist()
+    if empty and split in complete:
+      raise ValueError(
+        f'features={path}: {split}_labels: class {empty[0]} of 0..{classes - 1} has no records '
+        f'({len(empty)} such classes); number the classes that remain anew.'
+      )
   return arrays
 
 
@@ -147,7 +166,8 @@ def with_features(config: ConfigDict) -> ConfigDict:
   """Returns the configuration that runs on `config.features` in place of images, if there are some.
 
   The backbone is the identity, so that every stage trains a linear classifier on the features as they are
-  (bring them to a sensible scale); nothing is augmented, patterns of the backbone's modules are dropped.
+  (bring them to a sensible scale); nothing is augmented, patterns of the backbone's modules are dropped, and
+  so are the claims, whose margins belong to the setting's own data.
   """
   if not config.features:
     return config
@@ -156,7 +176,7 @@ def with_features(config: ConfigDict) -> ConfigDict:
   own = config.copy_and_resolve_references()
   with own.unlocked():
     own.model.backbone = {'name': 'linear'}
-    own.augment = {'kind': 'none'}
+    own.augment, own.claims = {'kind': 'none'}, ()
     own.data = {
       'name': 'features',
       'num_classes': int(arrays['train_labels'].max()) + 1,

@@ -1,6 +1,7 @@
 """What a run leaves behind: rows of plain numbers, claims about them, a table."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,37 @@ def results(
     'rows': [dict(item) for item in rows],
     'claims': [dict(claim) for claim in claims],
   }
+
+
+def check_claims(config: ConfigDict, rows: str, metrics: str) -> None:
+  """Raises ValueError if `config.claims` or `config.pictured` name what an experiment cannot have.
+
+  Args:
+    config: with `claims` and, maybe, `pictured` (names of the rows that are drawn).
+    rows: a regular expression that matches the names of rows, whether they are run or not.
+    metrics: likewise of metrics.
+  """
+  for name in config.get('pictured', ()):
+    if not re.fullmatch(rows, name):
+      raise ValueError(f'pictured={config.pictured}: there is no row {name!r}.')
+  for claim in config.claims:
+    for side in ('baseline', 'method'):
+      if not re.fullmatch(rows, claim[side]):
+        raise ValueError(f'claim {claim["statement"]!r}: there is no row {claim[side]!r}.')
+    if not re.fullmatch(metrics, claim['metric']):
+      raise ValueError(f'claim {claim["statement"]!r}: there is no metric {claim["metric"]!r}.')
+
+
+def measured_claims(config: ConfigDict, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """Returns the claims about rows that were run and metrics that were measured; says which are left out."""
+  metrics = {item['name']: item['metrics'] for item in rows}
+  kept = []
+  for claim in config.claims:
+    if all(claim['metric'] in metrics.get(claim[side], ()) for side in ('baseline', 'method')):
+      kept.append(claim)
+    elif jax.process_index() == 0:
+      print(f'Not judged, as it was not measured: {claim["statement"]} ({claim["method"]}).')
+  return kept
 
 
 def save_json(path: Any, value: Any) -> None:

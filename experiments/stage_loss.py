@@ -24,8 +24,14 @@ def make_loss(stage: ConfigDict, counts: np.ndarray, steps_per_epoch: int) -> Lo
   'label_aware_smoothing' (head, tail, shape), and from a teacher 'distillation'
   (`alpha` KL + `(1 - alpha)` cross-entropy; temperature, alpha) and 'dive' (temperature, power, alpha).
 
+  Args:
+    stage: of `config.stages`.
+    counts: training images of each class, `[num_classes]`. A stage with a `cap` sees at most so many of each;
+      only the smoothing per class follows the counts as they are.
+    steps_per_epoch: of the stage.
+
   Raises:
-    ValueError: for another name, or a loss of a teacher without one.
+    ValueError: for another name, options out of range, or a loss of a teacher without one.
   """
   options = stage.loss.to_dict()
   name = options.pop('name')
@@ -40,6 +46,7 @@ def make_loss(stage: ConfigDict, counts: np.ndarray, steps_per_epoch: int) -> Lo
   beta, start = options.pop('beta', 0.0), options.pop('start', 0)
   if name == 'label_aware_smoothing':
     smoothing = long_tail.label_aware_smoothing(counts, **options)
+  counts = np.minimum(counts, stage.cap or counts)
 
   def weights(step: Array) -> Array:
     epoch = jnp.asarray(step) // steps_per_epoch
@@ -74,4 +81,10 @@ def make_loss(stage: ConfigDict, counts: np.ndarray, steps_per_epoch: int) -> Lo
         values, _ = distillation.dive_loss(logits, teacher, labels, counts, **options)
     return jnp.mean(values)
 
+  logits = jax.ShapeDtypeStruct((2, len(counts)), jnp.float32)
+  labels, step = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), ()))
+  try:  # now, not when the stages before this one are trained
+    jax.eval_shape(loss, logits, labels, logits, step)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f'loss.name={name!r}: {error}') from None
   return loss

@@ -10,13 +10,14 @@
 - `frozen`: patterns of parameters that stay; `eval_mode`: patterns of modules whose batch norms use and keep
   their running statistics. A frozen backbone outside of `eval_mode` goes on adapting them;
 - `sampler`: None (every record once an epoch), 'class_balanced', 'class_aware' or 'square_root';
-- `cap`: train on a subset of at most so many records a class; `holdout`: leave out this share of each class.
+- `cap`: of the stage `merged.of`, which is trained on subsets of at most so many records a class; `holdout`:
+  leave out this share of each class.
 """
 
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments.stage_loss import make_loss
 from jaxlab import data, models
 from jaxlab.data.long_tail import exponential_counts, step_counts
-from jaxlab.data.mixup import mixup, mixup_loss
+from jaxlab.data.mixing import mixup, mixup_loss
 from jaxlab.models.classifier_heads import Classifier, LearnableWeightScaling, NormedLinear
 from jaxlab.models.initializers import (
   Initializer,
@@ -52,7 +53,8 @@ def get_stage(config: ConfigDict, name: str) -> ConfigDict:
   """Returns `config.stages[name]`.
 
   Raises:
-    ValueError: if there is no such stage, or its head or sampler does not exist.
+    ValueError: if there is no such stage, its head or sampler does not exist, or it has a `cap` without being
+      the stage that is trained on subsets.
   """
   if name not in config.stages:
     raise ValueError(f'there is no stages.{name}; stages: {", ".join(config.stages)}.')
@@ -60,6 +62,11 @@ def get_stage(config: ConfigDict, name: str) -> ConfigDict:
   for field, known in (('head', HEADS), ('sampler', SAMPLERS)):
     if stage[field] not in known:
       raise ValueError(f'stages.{name}.{field}={stage[field]!r}: expected one of {known}.')
+  subsets_of = config.merged.of if 'merged' in config else None
+  if stage.cap is not None and (stage.cap < 1 or name != subsets_of):
+    raise ValueError(
+      f'stages.{name}.cap={stage.cap}: expected a number >= 1 for merged.of ({subsets_of!r}), none otherwise.'
+    )
   return stage
 
 
@@ -152,9 +159,9 @@ class Linear(nn.Module):
     return x @ kernel + bias
 
 
-def inputs(config: ConfigDict, images: Array) -> Array:
-  """Returns the network's input of stored images that have its size."""
-  return data.normalize(data.to_float(images), config.data.mean, config.data.std)
+def inputs(section: ConfigDict | FrozenConfigDict, images: Array) -> Array:
+  """Returns the network's input of stored images that have its size; `section` is `config.data`."""
+  return data.normalize(data.to_float(images), section.mean, section.std)
 
 
 def augmented(config: ConfigDict, keys: Array, images: Array) -> Array:
@@ -166,7 +173,7 @@ def augmented(config: ConfigDict, keys: Array, images: Array) -> Array:
   options = config.augment.to_dict()
   kind = options.pop('kind')
   if kind == 'none':
-    return inputs(config, images)
+    return inputs(config.data, images)
   if kind == 'resized_crop':
     augment = data.siamese_augment(
       config.data.image_size, **options, mean=config.data.mean, std=config.data.std
@@ -177,7 +184,7 @@ def augmented(config: ConfigDict, keys: Array, images: Array) -> Array:
   steps = [functools.partial(data.random_crop, padding=options['padding'])]
   if options['flip']:
     steps.append(data.random_flip)
-  return inputs(config, jax.vmap(data.compose(*steps))(keys, data.to_float(images)))
+  return inputs(config.data, jax.vmap(data.compose(*steps))(keys, data.to_float(images)))
 
 
 def program(config: ConfigDict, stage: str, counts: np.ndarray | None = None) -> Program:
@@ -203,7 +210,7 @@ def program(config: ConfigDict, stage: str, counts: np.ndarray | None = None) ->
   loss_of = make_loss(own, counts - held_out(counts, own.holdout), per)
   schedule = stage_schedule(own, per)
   optimizer = make_optimizer(learning_rate=schedule, frozen=own.frozen, **own.optimizer)
-  hooks = [models.Hook(pattern, call=_in_eval_mode) for pattern in own.eval_mode]
+  hooks = eval_mode_hooks(own.eval_mode)
 
   def init(key: Array) -> TrainState:
     init_key, teacher_key, step_key = jax.random.split(key, 3)
@@ -347,6 +354,11 @@ def _matched(own: PyTree, given: Mapping[str, PyTree], fresh: tuple[str, ...] = 
       'the variables to start from are of another architecture:\n  ' + '\n  '.join(wrong[:10])
     )
   return traverse_util.unflatten_dict(taken)
+
+
+def eval_mode_hooks(patterns: Sequence[str]) -> tuple[models.Hook, ...]:
+  """Returns the hooks that call the modules `(x, train)` whose paths match with `train=False`."""
+  return tuple(models.Hook(pattern, call=_in_eval_mode) for pattern in patterns)
 
 
 def _in_eval_mode(site: models.Site, call: Callable[..., Any], *args: Any, **_: Any) -> Any:

@@ -26,11 +26,8 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
   source = data.load(
     config.data.name, config.data[f'{split}_split'], **config.data[f'{split}_options']
   )
-  if split == 'train' and len(source) != config.data.train_size:
-    raise ValueError(
-      f'data.train_size={config.data.train_size}, but {config.data.name} has {len(source)} training '
-      f'records: set --config.data.train_size={len(source)}.'
-    )
+  if split == 'train':
+    check_size('data.train_size', config.data.train_size, source)
   first = data.epoch_batches(source, 2, transform=reading(config, split)['transform'])
   batch = next(first)
   first.close()
@@ -42,6 +39,14 @@ def load_data(config: ConfigDict, split: str) -> data.Source:
   return source
 
 
+def check_size(key: str, size: int, source: data.Source) -> None:
+  """Raises ValueError if `source` has not the `size` that the configuration's `key` says."""
+  if len(source) != size:
+    raise ValueError(
+      f'{key}={size}, but {len(source)} records were found: set --config.{key}={len(source)}.'
+    )
+
+
 def reading(config: ConfigDict, split: str) -> dict[str, Any]:
   """Returns how records of a split are read: options of `make_loader`."""
   decode = config.data.get(f'{split}_decode')
@@ -50,6 +55,22 @@ def reading(config: ConfigDict, split: str) -> dict[str, Any]:
     'num_threads': config.data.get('num_threads', 0),
     'num_workers': config.data.get('num_workers', 0),
   }
+
+
+def make_loader(
+  config: ConfigDict, source: data.Source, batch_size: int, **options: Any
+) -> data.Loader:
+  """Returns the shuffled training batches of this process; `options` are further ones of `make_loader`."""
+  index, count = data.process_shard(parallel.batch_sharding(mesh(config)), batch_size)
+  return data.make_loader(
+    source,
+    batch_size=batch_size,
+    seed=config.seed,
+    process_index=index,
+    process_count=count,
+    **reading(config, 'train'),
+    **options,
+  )
 
 
 def train(
@@ -66,16 +87,7 @@ def train(
   Returns the final state and the rows of metrics. Uses `batch_size`, `seed`, `log_every`, `checkpoint_every`,
   `mesh` and `data` of the configuration.
   """
-  devices = mesh(config)
-  index, count = data.process_shard(parallel.batch_sharding(devices), config.batch_size)
-  loader = data.make_loader(
-    source,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    process_index=index,
-    process_count=count,
-    **reading(config, 'train'),
-  )
+  loader = make_loader(config, source, config.batch_size)
   say(f'{description}: {num_steps} steps; the first one is compiled')
   try:
     return training.fit(
@@ -83,7 +95,7 @@ def train(
       loader,
       num_steps=num_steps,
       key=jax.random.key(config.seed),
-      mesh=devices,
+      mesh=mesh(config),
       workdir=str(workdir),
       config={**_trajectory(config), 'num_steps': num_steps, 'run': description},
       log_every=config.log_every,

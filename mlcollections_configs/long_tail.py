@@ -135,7 +135,6 @@ def set_digits(config: ConfigDict, ratio: float) -> None:
   )
   config.groups = dict(many=50, few=20)
   config.model = dict(backbone=dict(name='mlp', hidden=(64, 64)), head_init='torch')
-  config.batch_size = 32
 
 
 def digits_recipe(epochs: int = 60) -> dict:
@@ -163,12 +162,13 @@ def set_fashion_mnist(config: ConfigDict, max_count: int = 500, ratio: float = 1
   config.groups = dict(many=100, few=20)
   backbone = dict(name='cifar_resnet18', stage_sizes=(1, 1, 1), strides=(2, 2, 2), width=16)
   config.model = dict(backbone=backbone, head_init='torch')
-  config.batch_size = 64
 
 
 def set_cifar(config: ConfigDict, num_classes: int, ratio: float = 100.0) -> None:
   """Sets CIFAR-10-LT or CIFAR-100-LT with ResNet-32 (option-A shortcuts, Kaiming fan-in everywhere).
 
+  Groups of the latter by images: many above 100, few below 20. No class of the former has so few: the three
+  largest of ten are its head, the three smallest its tail.
   The published selection (NumPy's legacy generator, seed 0) out of TFDS' order of the images.
   """
   config.data = dict(
@@ -189,9 +189,9 @@ def set_cifar(config: ConfigDict, num_classes: int, ratio: float = 100.0) -> Non
       kind='exponential', max_count=50000 // num_classes, ratio=ratio, selection_seed=0
     ),
   )
+  config.groups = dict(boundaries=(3, 7)) if num_classes == 10 else dict(many=100, few=20)
   config.augment = dict(kind='pad_crop', padding=4, flip=True)
   config.model = dict(backbone=dict(name='cifar_resnet32'), head_init='kaiming')
-  config.batch_size = 128
 
 
 def cifar_recipe(epochs: int = 200) -> dict:
@@ -222,7 +222,8 @@ LISTED = {
 def set_listed(config: ConfigDict, name: str, folder: str = 'data', **normalization) -> None:
   """Sets a data set of published text lists, `<folder>/<name>_train.txt` and so on.
 
-  Photographs lie below `data.{train,test}_options.root` at the listed paths. They are decoded to 256x256
+  Photographs lie below `data.{train,test}_options.root` at the listed paths; for GML, which chooses tau on
+  them, those of the validation list below `data.validation_options.root`. They are decoded to 256x256
   (shorter side, center) on the host and cropped from there on the device: random crops of 8 to 100 % of the
   area to 224, flips and color jitter (0.4, 0.4, 0.4, no hue); tests see the central 224.
   """
@@ -259,7 +260,6 @@ def set_listed(config: ConfigDict, name: str, folder: str = 'data', **normalizat
     blur_probability=0.0,
     flip_probability=0.5,
   )
-  config.batch_size = 256
   config.checkpoint_every = 5000
 
 

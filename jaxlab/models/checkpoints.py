@@ -262,7 +262,9 @@ def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
     return model, from_torch(model, _read_repository(tag))
   state_dict = read_state_dict(_download(f'timm/{architecture}.{tag}', 'model.safetensors'))
   head = r'(fc|head|head_dist|classifier)\..*'
-  has_head = any(re.fullmatch(head, name) for name in state_dict)  # self-supervised weights have none
+  has_head = any(
+    re.fullmatch(head, name) for name in state_dict
+  )  # self-supervised weights have none
   ignore = (head,) if has_head and not model.num_classes else ()
   return model, from_torch(model, state_dict, ignore=ignore, resample=isinstance(model, ViT))
 

@@ -8,6 +8,8 @@ augmentation, computed once for all images. 100 episodes, eight fine-tunings of 
 
 from ml_collections import ConfigDict
 
+from mlcollections_configs.long_tail import claim
+
 
 def get_config() -> ConfigDict:
   """Returns the configuration."""
@@ -81,30 +83,19 @@ def backbone() -> dict:
 
 def claims() -> tuple[dict, ...]:
   """Returns what must hold: features drift less, and an ensemble is no worse than its members."""
-
-  def claim(statement, metric, baseline, method, higher_is_better, margin):
-    return dict(
-      statement=statement,
-      metric=metric,
-      baseline=baseline,
-      method=method,
-      higher_is_better=higher_is_better,
-      margin=margin,
-    )
-
   return (
     claim(
       'SR 0.1: drift (1 - cosine) at least 25 % below beta 0',
-      'drift_ratio', 'beta 0', 'SR 0.1', False, 0.25,
+      'drift_ratio', 'beta 0', 'SR 0.1', 0.25, higher=False,
     ),
-    claim('SR 0.1: drift below plain fine-tuning', 'drift', 'plain', 'SR 0.1', False, 0.0),
-    claim('SR 0.5: drift below SR 0.1', 'drift', 'SR 0.1', 'SR 0.5', False, 0.0),
+    claim('SR 0.1: drift below plain fine-tuning', 'drift', 'plain', 'SR 0.1', 0.0, higher=False),
+    claim('SR 0.5: drift below SR 0.1', 'drift', 'SR 0.1', 'SR 0.5', 0.0, higher=False),
     claim(
       "EnSR: mean accuracy not below its members'",
-      'acc_mean', 'EnSR 0.1 members', 'EnSR 0.1', True, 0.0,
+      'acc_mean', 'EnSR 0.1 members', 'EnSR 0.1', 0.0,
     ),
     claim(
       "EnSR: ten worst episodes within 0.5 points of its members'",
-      'acc_10', 'EnSR 0.1 members', 'EnSR 0.1', True, -0.5,
+      'acc_10', 'EnSR 0.1 members', 'EnSR 0.1', -0.5,
     ),
   )  # fmt: skip

@@ -17,6 +17,8 @@ what is trained: `--config.finetune.trained=classifier` or `all`.
 
 from ml_collections import ConfigDict
 
+from mlcollections_configs.long_tail import claim
+
 
 def get_config() -> ConfigDict:
   """Returns the configuration."""
@@ -101,16 +103,9 @@ def backbone() -> dict:
 def claims() -> tuple[dict, ...]:
   """Returns what the paper's abstract claims: higher mean and worst accuracy, smaller deviation."""
   pairs = (('plain', 'SR 0.1'), ('plain', 'EnSR 0.1'), ('SR 0.1', 'EnSR 0.1'))
-  metrics = (('acc_mean', True), ('acc_1', True), ('acc_10', True), ('std', False))
+  metrics = (('acc_mean', 'above'), ('acc_1', 'above'), ('acc_10', 'above'), ('std', 'below'))
   return tuple(
-    dict(
-      statement=f'{method}: {metric} {"above" if higher else "below"} {baseline}',
-      metric=metric,
-      baseline=baseline,
-      method=method,
-      higher_is_better=higher,
-      margin=0.0,
-    )
+    claim(f'{method}: {metric} {word} {baseline}', metric, baseline, method, 0.0, word == 'above')
     for baseline, method in pairs
-    for metric, higher in metrics
+    for metric, word in metrics
   )

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mlcollections_configs import long_tail
 from mlcollections_configs.btm import embedded
+from mlcollections_configs.long_tail import claim
 
 
 def get_config() -> ConfigDict:
@@ -27,5 +28,8 @@ def get_config() -> ConfigDict:
     | embedded.second_stages(second, factor=0.2, head=0.4, tail=0.1),
   )
   config.merged = dict(of='balanced', count=10, vmapped=False, recompute_batch_stats=False)
-  config.pictured = ('CE', 'merged', 'merged + LAS')
+  config.pictured = ('CE + mixup', 'merged', 'merged + LAS')
+  config.claims = (
+    claim('harmonic mean at least 1 point above CE', 'harmonic', 'CE + mixup', 'merged', 1.0),
+  )
   return config

@@ -49,5 +49,5 @@ def set_stages(
     ),
   )
   config.merged = dict(of='balanced', count=10, vmapped=False, recompute_batch_stats=False)
-  config.pictured = ('CE', 'merged', 'merged + LAS')
+  config.pictured = ('CE + mixup', 'merged', 'merged + LAS')
   config.claims = ()

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = embedded.get_config()
   long_tail.set_cifar(config, 10)
-  config.groups = dict(many=100, few=20)
   long_tail.set_stages(
     config, embedded.stages(long_tail.cifar_recipe(), temperature=2.0, power=0.5, alpha=0.5)
   )

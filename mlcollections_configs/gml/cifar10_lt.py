@@ -3,8 +3,8 @@
   python -m experiments.gml --config=mlcollections_configs/gml/cifar10_lt.py --workdir=DIR
 
 Other ratios: `--config.data.long_tail.ratio=50`. The network has the usual 200 epochs of the CIFAR-LT
-literature, the classifiers 30 at learning rate 0.1 along a cosine; the paper's constants for these are not
-published. LDAM-DRW is a stage of its own. Prepare the data once:
+literature, the classifiers 30 (LWS 5) at learning rate 0.1 along a cosine; the paper's constants for these
+are not published. LDAM-DRW is a stage of its own. Prepare the data once:
 `tfds build cifar10 --file_format=array_record`.
 """
 
@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = embedded.get_config()
   long_tail.set_cifar(config, 10)
-  config.groups = dict(many=100, few=20)
   classifier = long_tail.recipe(30, 128, 0.1, 2e-4)
   stages = embedded.stages(
     long_tail.ldam_recipe(), classifier, crt=classifier, lws=long_tail.recipe(5, 128, 0.1, 2e-4)

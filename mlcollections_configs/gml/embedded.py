@@ -63,7 +63,7 @@ def claims() -> tuple[dict, ...]:
   """Returns what re-training, balanced softmax and post-hoc adjustment are to reach."""
   return (
     claim('harmonic mean at least 5 points above CE', 'harmonic', 'CE', 'CE + GML', 5.0),
-    claim('lowest recall above CE', 'lowest', 'CE', 'CE + GML', 0.0),
+    claim('lowest recall at least 1 point above CE', 'lowest', 'CE', 'CE + GML', 1.0),
     claim('mean recall at most 1 point below CE', 'mean', 'CE', 'CE + GML', -1.0),
     claim('harmonic mean within 2 of BSCE re-training', 'harmonic', 'CE + BSCE', 'CE + GML', -2.0),
     claim('balanced softmax: mean at least 2 points above CE', 'mean', 'CE', 'BSCE', 2.0),

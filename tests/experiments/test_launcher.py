@@ -42,7 +42,7 @@ def test_an_override_is_read_by_the_type_of_what_is_there(config, assignment, ke
   ('assignment', 'message'),
   [
     ('epochz=3', 'unknown key. Did you mean epochs'),
-    ('epochs=many', 'expected int as in 60, got str'),
+    ('epochs=many', 'expected int as in 100, got str'),
     ('epochs', 'expected --config.key=value'),
     ('model.backbone.nam=x', 'Did you mean model.backbone.name'),
   ],
