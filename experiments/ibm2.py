@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments import frozen_features, launcher, training
 from experiments.frozen_features import Task
-from experiments.results import print_table, results, row
+from experiments.results import measured_claims, print_table, results, row
 from jaxlab import models, parallel
 from jaxlab.classifiers import (
   MaxMargin,
@@ -166,11 +166,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   roles = {'naive': 'baseline', 'IbM2': 'method'}
   rows = [row(name, roles.get(name, 'reference'), own) for name, own in metrics.items()]
   show(config, rows, traces, singles, workdir)
-  claims = [
-    claim
-    for claim in config.claims
-    if all(claim['metric'] in metrics[claim[side]] for side in ('baseline', 'method'))
-  ]
+  claims = measured_claims(config, rows)
   return results(config, rows, claims) | {'draws': singles, 'bisection': traces}
 
 
