@@ -52,9 +52,10 @@ def test_the_first_block_sees_float_inputs_and_the_second_those_of_the_quantized
   mixed = {'params': dict(variables['params'], layers_0=found.variables['params']['layers_0'])}
   for block, network in (('layers_0', variables), ('layers_1', mixed)):
     state = init_hessian(16)
+    norm = f'{block}/post_attention_layernorm'
+    read = jax.jit(lambda v, x, norm=norm: models.capture(model, v, [norm], x)[1][norm])
     for batch in BATCHES:
-      norm = f'{block}/post_attention_layernorm'
-      state = accumulate_hessian(state, models.capture(model, network, [norm], batch)[1][norm])
+      state = accumulate_hessian(state, read(network, batch))
     kernel = variables['params'][block]['mlp']['gate_proj']['kernel']
     alone = gptq_kernel(kernel, state.hessian, 3, group_size=8)
     kernel = found.variables['params'][block]['mlp']['gate_proj']['kernel']
@@ -69,8 +70,9 @@ def test_logits_are_closer_than_with_kernels_rounded_to_nearest():
     if path.startswith('layers') and path.endswith('kernel'):
       kernels[path] = gptq_kernel(kernel, jnp.eye(len(kernel)), 3).kernel
   nearest = {'params': traverse_util.unflatten_dict(kernels, sep='/')}
+  run = jax.jit(model.apply)
   errors = [
-    np.mean((model.apply(other, TOKENS) - model.apply(variables, TOKENS)) ** 2)
+    np.mean((run(other, TOKENS) - run(variables, TOKENS)) ** 2)
     for other in ({'params': found.variables['params']}, nearest)
   ]
   assert errors[0] < 0.8 * errors[1]
@@ -99,8 +101,8 @@ def test_inputs_are_quantized_where_the_policy_says_so_and_then_layers_run_in_in
   network = integer_network(found)
   assert {'layers_0/mlp/up_proj', 'layers_1/mlp/down_proj'}.isdisjoint(network.skipped)
   assert 'layers_0/self_attn/q_proj' in network.skipped
-  fake = apply(model, found.variables, TOKENS, hooks=found.hooks)
-  real = apply(model, network.variables, TOKENS, hooks=network.hooks)
+  run = jax.jit(lambda v, hooks: apply(model, v, TOKENS, hooks=hooks), static_argnums=1)
+  fake, real = run(found.variables, found.hooks), run(network.variables, network.hooks)
   np.testing.assert_allclose(real, fake, atol=0.02 * float(jnp.abs(fake).max()))
 
 
@@ -121,18 +123,15 @@ def test_convolutions_and_a_compensation_behind_them():
   variables = random_variables(model, images)
   policy = BitPolicy([('fc', 8), ('layer.*', 2)])
   found = gptq_ptq(model, variables, list(images.reshape(2, 8, 8, 8, 3)), policy)
-  float_logits = model.apply(variables, images)
-  alone = float(np.mean((model.apply(_plain(found), images) - float_logits) ** 2))
+  run = jax.jit(lambda v, hooks: apply(model, v, images, hooks=hooks), static_argnums=1)
+  float_logits = run(variables, ())
+  alone = float(np.mean((run(found.variables, found.hooks) - float_logits) ** 2))
   result = compensate(
     model, found, list(images.reshape(2, 8, 8, 8, 3)), dtype=jnp.float32, target='global'
   )
   assert np.all(result.report.error_after <= result.report.error_before)
-  logits = apply(model, result.variables, images, hooks=result.hooks)
+  logits = run(result.variables, result.hooks)
   assert np.mean((logits - float_logits) ** 2) < alone
-
-
-def _plain(found):
-  return {name: tree for name, tree in found.variables.items() if name != 'quantization'}
 
 
 def test_batches_split_over_devices_give_the_kernels_of_one_device():
