@@ -2,7 +2,7 @@
 
   python -m experiments.ssql
 
-Some five minutes of CPU time. Each of 1297 training digits lies at a random place and scale on a plain
+Some six minutes of CPU time. Each of 1297 training digits lies at a random place and scale on a plain
 16x16 canvas; the 2000 test images show 500 others four times. A thin network (8, 16, 32 channels) has little
 redundancy that would hide what quantization takes. With `--config.runs=["base","ssql","base*2"]` SimSiam also
 runs for as long as SSQL takes (a step of SSQL is two of SimSiam).
