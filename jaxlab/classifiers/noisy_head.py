@@ -111,7 +111,9 @@ def train_head(
 
   Adam without weight decay at `learning_rate * batch_size / 256`, which falls by half a cosine to 0,
   changed every epoch. Every epoch is a new permutation, the last smaller batch is kept. The defaults are
-  the paper's baseline, a head without noise.
+  the paper's baseline, a head without noise. The order of examples, the kept last batch, and the rate where
+  there are fewer examples than `batch_size` are inferred: the paper does not say. (With
+  `batch_size=len(features)` the rate follows the examples that there are.)
 
   Args:
     key: a typed PRNG key, for order and noise.

@@ -17,11 +17,16 @@ from mlcollections_configs.long_tail import claim
 
 def get_config() -> ConfigDict:
   """Returns the configuration."""
+  return cifar(100)
+
+
+def cifar(num_classes: int) -> ConfigDict:
+  """Returns the configuration for CIFAR-10-LT or CIFAR-100-LT."""
   config = embedded.get_config()
-  long_tail.set_cifar(config, 100)
+  long_tail.set_cifar(config, num_classes)
   long_tail.set_stages(
     config, embedded.stages(long_tail.cifar_recipe(), temperature=2.0, power=0.5, alpha=0.5)
   )
-  # Reported: 7.2 points over cross-entropy at ratio 100.
+  # Reported over cross-entropy at ratio 100: 8.5 points (CIFAR-10-LT), 7.2 (CIFAR-100-LT).
   config.claims = (claim('mean recall at least 5 points above CE', 'mean', 'CE', 'DiVE', 5.0),)
   return config

@@ -16,8 +16,13 @@ from mlcollections_configs.gml import embedded
 
 def get_config() -> ConfigDict:
   """Returns the configuration."""
+  return cifar(100)
+
+
+def cifar(num_classes: int) -> ConfigDict:
+  """Returns the configuration for CIFAR-10-LT or CIFAR-100-LT."""
   config = embedded.get_config()
-  long_tail.set_cifar(config, 100)
+  long_tail.set_cifar(config, num_classes)
   classifier = long_tail.recipe(30, 128, 0.1, 2e-4)
   stages = embedded.stages(
     long_tail.ldam_recipe(), classifier, crt=classifier, lws=long_tail.recipe(5, 128, 0.1, 2e-4)

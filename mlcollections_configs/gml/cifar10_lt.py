@@ -1,31 +1,15 @@
-"""GML over a cross-entropy ResNet-32 on CIFAR-10-LT.
+"""GML over a cross-entropy ResNet-32 on CIFAR-10-LT, otherwise as `cifar100_lt.py`.
 
   python -m experiments.gml --config=mlcollections_configs/gml/cifar10_lt.py --workdir=DIR
 
-Other ratios: `--config.data.long_tail.ratio=50`. The network has the usual 200 epochs of the CIFAR-LT
-literature, the classifiers 30 (LWS 5) at learning rate 0.1 along a cosine; the paper's constants for these
-are not published. LDAM-DRW is a stage of its own. Prepare the data once:
-`tfds build cifar10 --file_format=array_record`.
+Prepare the data once: `tfds build cifar10 --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs import long_tail
-from mlcollections_configs.gml import embedded
+from mlcollections_configs.gml import cifar100_lt
 
 
 def get_config() -> ConfigDict:
   """Returns the configuration."""
-  config = embedded.get_config()
-  long_tail.set_cifar(config, 10)
-  classifier = long_tail.recipe(30, 128, 0.1, 2e-4)
-  stages = embedded.stages(
-    long_tail.ldam_recipe(), classifier, crt=classifier, lws=long_tail.recipe(5, 128, 0.1, 2e-4)
-  )
-  ldam = dict(name='ldam', max_margin=0.5, scale=30.0, beta=0.9999, start=160)
-  stages['ldam'] = long_tail.stage(
-    'LDAM-DRW', 'reference', loss=ldam, head='cosine', **long_tail.ldam_recipe()
-  )
-  long_tail.set_stages(config, stages, skip=('ce_holdout',))
-  config.claims = tuple(c for c in config.claims if c['method'] == 'CE + GML')
-  return config
+  return cifar100_lt.cifar(10)
