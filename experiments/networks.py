@@ -148,6 +148,12 @@ def load(config: ConfigDict, name: str, folder: pathlib.Path) -> Network:
   if own.get('pretrained'):
     fields = {field: value for field, value in own.model.items() if field != 'name'}
     model, variables = models.load_pretrained(own.pretrained, **fields)
+    shardings = parallel.fsdp_shardings(variables, training.mesh(own))
+    variables = jax.tree.map(
+      lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__),
+      variables,
+      shardings,
+    )
   else:
     model = models.create(**own.model)
     state, _ = training.train(

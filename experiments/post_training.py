@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from experiments import networks, results, training
@@ -188,7 +188,6 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
   """
   own, hooks = networks.section(config, config.networks[0]), quantizers.operand_hooks()
   model = models.create(**own.model)
-  everywhere = NamedSharding(mesh, PartitionSpec())
 
   def inputs(count: int) -> jax.ShapeDtypeStruct:
     sharding = networks.calibration_sharding(mesh, count)
@@ -197,20 +196,23 @@ def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.L
     shape = (count, own.data.image_size, own.data.image_size, own.data.channels)
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
-  def place(tree: Any, sharding: NamedSharding) -> Any:
+  def place(tree: Any, sharding: NamedSharding | None = None) -> Any:
+    shardings = parallel.fsdp_shardings(tree, mesh)
     return jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+      lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or own),
+      tree,
+      shardings,
     )
 
   def ptq(variables, x):
     return quantize(own, model, variables, x, config.bits[-1])[:2]
 
   calibration = inputs(config.calibration.ranges)
-  variables = place(models.abstract_variables(model, calibration.shape[1:]), everywhere)
+  variables = place(models.abstract_variables(model, calibration.shape[1:]))
   searched = own.quantization != 'gptq'
   quantized = floats = {**variables, 'quantization': {}}
   if searched:
-    quantized, floats = place(jax.eval_shape(ptq, variables, calibration), everywhere)
+    quantized, floats = place(jax.eval_shape(ptq, variables, calibration))
   batch = inputs(config.calibration.batch_size)
   root = parts.Part('', model, parts.Skeleton.of(((batch,), {})))
   block = parts.find_parts(root, quantized, [batch], hooks, own.blocks)[0]

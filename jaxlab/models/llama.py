@@ -7,6 +7,7 @@ Modules are named as in Hugging Face's transformers, `model.layers.3.self_attn.q
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlab.models import causal_attention
@@ -32,20 +33,22 @@ class LlamaAttention(nn.Module):
   rope_theta: float = 10000.0
   use_bias: bool = False
   dtype: Any = None
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, context: Context | None = None) -> Array:
     """Maps `[batch, time, width]` to the same shape."""
+    dtypes = (self.dtype, self.param_dtype)
 
     def project(heads: int, name: str) -> Array:
-      y = _dense(heads * self.head_width, self.dtype, name, self.use_bias)(x)
+      y = _dense(heads * self.head_width, dtypes, name, self.use_bias)(x)
       return y.reshape(*x.shape[:2], heads, self.head_width)
 
     positions = positions_of(x, context)
     query = rotary_embedding(project(self.num_heads, 'q_proj'), positions, self.rope_theta)
     key = rotary_embedding(project(self.num_kv_heads, 'k_proj'), positions, self.rope_theta)
     y = attend(self, query, key, project(self.num_kv_heads, 'v_proj'), context)
-    return _dense(x.shape[-1], self.dtype, 'o_proj', self.use_bias)(y)
+    return _dense(x.shape[-1], dtypes, 'o_proj', self.use_bias)(y)
 
 
 class LlamaMlp(nn.Module):
@@ -54,14 +57,16 @@ class LlamaMlp(nn.Module):
   hidden: int
   use_bias: bool = False
   dtype: Any = None
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, time, width]` to the same shape."""
-    gate = _dense(self.hidden, self.dtype, 'gate_proj', self.use_bias)(x)
+    dtypes = (self.dtype, self.param_dtype)
+    gate = _dense(self.hidden, dtypes, 'gate_proj', self.use_bias)(x)
     gate = HookPoint(name='silu')(nn.silu(gate))
-    y = gate * _dense(self.hidden, self.dtype, 'up_proj', self.use_bias)(x)
-    return _dense(x.shape[-1], self.dtype, 'down_proj', self.use_bias)(y)
+    y = gate * _dense(self.hidden, dtypes, 'up_proj', self.use_bias)(x)
+    return _dense(x.shape[-1], dtypes, 'down_proj', self.use_bias)(y)
 
 
 class LlamaBlock(nn.Module):
@@ -76,22 +81,24 @@ class LlamaBlock(nn.Module):
   mlp_bias: bool = False
   epsilon: float = 1e-6
   dtype: Any = None
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array, context: Context | None = None) -> Array:
     """Maps `[batch, time, width]` to the same shape; without `context` plainly causal."""
+    dtypes = (self.dtype, self.param_dtype)
     attention = LlamaAttention(
       self.num_heads,
       self.num_kv_heads,
       self.head_width,
       self.rope_theta,
       self.attention_bias,
-      self.dtype,
+      *dtypes,
       name='self_attn',
     )
-    x = x + attention(_rms_norm(self.epsilon, self.dtype, 'input_layernorm')(x), context)
-    mlp = LlamaMlp(self.hidden, self.mlp_bias, self.dtype, name='mlp')
-    return x + mlp(_rms_norm(self.epsilon, self.dtype, 'post_attention_layernorm')(x))
+    x = x + attention(_rms_norm(self.epsilon, dtypes, 'input_layernorm')(x), context)
+    mlp = LlamaMlp(self.hidden, self.mlp_bias, *dtypes, name='mlp')
+    return x + mlp(_rms_norm(self.epsilon, dtypes, 'post_attention_layernorm')(x))
 
 
 class Llama(nn.Module):
@@ -115,7 +122,8 @@ class Llama(nn.Module):
     attention_bias: biases of attention's four layers.
     mlp_bias: biases of the MLP's three layers.
     epsilon: of the RMSNorms, which compute in at least float32.
-    dtype: of the computation (parameters stay float32); None: float32.
+    dtype: of the computation; None: float32.
+    param_dtype: of the parameters: bfloat16 halves those of a network that is not trained.
     remat: recompute each block's activations in the backward pass instead of storing them.
 
   Raises:
@@ -137,6 +145,7 @@ class Llama(nn.Module):
   mlp_bias: bool = False
   epsilon: float = 1e-6
   dtype: Any = None
+  param_dtype: Any = jnp.float32
   remat: bool = False
 
   def __post_init__(self):
@@ -174,8 +183,14 @@ class Llama(nn.Module):
     del train
     causal_attention.check_tokens('Llama', tokens, None, mask)
     context = causal_attention.make_context(self, tokens, mask)
+    dtypes = (self.dtype, self.param_dtype)
     embed = nn.Embed(
-      self.vocab_size, self.width, embedding_init=vit_normal, dtype=self.dtype, name='embed_tokens'
+      self.vocab_size,
+      self.width,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      embedding_init=vit_normal,
+      name='embed_tokens',
     )
     x = embed(tokens)
     block = nn.remat(LlamaBlock) if self.remat else LlamaBlock
@@ -189,13 +204,13 @@ class Llama(nn.Module):
         self.attention_bias,
         self.mlp_bias,
         self.epsilon,
-        self.dtype,
+        *dtypes,
         name=f'layers_{index}',
       )(x, context)
-    x = _rms_norm(self.epsilon, self.dtype, 'norm')(x)
+    x = _rms_norm(self.epsilon, dtypes, 'norm')(x)
     if self.tied:
       return embed.attend(x)
-    return _dense(self.vocab_size, self.dtype, 'lm_head')(x)
+    return _dense(self.vocab_size, dtypes, 'lm_head')(x)
 
   def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:
     """Returns an empty collection `'cache'` for `batch` sequences of up to `length` tokens, padding included.
@@ -209,16 +224,19 @@ class Llama(nn.Module):
     return causal_attention.empty_cache(blocks, shape, self.dtype)
 
 
-def _dense(features: int, dtype: Any, name: str, use_bias: bool = False) -> nn.Dense:
+def _dense(features: int, dtypes: tuple, name: str, use_bias: bool = False) -> nn.Dense:
+  dtype, param_dtype = dtypes
   return nn.Dense(
     features,
     use_bias=use_bias,
     kernel_init=vit_normal,
     dtype=dtype,
+    param_dtype=param_dtype,
     dot_general=flat_dot_general,
     name=name,
   )
 
 
-def _rms_norm(epsilon: float, dtype: Any, name: str) -> nn.RMSNorm:
-  return nn.RMSNorm(epsilon=epsilon, dtype=dtype, name=name)
+def _rms_norm(epsilon: float, dtypes: tuple, name: str) -> nn.RMSNorm:
+  dtype, param_dtype = dtypes
+  return nn.RMSNorm(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)

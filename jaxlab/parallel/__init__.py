@@ -7,13 +7,14 @@ compiles for a pod that is not there.
 
 from jaxlab.parallel.hosts import initialize, is_primary
 from jaxlab.parallel.mesh import batch_sharding, check_batch_size, make_mesh, replicated
-from jaxlab.parallel.partition import fsdp_spec, state_shardings, tree_paths
+from jaxlab.parallel.partition import fsdp_shardings, fsdp_spec, state_shardings, tree_paths
 from jaxlab.parallel.program import ShardedProgram, shard_program
 
 __all__ = [
   'ShardedProgram',
   'batch_sharding',
   'check_batch_size',
+  'fsdp_shardings',
   'fsdp_spec',
   'initialize',
   'is_primary',

@@ -36,6 +36,21 @@ def fsdp_spec(shape: Sequence[int], mesh: Mesh, min_size: int) -> PartitionSpec:
   return PartitionSpec(*[None] * axis, 'fsdp')
 
 
+def fsdp_shardings(tree: PyTree, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> PyTree:
+  """Returns the sharding of every array of any pytree by the automatic rule, `fsdp_spec`.
+
+  For weights that are not trained here: `jax.device_put(variables, fsdp_shardings(variables, mesh))`.
+
+  Args:
+    tree: of arrays or `jax.ShapeDtypeStruct`s.
+    mesh: from `make_mesh`.
+    fsdp_min_size: number of elements from which an array is split.
+  """
+  return jax.tree.map(
+    lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh, fsdp_min_size)), tree
+  )
+
+
 def state_shardings(
   state: PyTree, mesh: Mesh, rules: Rules = (), *, fsdp_min_size: int = 2**18
 ) -> PyTree:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers import operands
@@ -61,10 +62,13 @@ def gptq_ptq(
   """Post-training quantization with GPTQ kernels, and inputs by percentiles where the policy asks for them.
 
   Block by block in order of execution: the Hessians of all its kernels over all batches, in one forward pass
-  each; its kernels by `gptq_kernel`; its outputs with these. A kernel outside of the blocks (a classifier)
+  each; its kernels by `gptq_kernel` (in the kernels' own dtype: in bfloat16 they are rounded once more); its
+  outputs with these. A kernel outside of the blocks (a classifier)
   is rounded to nearest with the same range rule. Then, if `policy.activations` has rules, the inputs'
   ranges are found in one pass over the first batch (`percentile_ptq`). Batches may be sharded over a mesh:
   Hessians are sums over the whole batch. A batch is on the devices alone, the others wait in host memory.
+  Kernels that lie on a mesh are quantized there, each device a share of the outputs, and stay split as they
+  were.
 
   Args:
     model: any Linen module whose blocks run one after another.
@@ -96,7 +100,7 @@ def gptq_ptq(
     raise ValueError(f'No module matches the block pattern {pattern!r}.')
   programs = Programs() if programs is None else programs
   params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
-  done: dict[str, GPTQKernel] = {}
+  constants: dict[str, dict[str, Array]] = {}
   stream = Stream(root, parts, variables, (), inputs, kwargs, programs)
   for index, block in enumerate(parts):
     stream.advance(index)
@@ -104,24 +108,25 @@ def gptq_ptq(
     own = slice_variables(variables, block.path)
     hessians = _hessians(block, own, inside, stream.leaves, programs)
     for path in inside:
-      done[path] = _quantize(params[f'{path}/kernel'], hessians[path], path, todo, options)
-      params[f'{path}/kernel'] = done[path].kernel
+      found = _quantize(params[f'{path}/kernel'], hessians[path], path, todo, options)
+      params[f'{path}/kernel'] = found.kernel
+      constants[path] = _constants(found, todo.kernel_bits[path])
     new = slice_variables({**variables, 'params': _tree(params)}, block.path)
     stream.outputs = _outputs(block, new, stream.leaves, programs)
   for path in todo.kernel_bits:
-    if path not in done:
+    if path not in constants:
       kernel = params[f'{path}/kernel']
       rows = int(np.prod(kernel.shape[:-1]))
-      done[path] = _quantize(kernel, jnp.eye(rows), path, todo, options)
-      params[f'{path}/kernel'] = done[path].kernel
+      found = _quantize(kernel, jnp.eye(rows), path, todo, options)
+      params[f'{path}/kernel'] = found.kernel
+      constants[path] = _constants(found, todo.kernel_bits[path])
 
-  kernels = {path: _constants(found, todo.kernel_bits[path]) for path, found in done.items()}
   quantized = {**variables, 'params': _tree(params)}
   ranges = {}
   if todo.kinds:
     ranges = operands.calibrate_inputs(model, quantized, batches[0], todo, **kwargs)
-  operands.check_finite(ranges, kernels)
-  quantized[COLLECTION] = operands.collection(ranges, kernels, {})
+  operands.check_finite(ranges, constants)
+  quantized[COLLECTION] = operands.collection(ranges, constants, {})
   return Quantized(quantized, {**variables, COLLECTION: {}}, operands.operand_hooks())
 
 
@@ -219,10 +224,23 @@ def _patches(module: nn.Module, x: Array) -> Array:
 def _quantize(
   kernel: Array, hessian: Array, path: str, todo: operands.Plan, options: Mapping[str, Any]
 ) -> GPTQKernel:
+  """Quantizes one kernel; on a mesh each device takes a share of the outputs, which are independent."""
+  kernel = jnp.asarray(kernel)
+  home = kernel.sharding
+  if isinstance(home, NamedSharding):
+    mesh = home.mesh
+    outputs = mesh.axis_names if kernel.shape[-1] % mesh.size == 0 else None
+    spread = NamedSharding(mesh, PartitionSpec(*[None] * (kernel.ndim - 1), outputs))
+    whole = NamedSharding(mesh, PartitionSpec())
+    kernel, hessian = jax.device_put((kernel, hessian), (spread, whole))
   try:
-    return gptq_kernel(kernel, hessian, todo.kernel_bits[path], **options)
+    found = gptq_kernel(kernel, hessian, todo.kernel_bits[path], **options)
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+  if isinstance(home, NamedSharding):
+    constants = jax.device_put((found.scale, found.zero_point, found.group), whole)
+    found = GPTQKernel(jax.device_put(found.kernel, home), found.codes, *constants)
+  return found
 
 
 def _outputs(

@@ -64,14 +64,15 @@ def test_the_imagenet_pipeline_lowers_for_a_mesh():
   assert logits.shape == (config.network.deit_tiny.eval_batch_size, 1000)
 
 
-def test_the_language_pipeline_lowers_for_a_mesh():
+def test_the_language_pipeline_lowers_for_a_mesh_that_splits_the_weights():
   config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'llama3_8b.py')
   with config.unlocked():
-    config.network.llama.model.update(width=32, depth=1, num_heads=4, num_kv_heads=2, hidden=48)
-    config.network.llama.data.length = 16
-  lowered = qwt.lower(config, parallel.make_mesh())
+    config.network.llama.model.depth = 1
+  lowered = qwt.lower(config, parallel.make_mesh(**config.mesh))
   assert set(lowered) == {'block', 'forward'}
-  assert lowered['forward'].out_info.shape == (8, 16, 128256)
+  assert lowered['forward'].out_info.shape == (16, 2048, 128256)
+  head = 'tensor<4096x128256xbf16> {sdy.sharding = #sdy.sharding<@mesh, [{}, {"fsdp"}]>}'
+  assert head in lowered['forward'].as_text()
 
 
 def test_weights_alone_by_gptq_and_a_compensation_behind_them(tmp_path):

@@ -4,7 +4,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_program import FSDP_RULES, make_program
 
-from jaxlab.parallel import fsdp_spec, make_mesh, shard_program, state_shardings, tree_paths
+from jaxlab.parallel import (
+  fsdp_shardings,
+  fsdp_spec,
+  make_mesh,
+  shard_program,
+  state_shardings,
+  tree_paths,
+)
 from jaxlab.training import TrainState
 
 
@@ -50,6 +57,15 @@ def test_automatic_rule_splits_the_largest_dimension_that_divides():
   assert fsdp_spec((3, 5), mesh, 1) == P()
   assert fsdp_spec((), mesh, 0) == P()
   assert fsdp_spec((64, 64), make_mesh(), 1) == P()
+
+
+def test_weights_that_are_not_trained_are_split_by_the_automatic_rule():
+  mesh = make_mesh(data=4, fsdp=2)
+  weights = {'kernel': jnp.zeros((4, 6)), 'odd': jnp.zeros((5, 7)), 'scale': jnp.zeros(6)}
+  found = fsdp_shardings(weights, mesh, fsdp_min_size=12)
+  assert {name: own.spec for name, own in found.items()} == {
+    'kernel': P(None, 'fsdp'), 'odd': P(), 'scale': P()
+  }  # fmt: skip
 
 
 def test_automatic_rule_applies_to_the_whole_state():

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 
 from jaxlab import models
 from jaxlab.models import ResNet, apply
+from jaxlab.parallel import batch_sharding, fsdp_shardings, make_mesh
 from jaxlab.quantizers import BitPolicy
 from jaxlab.quantizers.compensation import parts
 from jaxlab.quantizers.compensation.driver import compensate
@@ -134,16 +135,33 @@ def test_convolutions_and_a_compensation_behind_them():
   assert np.mean((logits - float_logits) ** 2) < alone
 
 
-def test_batches_split_over_devices_give_the_kernels_of_one_device():
+def test_batches_and_weights_split_over_devices_give_the_kernels_of_one_device():
   model, variables = llama()
-  mesh = Mesh(np.array(jax.devices()), ('data',))
-  split = [jax.device_put(b, NamedSharding(mesh, PartitionSpec('data'))) for b in BATCHES]
-  eight = gptq_ptq(model, variables, split, WEIGHTS)
-  kernels = [
-    np.asarray(found.variables['params']['layers_0']['mlp']['up_proj']['kernel'])
+  mesh = make_mesh(data=4, fsdp=2)
+  split = [jax.device_put(batch, batch_sharding(mesh)) for batch in BATCHES]
+  shardings = fsdp_shardings(variables, mesh, fsdp_min_size=64)
+  eight = gptq_ptq(model, jax.device_put(variables, shardings), split, WEIGHTS)
+  one, other = (
+    found.variables['params']['layers_0']['mlp']['up_proj']['kernel']
     for found in (quantized_llama(), eight)
-  ]
-  assert np.mean(np.abs(kernels[0] - kernels[1]) > 1e-5) < 0.02
+  )
+  assert other.sharding == NamedSharding(mesh, PartitionSpec(None, 'fsdp'))
+  assert np.mean(np.abs(np.asarray(one) - np.asarray(other)) > 1e-5) < 0.02
+
+
+def test_parameters_in_bfloat16_stay_so_and_are_rounded_once_more():
+  _, variables = llama()
+  halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)
+  small = models.create('llama', **LLAMA, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  expected = jax.eval_shape(small.init, jax.random.key(0), jnp.asarray(TOKENS))
+  found = gptq_ptq(small, halves, BATCHES[:1], WEIGHTS)
+  assert jax.tree.map(jnp.dtype, found.variables['params']) == jax.tree.map(
+    jnp.dtype, expected['params']
+  )
+  kernel = found.variables['params']['layers_0']['mlp']['up_proj']['kernel'].astype(jnp.float32)
+  own = found.variables['quantization']['layers_0']['mlp']['up_proj']['kernel']
+  steps = kernel / own['scale'] + own['zero_point']
+  assert kernel.dtype == jnp.float32 and jnp.abs(steps - jnp.round(steps)).max() < 8 / 256
 
 
 def test_blocks_of_one_shape_share_their_compilation():
