@@ -85,6 +85,9 @@ from jaxlab.data.pipeline import (
   process_shard,
   to_device,
 )
+from jaxlab.data.randaugment import (
+  rand_augment,
+)
 from jaxlab.data.samplers import (
   ClassAwareSampler,
   ClassBalancedSampler,
@@ -174,6 +177,7 @@ __all__ = [
   'pasted',
   'prefetch_to_device',
   'process_shard',
+  'rand_augment',
   'random_apply',
   'random_color_jitter',
   'random_contrast_brightness',

@@ -5,6 +5,7 @@ A box is int32 `[top, left, height, width]` in pixels. What is drawn and what is
 """
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxlab.data.image import apply_separable, check_image
 
 Size = int | tuple[int, int]
+Interpolation = Literal['bilinear', 'bicubic']
 TRIES = 10  # torchvision's, for random resized crops and random erasing
 
 
@@ -22,8 +24,9 @@ def random_resized_crop(
   scale: tuple[float, float] = (0.08, 1.0),
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   antialias: bool = True,
+  interpolation: Interpolation = 'bilinear',
 ) -> jax.Array:
-  """Returns a random part of the image, resized (bilinear) to `size`: torchvision's rule.
+  """Returns a random part of the image, resized to `size`: torchvision's rule.
 
   Args:
     key: a typed key.
@@ -32,13 +35,14 @@ def random_resized_crop(
     scale: range of the part's share of the area.
     ratio: range of width / height, log-uniform.
     antialias: see `crop_and_resize`.
+    interpolation: see `crop_and_resize`.
 
   The defaults are those of "Going deeper with convolutions" (Szegedy et al. 2015) and torchvision.
   """
   check_image(image)
   size = _pair('size', size)
   box = draw_resized_crop(key, image.shape[0], image.shape[1], scale, ratio)
-  return crop_and_resize(image, box, size, antialias)
+  return crop_and_resize(image, box, size, antialias, interpolation)
 
 
 def draw_resized_crop(
@@ -76,43 +80,68 @@ def draw_resized_crop(
 
 
 def crop_and_resize(
-  image: jax.Array, box: jax.Array, size: Size, antialias: bool = True
+  image: jax.Array,
+  box: jax.Array,
+  size: Size,
+  antialias: bool = True,
+  interpolation: Interpolation = 'bilinear',
 ) -> jax.Array:
-  """Returns the part of the image in `box`, resized (bilinear) to `size`.
+  """Returns the part of the image in `box`, resized to `size`.
 
-  The part is cut out first, so that nothing outside the box is seen. With `antialias` the triangular
-  filter widens with the reduction, as in PIL and in torchvision's default; without, two pixels a side
-  are mixed, as in torch's `interpolate`. Enlarging is the same in both.
+  The part is cut out first, so that nothing outside the box is seen. With `antialias` the filter widens
+  with the reduction, as in PIL and in torchvision's default; without, two pixels a side are mixed, as in
+  torch's `interpolate`. Enlarging is the same in both.
 
   Args:
     image: floats `[height, width, channels]`.
     box: `[4]`, inside of the image; may be traced.
     size: static output side, or (height, width).
     antialias: whether to widen the filter when the part is made smaller.
+    interpolation: `'bilinear'`, or `'bicubic'`: the cubic with a = -1/2, its overshoot clipped to [0, 1],
+      as in PIL. Torch's without antialias has another a and is not here.
 
   Returns:
     `[out_height, out_width, channels]` in the image's dtype.
+
+  Raises:
+    ValueError: for another interpolation, or bicubic without antialias.
   """
   check_image(image)
+  if interpolation not in Interpolation.__args__:
+    raise ValueError(
+      f'interpolation is {interpolation!r}, expected one of {Interpolation.__args__}.'
+    )
+  if interpolation == 'bicubic' and not antialias:
+    raise ValueError("interpolation='bicubic' takes antialias=True.")
   out_height, out_width = _pair('size', size)
   dtype = jnp.promote_types(image.dtype, jnp.float32)
   top, left, height, width = jnp.asarray(box, dtype)
-  rows = _resize_matrix(image.shape[0], top, height, out_height, antialias)
-  columns = _resize_matrix(image.shape[1], left, width, out_width, antialias)
-  return apply_separable(image, rows, columns)
+  bicubic = interpolation == 'bicubic'
+  rows = _resize_matrix(image.shape[0], top, height, out_height, antialias, bicubic)
+  columns = _resize_matrix(image.shape[1], left, width, out_width, antialias, bicubic)
+  resized = apply_separable(image, rows, columns)
+  return jnp.clip(resized, 0, 1) if bicubic else resized
 
 
 def _resize_matrix(
-  size: int, start: jax.Array, length: jax.Array, out_size: int, antialias: bool
+  size: int, start: jax.Array, length: jax.Array, out_size: int, antialias: bool, bicubic: bool
 ) -> jax.Array:
   """Returns the weights `[out_size, size]` that resize `[start, start + length)` to `out_size`."""
   pixel = jnp.arange(size, dtype=start.dtype)
   step = length / out_size
   center = start + step * (jnp.arange(out_size, dtype=start.dtype) + 0.5)
   support = jnp.maximum(step, 1) if antialias else 1
-  weights = jnp.maximum(1 - jnp.abs(pixel + 0.5 - center[:, None]) / support, 0)
+  distance = jnp.abs(pixel + 0.5 - center[:, None]) / support
+  weights = cubic(distance, -0.5) if bicubic else jnp.maximum(1 - distance, 0)
   weights = jnp.where((pixel >= start) & (pixel < start + length), weights, 0)
   return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def cubic(distance: jax.Array, a: float) -> jax.Array:
+  """Returns the weight of a pixel at `distance` >= 0 in cubic convolution (Keys 1981) with slope `a`."""
+  near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+  far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+  return jnp.where(distance < 1, near, jnp.where(distance < 2, far, 0))
 
 
 def center_crop(image: jax.Array, size: Size) -> jax.Array:

@@ -108,26 +108,40 @@ def _torch_bilinear(part, size):
 
 _IMAGE = np.random.default_rng(1).random((23, 19, 3), np.float32)
 _RESIZE = {
-  antialias: jax.jit(functools.partial(data.crop_and_resize, size=(12, 9), antialias=antialias))
-  for antialias in (True, False)
+  kind: jax.jit(functools.partial(data.crop_and_resize, size=(12, 9), **options))
+  for kind, options in {
+    'pil bilinear': {},
+    'pil bicubic': {'interpolation': 'bicubic'},
+    'torch bilinear': {'antialias': False},
+  }.items()
 }
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.booleans())
-def test_cut_and_resize_agrees_with_pil_and_torch_bilinear(draw, antialias):
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.sampled_from(sorted(_RESIZE)))
+def test_cut_and_resize_agrees_with_pil_and_torch_bilinear(draw, kind):
   height, width = draw.draw(st.integers(1, 23)), draw.draw(st.integers(1, 19))
   top, left = draw.draw(st.integers(0, 23 - height)), draw.draw(st.integers(0, 19 - width))
   box = jnp.array([top, left, height, width])
-  actual = _RESIZE[antialias](_IMAGE, box)
+  actual = _RESIZE[kind](_IMAGE, box)
   part = _IMAGE[top : top + height, left : left + width]
-  if antialias:
+  if kind.startswith('pil'):
     planes = [Image.fromarray(np.ascontiguousarray(part[..., c])) for c in range(3)]
-    bilinear = Image.Resampling.BILINEAR
-    expected = np.stack([np.asarray(p.resize((9, 12), bilinear)) for p in planes], axis=-1)
+    resample = Image.Resampling[kind.removeprefix('pil ').upper()]
+    expected = np.stack([np.asarray(p.resize((9, 12), resample)) for p in planes], axis=-1)
+    expected = np.clip(expected, 0, 1)  # as of images of 8 bits
   else:
     expected = _torch_bilinear(part, (12, 9))
   np.testing.assert_allclose(actual, expected, atol=2e-6)
+
+
+def test_resizing_that_does_not_exist_is_refused():
+  for options, message in (
+    ({'interpolation': 'lanczos'}, 'lanczos'),
+    ({'interpolation': 'bicubic', 'antialias': False}, 'takes antialias=True'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      data.crop_and_resize(_IMAGE, jnp.array([0, 0, 5, 5]), 4, **options)
 
 
 def test_whole_image_at_its_own_size_is_unchanged():
