@@ -33,6 +33,7 @@ class Network(NamedTuple):
   Attributes:
     model: the module.
     variables: its float variables.
+    train: the training split.
     calibration: `(count, batch_size) -> batches` of model inputs from the training split.
     score: `(float_variables, variables, hooks) -> metrics` on the test split: `accuracy` in percent or
       `perplexity`, and `logit_mse`, the mean squared difference of the logits from those of the float
@@ -41,6 +42,7 @@ class Network(NamedTuple):
 
   model: nn.Module
   variables: dict[str, PyTree]
+  train: data.Source
   calibration: Callable[[int, int], list[Array]]
   score: Callable[..., dict[str, float]]
 
@@ -78,13 +80,7 @@ def program(config: ConfigDict) -> Program:
   steps = config.data.train_size // config.batch_size
   schedule = make_schedule(**config.schedule, epochs=config.epochs, steps_per_epoch=steps)
   optimizer = make_optimizer(learning_rate=schedule, **config.optimizer)
-  index = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-  if config.task == 'language':
-    shape = (config.batch_size, config.data.length + 1)
-    batch = {'tokens': jax.ShapeDtypeStruct(shape, jnp.int32), 'index': index}
-  else:
-    shape = (config.batch_size, *config.data.stored_image)
-    batch = {'image': jax.ShapeDtypeStruct(shape, jnp.uint8), 'label': index, 'index': index}
+  batch = batch_shapes(config)
 
   def init(key: Array) -> TrainState:
     init_key, step_key = jax.random.split(key)
@@ -119,6 +115,16 @@ def program(config: ConfigDict) -> Program:
     return new, {'loss': loss, 'accuracy': accuracy, 'learning_rate': schedule(state.step)}
 
   return Program(init, step, batch)
+
+
+def batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the training batch of a section."""
+  index = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+  if config.task == 'language':
+    shape = (config.batch_size, config.data.length + 1)
+    return {'tokens': jax.ShapeDtypeStruct(shape, jnp.int32), 'index': index}
+  shape = (config.batch_size, *config.data.stored_image)
+  return {'image': jax.ShapeDtypeStruct(shape, jnp.uint8), 'label': index, 'index': index}
 
 
 def section(config: ConfigDict, name: str) -> ConfigDict:
@@ -168,6 +174,7 @@ def load(config: ConfigDict, name: str, folder: pathlib.Path) -> Network:
   return Network(
     model,
     variables,
+    sources['train'],
     functools.partial(calibration, own, sources['train']),
     functools.partial(score, own, model, sources['test']),
   )

@@ -7,6 +7,7 @@ the latter, of which the former are the first.
 """
 
 import pathlib
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from flax import traverse_util
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments import networks, results, training
+from experiments import compensation_tuning, networks, results, training
+from experiments.compensation_tuning import Tuning
 from experiments.quantized_features import parse_bits
 from experiments.results import row
 from jaxlab import models, parallel, quantizers
@@ -36,17 +38,29 @@ class Method(NamedTuple):
   options: Mapping[str, Any] = {}
 
 
-def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Method]) -> dict:
-  """Returns the results of `run`: rows for the float network, quantization alone, and each method.
+def compare(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  methods: Mapping[str, Method],
+  tunings: Mapping[str, Tuning] = types.MappingProxyType({}),
+) -> dict:
+  """Returns the results of `run`: rows for the float network, quantization alone, each method and tuning.
 
   Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent) or `perplexity`, `megabytes` (see
   there), `logit_mse` against the float network, `logit_mse_ratio` to that of quantization alone,
   `block_error_ratio`, the sum over compensated modules of the mean squared error on calibration data over
   that before; and per network `extra_parameters` and `extra_multiply_adds` (of one example).
+
+  `tunings` are trainings of `compensation_tuning`, each from another row; they are at some bit-widths alone.
   """
   sections = check(config)
+  tuned_bits = {
+    (name, title): compensation_tuning.bit_widths(config, own, tuning.settings)
+    for name, own in sections.items()
+    for title, tuning in tunings.items()
+  }
   folder = type(workdir)(config.networks_dir or workdir / 'networks')
-  metrics: dict[str, Metrics] = {name: {} for name in ('float', 'PTQ', *methods)}
+  metrics: dict[str, Metrics] = {name: {} for name in ('float', 'PTQ', *methods, *tunings)}
   reports = {}
   for name, own in sections.items():
     network = networks.load(config, name, folder)
@@ -64,6 +78,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
       alone['megabytes'] = megabytes(quantized.variables)
       _add(metrics['PTQ'], prefix, alone | {'logit_mse_ratio': 1.0})
       training.say(f'{name} {bits}: {_text(alone)}')
+      finished = {'PTQ': quantized}
       for title, method in methods.items():
         found = compensation.compensate(
           network.model,
@@ -74,6 +89,7 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
           programs=programs,
           **method.options,
         )
+        finished[title] = found
         scored = network.score(network.variables, found.variables, found.hooks)
         report = found.report
         scored['megabytes'] = megabytes(found.variables)
@@ -84,12 +100,37 @@ def compare(config: ConfigDict, workdir: pathlib.Path, methods: Mapping[str, Met
         metrics[title][f'{name}_extra_multiply_adds'] = float(report.multiply_adds.sum())
         reports[name, bits, title] = report
         training.say(f'{name} {bits} {title}: {_text(scored)}')
-  roles = {'float': 'reference', 'PTQ': 'baseline'} | {t: m.role for t, m in methods.items()}
-  rows = [row(title, roles[title], found) for title, found in metrics.items()]
+      for title, tuning in tunings.items():
+        if bits not in tuned_bits[name, title]:
+          continue
+        start = {'row': tuning.base, 'bits': bits, 'calibration': config.calibration.to_dict()}
+        if tuning.base in methods:
+          base = methods[tuning.base]
+          start |= {'method': repr(base.settings), 'options': dict(base.options)}
+        variables = compensation_tuning.tune(
+          compensation_tuning.section(own, tuning.settings, start),
+          network,
+          quantized,
+          finished[tuning.base],
+          workdir / 'fine_tuning' / f'{name}-{bits}-{tuning.base}-seed{config.seed}',
+          f'{name} {bits} {title}',
+        )
+        if variables is None:
+          continue
+        scored = network.score(network.variables, variables, finished[tuning.base].hooks)
+        scored['megabytes'] = megabytes(variables)
+        scored['logit_mse_ratio'] = scored['logit_mse'] / alone['logit_mse']
+        _add(metrics[title], prefix, scored)
+        extra = {k: v for k, v in metrics[tuning.base].items() if k.startswith(f'{name}_extra_')}
+        metrics[title] |= extra
+        training.say(f'{name} {bits} {title}: {_text(scored)}')
+  roles = {'float': 'reference', 'PTQ': 'baseline'}
+  roles |= {title: item.role for title, item in (*methods.items(), *tunings.items())}
+  rows = [row(title, roles[title], found) for title, found in metrics.items() if found]
   show(config, rows, reports, workdir)
   ran = tuple(f'{name}_{bits}_' for name in sections for bits in config.bits)
-  claims = [claim for claim in config.claims if claim['metric'].startswith(ran)]
-  return results.results(config, rows, claims)
+  asked = ConfigDict({'claims': tuple(c for c in config.claims if c['metric'].startswith(ran))})
+  return results.results(config, rows, results.measured_claims(asked, rows))
 
 
 def check(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -288,7 +329,7 @@ def show(config: ConfigDict, rows: list, reports: Mapping[tuple, Any], workdir: 
   width = 0.8 / len(rows)
   for name, kind in kinds.items():
     for i, item in enumerate(rows):
-      values = [item['metrics'][f'{name}_{bits}_{kind}'] for bits in config.bits]
+      values = [item['metrics'].get(f'{name}_{bits}_{kind}', np.nan) for bits in config.bits]
       axes[name].bar(np.arange(len(values)) + i * width, values, width, label=item['name'])
     axes[name].set_xticks(np.arange(len(config.bits)) + 0.4 - width / 2, config.bits)
     axes[name].set_title(f'{name}: {kind}')

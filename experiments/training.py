@@ -1,5 +1,6 @@
 """From a configuration to data, mesh and a trained state: what all experiments do alike."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,23 +82,35 @@ def train(
   *,
   num_steps: int,
   description: str,
+  begin: Callable[[training.TrainState], training.TrainState] | None = None,
 ) -> tuple[training.TrainState, list[dict[str, Any]]]:
   """Trains `program` on shuffled batches of `source`, from wherever `workdir` was left.
 
   Returns the final state and the rows of metrics. Uses `batch_size`, `seed`, `log_every`, `checkpoint_every`,
   `mesh` and `data` of the configuration.
+
+  `begin` is applied to the drawn state; what comes out is saved as the checkpoint of step 0, from which the
+  run goes on like any other: other networks' variables are data of the run, not of its program.
   """
   loader = make_loader(config, source, config.batch_size)
+  key, settings = jax.random.key(config.seed), {**_trajectory(config), 'num_steps': num_steps}
+  settings['run'] = description
+  if begin is not None:
+    checkpoints = training.Checkpoints(str(workdir), config=settings)
+    if not checkpoints.steps:
+      init = parallel.shard_program(program, mesh(config)).init
+      checkpoints.save(0, begin(init(key)), loader.get_state())
+    checkpoints.close()
   say(f'{description}: {num_steps} steps; the first one is compiled')
   try:
     return training.fit(
       program,
       loader,
       num_steps=num_steps,
-      key=jax.random.key(config.seed),
+      key=key,
       mesh=mesh(config),
       workdir=str(workdir),
-      config={**_trajectory(config), 'num_steps': num_steps, 'run': description},
+      config=settings,
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
       description=description,

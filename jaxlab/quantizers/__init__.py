@@ -67,6 +67,12 @@ from jaxlab.quantizers.learned import (
   pact_penalty,
   scale_gradient,
 )
+from jaxlab.quantizers.learned_hooks import (
+  lsq_apply,
+  lsq_hooks,
+  lsq_kernels,
+  lsq_variables,
+)
 from jaxlab.quantizers.logarithmic import (
   log2_dequantize,
   log2_fake_quantize,
@@ -85,6 +91,7 @@ from jaxlab.quantizers.operands import (
   operand_hooks,
   percentile_ptq,
   quantize_kernels,
+  recalibration_hook,
 )
 from jaxlab.quantizers.policy import (
   BitPolicy,
@@ -199,9 +206,13 @@ __all__ = [
   'log_sqrt2_fake_quantize',
   'log_sqrt2_quantize',
   'log_sqrt2_scale',
+  'lsq_apply',
   'lsq_fake_quantize',
+  'lsq_hooks',
+  'lsq_kernels',
   'lsq_plus_fake_quantize',
   'lsq_scale',
+  'lsq_variables',
   'min_max',
   'min_max_observer',
   'mse_range',
@@ -222,6 +233,7 @@ __all__ = [
   'quantize_kernels',
   'quantize_weights',
   'range_hooks',
+  'recalibration_hook',
   'reparametrize',
   'repq',
   'requantize',

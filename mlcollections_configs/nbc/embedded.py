@@ -14,6 +14,7 @@ from mlcollections_configs.qwt import embedded
 def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = embedded.get_config()
+  config.qwt.fine_tuning = None
   config.nbc = dict(
     method=dict(scale_rule=1.0),
     options=dict(dtype='float16', target='local'),

@@ -14,6 +14,7 @@ from mlcollections_configs.qwt import fashion_mnist
 def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = fashion_mnist.get_config()
+  config.qwt.fine_tuning = None
   own = embedded.get_config()
   config.nbc = own.nbc
   config.claims = tuple(c for c in own.claims if c['metric'].startswith(('vit_2', 'resnet_2')))

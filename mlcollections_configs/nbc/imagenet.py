@@ -14,5 +14,6 @@ from mlcollections_configs.qwt import imagenet
 def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = imagenet.get_config()
+  config.qwt.fine_tuning = None
   config.nbc = embedded.get_config().nbc
   return config

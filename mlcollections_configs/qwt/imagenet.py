@@ -3,13 +3,15 @@
   python -m experiments.qwt --config=mlcollections_configs/qwt/imagenet.py --workdir=gs://...
   ... '--config.networks=("vit_small","swin_tiny")'
 
-Ranges from 32 training images, compensation from 512, both under random resized crops and flips. The official
-code adds RandAugment, crops from the full photograph (here: from its center of 256x256) and resizes bicubic.
-Weights are timm's; the paper takes ResNet-18 and 50 from BRECQ, a point better.
+Ranges from 32 training images, compensation from 512, both under bicubic random resized crops, flips and
+RandAugment (timm's rand-m9-mstd0.5-inc1) as in the official code, which crops from the full photograph (here:
+from its center of 256x256). Weights are timm's; the paper takes ResNet-18 and 50 from BRECQ, a point better.
 Prepare the data once: `tfds build imagenet2012 --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
+
+from mlcollections_configs.qwt import embedded
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -42,10 +44,21 @@ def get_config() -> ConfigDict:
   config.bits = ('8w8a', '6w6a', '4w4a')
   config.calibration = dict(ranges=32, compensation=512, batch_size=32)
   config.qwt = dict(method=dict(), options=dict(dtype='float16', target='local', start_block=0))
+  config.qwt.fine_tuning = fine_tuning()
   config.network = {name: network(*choice) for name, choice in NETWORKS.items()}
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.claims = ()
   return config
+
+
+def fine_tuning() -> dict:
+  """Returns the training of QwT*: one epoch, as in the paper, which gives no settings of the optimizer."""
+  return embedded.fine_tuning() | dict(
+    bits='all',
+    batch_size=256,
+    label_smoothing=0.1,
+    log_every=100,
+  )
 
 
 def network(weights: str, normalization: tuple, resize: int) -> dict:
@@ -79,6 +92,8 @@ def network(weights: str, normalization: tuple, resize: int) -> dict:
       grayscale_probability=0.0,
       blur_probability=0.0,
       flip_probability=0.5,
+      interpolation='bicubic',
+      rand_augment=dict(magnitude=9.0, magnitude_std=0.5, num_ops=2, increasing=True),
     ),
     batch_size=256,
     eval_batch_size=512,
