@@ -10,9 +10,10 @@ import optax
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, is_concrete
+from jaxlab.losses._arguments import accumulated
 from jaxlab.losses._labels import require_classes
 from jaxlab.losses.classification import label_smoothing_cross_entropy
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, is_concrete
+from jaxlab.losses._arguments import accumulated
+from jaxlab.tracing import is_concrete
 
 
 class Calibration(NamedTuple):

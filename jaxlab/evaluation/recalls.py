@@ -13,7 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxlab.evaluation.classification import confusion_matrix, per_class_recall
-from jaxlab.losses._arguments import accumulated, is_concrete
+from jaxlab.losses._arguments import accumulated
+from jaxlab.tracing import is_concrete
 
 ZERO_REPLACEMENT = 1e-3  # as in Du & Wu 2023: a recall of 0.1 %
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxlab.tracing import is_concrete
+
 
 def accumulated(*arrays: ArrayLike) -> list[jax.Array]:
   """Returns the arrays in at least float32, in which sums and exponentials are taken."""
@@ -44,11 +46,3 @@ def require_share(**values: ArrayLike) -> None:
       array = np.asarray(value, np.float64)
       if not np.all((array >= 0) & (array <= 1)):
         raise ValueError(f'{name} must be in [0, 1], got {value}.')
-
-
-def is_concrete(x: ArrayLike) -> bool:
-  """Returns whether this process can read the values of `x` now, by `np.asarray`.
-
-  In a `jit` that closes over `x` its values can be read, but jax would trace what it computes of them.
-  """
-  return not isinstance(x, jax.core.Tracer) and getattr(x, 'is_fully_addressable', True)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import is_concrete
+from jaxlab.tracing import is_concrete
 
 
 def require_labels(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> None:

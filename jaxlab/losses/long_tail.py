@@ -12,13 +12,13 @@ from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import (
   accumulated,
-  is_concrete,
   require_positive,
   require_same_shape,
   require_share,
 )
 from jaxlab.losses._labels import require_class_counts, require_labels
 from jaxlab.losses.classification import label_smoothing_cross_entropy, weighted_cross_entropy
+from jaxlab.tracing import is_concrete
 
 
 def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999) -> np.ndarray:

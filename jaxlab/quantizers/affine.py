@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.quantizers.rounding import clip_inclusive, round_straight_through
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 Bits = int | Array
@@ -112,7 +113,7 @@ class AffineParams(flax.struct.PyTreeNode):
 
 def check_bits(bits: Bits, minimum: int = 1) -> None:
   """Raises ValueError unless `bits` is an integer in `[minimum, 16]`; traced bits pass unseen."""
-  if isinstance(bits, jax.core.Tracer):
+  if not is_concrete(bits):
     return
   value = np.asarray(bits)
   if value.dtype == bool or not np.all(value == np.round(value)):
@@ -123,7 +124,7 @@ def check_bits(bits: Bits, minimum: int = 1) -> None:
 
 def _check_signed(bits: Bits, rule: str) -> None:
   """Raises ValueError for signed codes of 1 bit, -1 and 0, which hold no positive value."""
-  if rule not in ('symmetric', 'half_range') or isinstance(bits, jax.core.Tracer):
+  if rule not in ('symmetric', 'half_range') or not is_concrete(bits):
     return
   if np.any(np.asarray(bits) == 1):
     raise ValueError(f'rule={rule!r} has signed codes and needs at least 2 bits; got bits={bits}.')
@@ -178,7 +179,12 @@ def cut_groups(quantizer: AffineQuantizer, x: Array) -> Array:
 
 
 def params_from_range(
-  quantizer: AffineQuantizer, minimum: Array, maximum: Array, bits: Bits | None = None
+  quantizer: AffineQuantizer,
+  minimum: Array,
+  maximum: Array,
+  bits: Bits | None = None,
+  *,
+  on_degenerate: Literal['identity', 'error'] = 'identity',
 ) -> AffineParams:
   """Returns scale and zero point for the range `[minimum, maximum]` by the quantizer's rule.
 
@@ -188,13 +194,20 @@ def params_from_range(
     maximum: highest value, same shape. The result is differentiable in both; `fake_quantize` decides
       whether the gradient is used.
     bits: in place of `quantizer.bits`; may be traced.
+    on_degenerate: what becomes of a range without extent (a constant tensor or channel; for the signed rules
+      one of zeros alone): `'identity'` gives the scale 0, at which `fake_quantize` returns values as they
+      are (`'asymmetric_clipped'`: the least scale); `'error'` raises, where the range is concrete.
 
   Raises:
-    ValueError: for concrete ranges that are not finite or have minimum > maximum, and for signed codes of
-      1 bit, which are -1 and 0.
+    ValueError: for concrete ranges that are not finite or have minimum > maximum, for those without extent
+      if `on_degenerate='error'`, and for signed codes of 1 bit, which are -1 and 0.
   """
-  minimum, maximum = jnp.asarray(minimum), jnp.asarray(maximum)
+  if on_degenerate not in ('identity', 'error'):
+    raise ValueError(f"on_degenerate={on_degenerate!r}; choose 'identity' or 'error'.")
   _check_range(minimum, maximum)
+  if on_degenerate == 'error':
+    _check_extent(quantizer, minimum, maximum)
+  minimum, maximum = jnp.asarray(minimum), jnp.asarray(maximum)
   _check_signed(quantizer.bits if bits is None else bits, quantizer.rule)
   dtype = jnp.promote_types(jnp.promote_types(minimum.dtype, maximum.dtype), jnp.float32)
   minimum, maximum = minimum.astype(dtype), maximum.astype(dtype)
@@ -220,15 +233,29 @@ def params_from_range(
 
 
 def _check_range(minimum: Array, maximum: Array) -> None:
-  if isinstance(minimum, jax.core.Tracer) or isinstance(maximum, jax.core.Tracer):
+  if not (is_concrete(minimum) and is_concrete(maximum)):
     return
+  minimum, maximum = np.asarray(minimum), np.asarray(maximum)
   if not (np.all(np.isfinite(minimum)) and np.all(np.isfinite(maximum))):
     raise ValueError(
       f'The range [{np.min(minimum)}, {np.max(maximum)}] is not finite: was the observer shown '
       f'data, and is the data free of NaN and infinity?'
     )
-  if np.any(np.asarray(minimum) > np.asarray(maximum)):
+  if np.any(minimum > maximum):
     raise ValueError(f'minimum {minimum} lies above maximum {maximum}.')
+
+
+def _check_extent(quantizer: AffineQuantizer, minimum: Array, maximum: Array) -> None:
+  if not (is_concrete(minimum) and is_concrete(maximum)):
+    return
+  minimum, maximum = np.asarray(minimum), np.asarray(maximum)
+  zeros = (minimum == 0) & (maximum == 0)
+  empty = np.ravel(zeros if quantizer.signed else minimum == maximum)
+  if empty.any():
+    raise ValueError(
+      f'{empty.sum()} of {empty.size} ranges have no extent (index {np.flatnonzero(empty)[:5].tolist()}): '
+      f"their values are constant. Leave them in float, or pass on_degenerate='identity'."
+    )
 
 
 def min_max(quantizer: AffineQuantizer, x: Array) -> tuple[Array, Array]:
@@ -239,13 +266,19 @@ def min_max(quantizer: AffineQuantizer, x: Array) -> tuple[Array, Array]:
   return jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
 
 
-def calibrate(quantizer: AffineQuantizer, x: Array, bits: Bits | None = None) -> AffineParams:
-  """Returns the parameters for the minimum and maximum of `x`.
+def calibrate(
+  quantizer: AffineQuantizer,
+  x: Array,
+  bits: Bits | None = None,
+  *,
+  on_degenerate: Literal['identity', 'error'] = 'identity',
+) -> AffineParams:
+  """Returns the parameters for the minimum and maximum of `x`; arguments as in `params_from_range`.
 
   Other range estimates (percentiles, mean squared error) are in `jaxlab.quantizers.ranges`; hand theirs
   to `params_from_range`.
   """
-  return params_from_range(quantizer, *min_max(quantizer, x), bits)
+  return params_from_range(quantizer, *min_max(quantizer, x), bits, on_degenerate=on_degenerate)
 
 
 def affine_fake_quantize(
@@ -321,8 +354,10 @@ def quantize(
         f'dtype={jnp.dtype(dtype).name} does not hold {quantizer.bits}-bit '
         f'{"signed" if quantizer.signed else "unsigned"} codes.'
       )
-    if not isinstance(params.high, jax.core.Tracer) and (
-      jnp.any(params.low < info.min) or jnp.any(params.high > info.max)
+    if (
+      is_concrete(params.low)
+      and is_concrete(params.high)
+      and (np.any(np.asarray(params.low) < info.min) or np.any(np.asarray(params.high) > info.max))
     ):
       raise ValueError(
         f'dtype={jnp.dtype(dtype).name} does not hold the codes [{params.low}, {params.high}] of params.'

@@ -21,8 +21,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.quantizers.affine import Bits, check_bits
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 Padding = str | Sequence[tuple[int, int]]
@@ -217,7 +219,7 @@ def gptq(
     act_order=act_order,
     static_groups=static_groups,
   )
-  if not isinstance(result.weight, jax.core.Tracer) and not jnp.all(jnp.isfinite(result.weight)):
+  if is_concrete(result.weight) and not np.all(np.isfinite(result.weight)):
     raise ValueError(
       f'The damped Hessian is not positive definite (damping={damping}): use more calibration data or a '
       f'larger damping.'
@@ -235,10 +237,10 @@ def _check(weight, hessian, bits, group_size, block_size, damping) -> None:
     raise ValueError(
       f'block_size={block_size} and group_size={group_size} must be positive (group_size None: one group).'
     )
-  if not isinstance(damping, jax.core.Tracer) and damping < 0:
+  if is_concrete(damping) and np.asarray(damping) < 0:
     raise ValueError(f'damping={damping} must not be negative.')
   for name, value in (('weight', weight), ('hessian', hessian)):
-    if not isinstance(value, jax.core.Tracer) and not jnp.all(jnp.isfinite(value)):
+    if is_concrete(value) and not np.all(np.isfinite(value)):
       raise ValueError(f'{name} holds NaN or infinity: are weights and calibration data finite?')
 
 
@@ -364,9 +366,17 @@ def gptq_kernel(kernel: Array, hessian: Array, bits: Bits = 4, **options) -> GPT
     bits: 2 to 16.
     **options: see `gptq`.
   """
-  *window, inputs, outputs = kernel.shape
-  flat = jnp.moveaxis(kernel, -2, 0).reshape(-1, outputs)
-  result = gptq(flat.T, hessian, bits, **options)
+  return _flax_layout(gptq(_rows(kernel), hessian, bits, **options), kernel.shape)
+
+
+@jax.jit
+def _rows(kernel: Array) -> Array:
+  return jnp.moveaxis(kernel, -2, 0).reshape(-1, kernel.shape[-1]).T
+
+
+@functools.partial(jax.jit, static_argnames='shape')
+def _flax_layout(result: GPTQResult, shape: tuple[int, ...]) -> GPTQKernel:
+  *window, inputs, outputs = shape
 
   def restore(matrix: Array) -> Array:
     return jnp.moveaxis(matrix.T.reshape(inputs, *window, outputs), 0, -2)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer, quantize
+from jaxlab.tracing import is_concrete
 
 if TYPE_CHECKING:
   import qwix
@@ -102,7 +103,7 @@ def integer_conv(
   _check_sum(inputs, x, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
   kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
-  if not isinstance(x_zero_point, jax.core.Tracer) and not -128 <= int(x_zero_point) <= 127:
+  if is_concrete(x_zero_point) and not -128 <= int(x_zero_point) <= 127:
     raise ValueError(
       'x_zero_point is no code, so that there is no code of 0 to pad with: calibrate the input with '
       "rule='asymmetric_clipped', or with a range that contains 0."
@@ -194,7 +195,7 @@ def as_qarray(quantizer: AffineQuantizer, kernel: Array, params: AffineParams) -
       f'bits={quantizer.bits}. Use integer_dot with zero points.'
     )
   limit = 2 ** (quantizer.bits - 1) - 1
-  if not isinstance(params.high, jax.core.Tracer) and jnp.any(params.high > limit):
+  if is_concrete(params.high) and np.any(np.asarray(params.high) > limit):
     raise ValueError(f'params are for codes up to {params.high}, the quantizer for {limit}.')
   codes = quantize(quantizer, kernel, params, jnp.int8)
   scale = params.scale
@@ -220,8 +221,9 @@ def pack_int4(codes: Array, axis: int = -2) -> Array:
   """
   if not jnp.issubdtype(codes.dtype, jnp.integer):
     raise ValueError(f'codes must be integers; got {codes.dtype}.')
-  if not isinstance(codes, jax.core.Tracer) and codes.size:
-    low, high = int(jnp.min(codes)), int(jnp.max(codes))
+  if is_concrete(codes) and codes.size:
+    values = np.asarray(codes)
+    low, high = int(values.min()), int(values.max())
     if low < -8 or high > (7 if low < 0 else 15):
       raise ValueError(f'codes in [{low}, {high}] are not 4-bit: expected [-8, 7] or [0, 15].')
   moved = jnp.moveaxis(codes, axis, 0).astype(jnp.uint8) & 15
@@ -265,10 +267,10 @@ def _signed(codes: Array, zero_point: Array | None, name: str) -> tuple[Array, A
   if zero_point is not None:
     _check_whole(zero_point, f'{name}_zero_point')
     offset = 128 if unsigned else 0
-    if isinstance(zero_point, jax.core.Tracer):
-      zero_point = zero_point.astype(jnp.int32) - offset
-    else:
+    if is_concrete(zero_point):
       zero_point = np.asarray(zero_point).astype(np.int32) - np.int32(offset)
+    else:
+      zero_point = zero_point.astype(jnp.int32) - offset
   if unsigned:
     codes = jax.lax.bitcast_convert_type(codes ^ 128, jnp.int8)
   return codes, zero_point
@@ -276,7 +278,7 @@ def _signed(codes: Array, zero_point: Array | None, name: str) -> tuple[Array, A
 
 def _check_whole(value: Array, name: str) -> None:
   # NumPy throughout: inside `jit`, jax would trace operations on concrete arrays, too.
-  if not isinstance(value, jax.core.Tracer) and np.any(np.asarray(value) % 1):
+  if is_concrete(value) and np.any(np.asarray(value) % 1):
     raise ValueError(
       f'{name} must be a whole number for integer execution; got {value}. Round it and recalibrate.'
     )
@@ -284,7 +286,7 @@ def _check_whole(value: Array, name: str) -> None:
 
 def _spread(codes: Array, zero_point: Array | None) -> int:
   """Returns the largest distance of a code from its zero point; 255 for a traced one, a code itself."""
-  if isinstance(zero_point, jax.core.Tracer) or codes.dtype not in (jnp.int8, jnp.uint8):
+  if not is_concrete(zero_point) or codes.dtype not in (jnp.int8, jnp.uint8):
     return 255
   zero_point = 0 if zero_point is None else zero_point
   info, zero = jnp.iinfo(codes.dtype), np.asarray(zero_point, np.float64)

@@ -24,6 +24,7 @@ import numpy as np
 
 from jaxlab.quantizers.affine import Bits, check_bits, code_range
 from jaxlab.quantizers.rounding import clip_inclusive, round_straight_through
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
@@ -68,8 +69,9 @@ def lsq_scale(x: Array, high: Array, axis: int | None = None) -> Array:
     raise ValueError(f'axis={axis} is not an axis of a tensor with {x.ndim} dimensions.')
   axes = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
   scale = 2 * jnp.mean(jnp.abs(x), axes, keepdims=True) / jnp.sqrt(jnp.asarray(high, x.dtype))
-  if not isinstance(scale, jax.core.Tracer) and not np.all(np.isfinite(scale) & (scale > 0)):
-    bad = np.flatnonzero(~(np.isfinite(scale) & (np.asarray(scale) > 0)))
+  good = (np.asarray(scale) > 0) & np.isfinite(scale) if is_concrete(scale) else True
+  if not np.all(good):
+    bad = np.flatnonzero(~good)
     raise ValueError(
       f'No positive finite step for channels {bad[:5].tolist()}: their values are all 0, or not finite.'
     )
@@ -313,7 +315,7 @@ def _widen(x: Array) -> Array:
 
 
 def _check_high(high: Array) -> None:
-  if not isinstance(high, jax.core.Tracer) and not np.all(np.asarray(high) > 0):
+  if is_concrete(high) and not np.all(np.asarray(high) > 0):
     raise ValueError(
       f'The highest code must be positive; got {high}: LSQ needs 2 signed bits or more.'
     )

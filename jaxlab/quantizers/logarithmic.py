@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxlab.quantizers.affine import Bits, check_bits
 from jaxlab.quantizers.quantiles import select_quantiles
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 
@@ -87,9 +88,9 @@ def log_sqrt2_scale(
     lambda scale: jnp.mean(jnp.square(x - _log_sqrt2_fake_quantize(x, scale, bits))), candidates
   )
   scale = candidates[jnp.argmin(errors)]
-  if not isinstance(scale, jax.core.Tracer) and not (np.isfinite(scale) and scale > 0):
+  if is_concrete(scale) and not 0 < np.asarray(scale) < np.inf:
     raise ValueError(
-      f'The quantiles of x are {np.asarray(candidates)}: a scale must be finite and positive. Is x '
+      f'The quantiles of x are {candidates}: a scale must be finite and positive. Is x '
       f'attention after the softmax, free of NaN?'
     )
   return scale

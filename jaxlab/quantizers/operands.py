@@ -16,6 +16,7 @@ slice of the variables, every block of it. Variables whose collection has no `in
 
 import functools
 import re
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
 from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize, log_sqrt2_scale
 from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
 from jaxlab.quantizers.ranges import percentile_range
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
@@ -185,7 +187,7 @@ def plan(
 
 
 def _check_bits(path: str, bits: Bits) -> None:
-  if isinstance(bits, jax.core.Tracer):
+  if not is_concrete(bits):
     return
   if not MIN_BITS <= float(bits) <= MAX_BITS:
     raise ValueError(f'bits of {path!r} must lie in [{MIN_BITS}, {MAX_BITS}]; got {bits}.')
@@ -220,16 +222,15 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
   A range below 16 units in the last place of its bounds is that of a constant: its scale is 0, which leaves
   values as they are. If `x` is not finite, the scale is NaN.
   """
-  x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = _finite_or_nan(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
   minimum, maximum = percentile_range(quantizer, x, bits)
   shape = () if quantizer.granularity == 'tensor' else (-1,)
   minimum, maximum = minimum.reshape(shape), maximum.reshape(shape)
   params = affine.params_from_range(quantizer, minimum, maximum, bits)
   extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
   constant = maximum - minimum <= 16 * jnp.finfo(x.dtype).eps * extreme
-  scale = jnp.where(constant, 0, params.scale)
   return {
-    'scale': jnp.where(jnp.all(jnp.isfinite(x)), scale, jnp.nan),
+    'scale': jnp.where(constant, 0, params.scale),
     'zero_point': jnp.where(constant, 0, params.zero_point),
     'low': params.low,
     'high': params.high,
@@ -261,11 +262,12 @@ def calibrate_inputs(
 
 def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
   kinds = dict(kinds)
+  find = _InputSearch()
 
   def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if site.path in kinds:
       if not site.has('input'):
-        site.write('input', _input_constants(kinds[site.path], args[0], bits[site.path]))
+        site.write('input', find(site, kinds[site.path], args[0], bits[site.path]))
       args = (_fake_quantize(args[0], site.read('input')), *args[1:])
     return call(*args, **kwargs)
 
@@ -282,15 +284,70 @@ def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
 _jitted_calibrate_inputs = jax.jit(_calibrate_inputs, static_argnames=('model', 'kinds', 'kwargs'))
 
 
+class _InputSearch:
+  """Finds the constants of one input after another, also where the inputs do not depend on each other.
+
+  The search is a loop that counts over the whole batch, on a mesh with a collective in it. XLA on CPUs starts
+  independent loops in any order, another one on each device, and they would wait for each other for ever.
+  Siblings (query, key, value) are independent; others follow each other in the network.
+  """
+
+  def __init__(self):
+    self.scales = (
+      weakref.WeakKeyDictionary()
+    )  # by the scope of the parent, which lives as long as a call
+
+  def __call__(self, site: Site, kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+    parent = site.module.scope.parent
+    if parent in self.scales:
+      x = jnp.where(jnp.isnan(self.scales[parent]), jnp.nan, x)
+    constants = _input_constants(kind, x, bits)
+    if parent is not None:
+      self.scales[parent] = constants['scale'].ravel()[0]
+    return constants
+
+
+def _finite_or_nan(x: Array) -> Array:
+  """Returns `x`, or NaN everywhere if it is not finite; what is computed of it waits for the answer."""
+  return jnp.where(jnp.all(jnp.isfinite(x)), x, jnp.nan)
+
+
 def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
   if kind == 'log_sqrt2':
-    scale = log_sqrt2_scale(x, bits)
-    scale = jnp.where(jnp.all(jnp.isfinite(x)), scale, jnp.nan)
+    x = _finite_or_nan(x)
+    scale = jnp.where(jnp.isnan(x.ravel()[0]), jnp.nan, log_sqrt2_scale(x, bits))
     return {'scale': scale, 'bits': jnp.asarray(bits, scale.dtype)}
   constants = affine_constants(TENSOR if kind == 'tensor' else CHANNEL, x, bits)
   if kind == 'channel':
     constants['value'] = x.reshape(-1, x.shape[-1])[0].astype(constants['scale'].dtype)
   return constants
+
+
+def recalibration_hook(paths: Sequence[str]) -> Hook:
+  """Returns the hook that finds the ranges of the inputs at `paths` anew, on what flows in.
+
+  To be appended to `operand_hooks()` and applied with `mutable=['quantization']`: the collection that comes
+  back holds the new constants, of the old bit-widths; later layers already see inputs quantized with them.
+  A module without an `input` there is left alone.
+
+  Args:
+    paths: of modules, seen from the model.
+  """
+  paths = frozenset(paths)
+  find = _InputSearch()
+
+  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if site.path in paths and site.has('input'):
+      own = site.read('input')
+      kind, bits = 'log_sqrt2', own.get('bits')
+      if bits is None:
+        kind = 'channel' if own['scale'].ndim else 'tensor'
+        bits = jnp.log2(own['high'] - own['low'] + 1)
+      new = find(site, kind, args[0], bits)
+      site.write('input', {name: new[name] for name in own})
+    return call(*args, **kwargs)
+
+  return Hook('.*', call=visit, collection=COLLECTION)
 
 
 def collection(
@@ -314,7 +371,7 @@ def check_finite(
   """
   for what, constants in (('kernel', kernels), ('input', inputs)):
     finite = _finite([own['scale'] for own in constants.values()])
-    if not isinstance(finite, jax.core.Tracer) and not np.all(finite):
+    if is_concrete(finite) and not np.all(finite):
       raise ValueError(
         f'The {what} of {list(constants)[int(np.argmin(finite))]!r} is not finite: are the weights and the '
         f'calibration batch free of NaN and infinity?'

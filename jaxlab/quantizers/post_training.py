@@ -41,6 +41,8 @@ def quantize_weights(
 ) -> PyTree:
   """Returns `params` with the kernels that `policy` names fake-quantized, ranges from the kernels themselves.
 
+  Blocks that are stacked under `blocks` (`models.stack_blocks`, `ViT(scan=True)`) are quantized one by one.
+
   Args:
     params: parameter tree; a kernel's path without `/kernel` is its module's path.
     policy: its `weights` rules.
@@ -54,14 +56,38 @@ def quantize_weights(
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   owners = {path: path.rpartition('/')[0] for path in flat if re.search(r'(^|/)kernel$', path)}
   check_rules(policy.weights, list(owners.values()), 'weight')
+  stacked = _stacked_subtrees(flat)
   for path, owner in owners.items():
     bits = policy.weight_bits(owner)
     if bits is not None:
-      calibrated = affine.calibrate(quantizer, flat[path], bits)
-      flat[path] = affine.fake_quantize(
-        quantizer, flat[path], calibrated, scale_grad=scale_grad, degenerate=degenerate
-      )
+
+      def quantize(kernel, bits=bits):
+        return affine.fake_quantize(
+          quantizer,
+          kernel,
+          affine.calibrate(quantizer, kernel, bits),
+          scale_grad=scale_grad,
+          degenerate=degenerate,
+        )
+
+      flat[path] = (jax.vmap(quantize) if path.startswith(stacked) else quantize)(flat[path])
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _stacked_subtrees(flat: Mapping[str, Array]) -> tuple[str, ...]:
+  """Returns the prefixes `.../blocks/` below which all arrays are stacked along their first axis.
+
+  Vectors (biases, scales of norms) are then matrices, and all arrays are of one length.
+  """
+  found: dict[str, list[Array]] = {}
+  for path, leaf in flat.items():
+    for match in re.finditer(r'(^|/)blocks/', path):
+      found.setdefault(path[: match.end()], []).append(leaf)
+  return tuple(
+    prefix
+    for prefix, leaves in found.items()
+    if all(len(leaf.shape) > 1 for leaf in leaves) and len({leaf.shape[0] for leaf in leaves}) == 1
+  )
 
 
 def range_hooks(

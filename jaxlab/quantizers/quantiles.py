@@ -53,6 +53,10 @@ def select_quantiles(x: Array, shares: Sequence[float], axes: Sequence[int] | No
 
 @functools.partial(jax.jit, static_argnames='axes')
 def _select(x: Array, ranks: Array, weights: Array, *, axes: tuple[int, ...]) -> Array:
+  # Found before the loop, which has to wait for it: of two collectives that do not depend on each other,
+  # one in a loop, XLA on CPUs may start either first, on each device another, and they would wait for ever.
+  missing = jnp.any(jnp.isnan(x), axes, keepdims=True)
+  x = jnp.where(missing, jnp.nan, x)
   bits = 8 * x.dtype.itemsize
   unsigned = jnp.uint32 if bits == 32 else jnp.uint64
   sign = unsigned(1 << (bits - 1))
@@ -82,4 +86,4 @@ def _select(x: Array, ranks: Array, weights: Array, *, axes: tuple[int, ...]) ->
     return jnp.where(between, low * (1 - weight) + high * weight, low)
 
   found = jax.lax.map(one, (ranks, weights))
-  return jnp.where(jnp.any(jnp.isnan(x), axes, keepdims=True), jnp.nan, found)
+  return jnp.where(missing, jnp.nan, found)

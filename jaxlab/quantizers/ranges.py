@@ -48,12 +48,13 @@ class Observer(NamedTuple):
   """A running range estimate as pure functions.
 
   Attributes:
-    init: `() -> state`.
+    init: `() -> state`, or `(x) -> state` for a batch or its shape: a state that keeps its shapes and dtypes
+      through `update`, as `lax.scan` asks for. Without `x`, the first update gives it shapes.
     update: `(state, x) -> state`.
     range: `state -> (minimum, maximum)`, kept dimensions as in `min_max`; infinite before any batch.
   """
 
-  init: Callable[[], RangeState]
+  init: Callable[..., RangeState]
   update: Callable[[RangeState, Array], RangeState]
   range: Callable[[RangeState], tuple[Array, Array]]
 
@@ -64,9 +65,13 @@ def _observer(
 ) -> Observer:
   """Returns the observer whose estimate after a batch is `estimate(state with what was seen, x)`."""
 
-  def init() -> RangeState:
+  def init(x: Array | jax.ShapeDtypeStruct | None = None) -> RangeState:
     infinity = jnp.float32(jnp.inf)
-    return RangeState(infinity, -infinity, infinity, -infinity, jnp.int32(0))
+    state = RangeState(infinity, -infinity, infinity, -infinity, jnp.int32(0))
+    if x is None:
+      return state
+    shapes = jax.eval_shape(update, state, x)
+    return jax.tree.map(lambda a, shape: jnp.full(shape.shape, a, shape.dtype), state, shapes)
 
   def update(state: RangeState, x: Array) -> RangeState:
     x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))

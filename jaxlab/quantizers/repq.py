@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
@@ -18,6 +19,7 @@ from jaxlab.models.intercept import raise_unmatched
 from jaxlab.quantizers import operands
 from jaxlab.quantizers.operands import COLLECTION, Quantized
 from jaxlab.quantizers.policy import BitPolicy
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
@@ -245,8 +247,8 @@ def _check_shared_norms(pairs: Sequence[tuple[str, str]], todo: operands.Plan) -
   for norm, dense in pairs:
     other = first.setdefault(norm, dense)
     bits = todo.input_bits[other], todo.input_bits[dense]
-    traced = any(isinstance(b, jax.core.Tracer) for b in bits)
-    if bits[0] is not bits[1] and (traced or bits[0] != bits[1]):
+    concrete = all(map(is_concrete, bits))
+    if bits[0] is not bits[1] and not (concrete and np.array_equal(*bits)):
       raise ValueError(
         f'{other!r} and {dense!r} read the same norm {norm!r}: give their inputs the same bits.'
       )

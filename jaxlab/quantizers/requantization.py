@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.tracing import is_concrete
+
 Array = jax.Array
 
 
@@ -201,8 +203,8 @@ def flip_negative_channels(kernel: Array, weight_scale: Array) -> tuple[Array, A
   if info.min == 0:
     raise ValueError(f'Unsigned codes ({kernel.dtype}) have no mirror image; use signed ones.')
   negative = jnp.broadcast_to(weight_scale < 0, kernel.shape[-1:])
-  if not isinstance(kernel, jax.core.Tracer) and not isinstance(negative, jax.core.Tracer):
-    stuck = np.asarray(negative) & np.any(
+  if is_concrete(kernel) and is_concrete(weight_scale):
+    stuck = (np.asarray(weight_scale) < 0) & np.any(
       np.asarray(kernel) == info.min, tuple(range(kernel.ndim - 1))
     )
     if stuck.any():

@@ -25,6 +25,7 @@ from flax import traverse_util
 from jaxlab.quantizers import affine
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
 from jaxlab.quantizers.integer import pack_int4, unpack_int4
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
@@ -85,13 +86,13 @@ def store(
   if params is None:
     params = affine.calibrate(quantizer, x)
   low, high = affine.code_range(quantizer.bits, quantizer.signed, quantizer.narrow)
-  if not isinstance(params.high, jax.core.Tracer) and (params.low != low or params.high != high):
+  if _differ(params.low, low) or _differ(params.high, high):
     raise ValueError(
       f'params are for codes [{params.low}, {params.high}], the quantizer has {quantizer.bits} bits.'
     )
-  if not isinstance(x, jax.core.Tracer) and not isinstance(params.scale, jax.core.Tracer):
-    cut = affine.cut_groups(quantizer, jnp.asarray(x))
-    if jnp.any((params.scale == 0) & (cut != 0)):
+  if is_concrete(x) and is_concrete(params.scale):
+    cut = affine.cut_groups(quantizer, np.asarray(x))
+    if np.any((np.asarray(params.scale) == 0) & (cut != 0)):
       raise ValueError(
         f'A range without extent in an array {x.shape} holds values other than 0, which a scale of 0 cannot '
         f"give back: use rule='symmetric', or keep the array as floats."
@@ -104,6 +105,10 @@ def store(
     codes = pack_int4(codes, _packed_axis(x.shape))
   zero_point = None if quantizer.signed else params.zero_point
   return QuantizedArray(codes, params.scale, zero_point, quantizer, tuple(x.shape))
+
+
+def _differ(a: Array, b: Array) -> bool:
+  return is_concrete(a) and is_concrete(b) and np.any(np.asarray(a) != np.asarray(b))
 
 
 def _packed_axis(shape: tuple[int, ...]) -> int:
@@ -139,7 +144,7 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
       `.zero_point`.
 
   Raises:
-    ValueError: for a tree that is empty or has such a name.
+    ValueError: for a tree that is empty or has such a name, or an array that this process cannot read.
   """
   from etils import epath
   from safetensors import numpy as safetensors_numpy
@@ -160,6 +165,12 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
       tensors[name] = leaf
   if not tensors:
     raise ValueError('The tree holds no array.')
+  for name, array in tensors.items():
+    if not is_concrete(array):
+      raise ValueError(
+        f'{name!r} is traced, or spread over several processes, none of which can read it: save outside of '
+        f'`jit`, what `jax.experimental.multihost_utils.process_allgather(tree, tiled=True)` returns.'
+      )
   host = {
     name: np.ascontiguousarray(jax.device_get(array)).reshape(np.shape(array))  # keeps scalars
     for name, array in tensors.items()

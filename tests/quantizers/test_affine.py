@@ -281,3 +281,18 @@ def test_codes_that_the_dtype_does_not_hold_are_refused():
   params = quantizers.calibrate(quantizer, x, bits=12)
   with pytest.raises(ValueError, match='int8 does not hold the codes'):
     quantizers.quantize(quantizer, x, params, jnp.int8)
+
+
+@pytest.mark.parametrize(('rule', 'flat'), [('symmetric', 0.0), ('asymmetric', 2.0)])
+def test_ranges_without_extent_raise_if_asked_to(rule, flat):
+  quantizer = AffineQuantizer(4, rule, 'channel')
+  x = jnp.array([[1.0, flat, -1.0], [2.0, flat, 3.0]])
+  params = quantizers.calibrate(quantizer, x)
+  np.testing.assert_array_equal(quantizers.fake_quantize(quantizer, x, params)[:, 1], flat)
+  with pytest.raises(ValueError, match=r'1 of 3 ranges have no extent \(index \[1\]\)'):
+    quantizers.calibrate(quantizer, x, on_degenerate='error')
+  quantizers.calibrate(quantizer, x[:, ::2], on_degenerate='error')
+  traced = jax.jit(lambda x: quantizers.calibrate(quantizer, x, on_degenerate='error'))(x)
+  np.testing.assert_array_equal(traced.scale, params.scale)
+  with pytest.raises(ValueError, match="on_degenerate='skip'"):
+    quantizers.calibrate(quantizer, x, on_degenerate='skip')

@@ -6,6 +6,7 @@ from golden_vectors import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlab.quantizers.compensation import bipolar_scales
 from jaxlab.quantizers.compensation.bipolar import (
   apply_nbc,
   blt,
@@ -165,6 +166,42 @@ def test_search_takes_the_identity_on_linear_data_and_a_logarithm_on_heavy_tails
   exact = (x @ np.linspace(-1, 1, 40).reshape(8, 5)).astype(np.float32)
   assert select_nbc_scales(x.astype(np.float32), exact) == (INF, INF)
   assert all(scale < INF for scale in select_nbc_scales(*heavy(4, 800, 8)))
+
+
+def loop_over_pairs(x, err, factors, ridge=1e-6):
+  """The pair of scales with the best R^2 on every fourth example, each pair fitted by itself."""
+  held = np.arange(len(x)) % 4 == 3
+  scores = {}
+  for scale_x in sorted(f * np.abs(x).mean() for f in factors):
+    for scale_err in sorted(f * np.abs(err).mean() for f in factors):
+      params = fit_nbc(x[~held], err[~held], scale_x, scale_err, ridge)
+      left = err[held] - apply_nbc(np.zeros_like(err[held]), x[held], params, jnp.float32)
+      scores[scale_x, scale_err] = 1 - np.sum(left**2)  # the denominator is the same for all
+  return max(scores, key=scores.get)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_search_in_two_passes_chooses_what_a_loop_over_pairs_does(seed):
+  x, err = heavy(seed, 200, 5)
+  factors = (0.25, 1.0, 4.0, 16.0, INF)
+  expected = loop_over_pairs(x, err, factors)
+  np.testing.assert_allclose(select_nbc_scales(x, err, factors), expected, rtol=1e-5)
+
+
+def test_statistics_of_all_pairs_are_those_of_each():
+  x, err = heavy(1, 60, 4)
+  weights = np.float32(np.arange(60) % 4 != 3)
+  scales_x, scales_err = np.float32([0.5, INF]), np.float32([0.1, 1.0, INF])
+  empty = init_bipolar_stats(4, 4)
+  stats = bipolar_scales._stack(empty, 2, 3)
+  update = jax.jit(bipolar_scales.update_candidate_stats)
+  for rows in (slice(0, 30), slice(30, 60)):
+    stats = update(stats, x[rows], err[rows], scales_x, scales_err, weights=weights[rows])
+  assert stats.linear.scatter_x.shape == (2, 1, 4, 4)  # not for each scale of the error
+  for i, j in np.ndindex(2, 3):
+    alone = update_bipolar_stats(empty, x, err, scales_x[i], scales_err[j], weights=weights)
+    own = bipolar_scales._pick(stats, i, j)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), own, alone)
 
 
 def test_search_without_enough_examples_warns():

@@ -12,7 +12,7 @@ from quantizers.reference_vit import nhwc, vit_of
 
 from jaxlab.models import Hook, ResNet, ViT, apply
 from jaxlab.quantizers import BitPolicy, ptq
-from jaxlab.quantizers.compensation import parts
+from jaxlab.quantizers.compensation import fits, parts, walk
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
 from jaxlab.quantizers.compensation.driver import COLLECTION, compensate, compensation_hook
 from jaxlab.quantizers.compensation.methods import NBC, QwT, QwTv2
@@ -187,6 +187,7 @@ def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
     return array
 
   monkeypatch.setattr(parts.Parked, 'restore', watched)
+  monkeypatch.setattr(parts, 'to_host', np.array)  # on a CPU, it would share the device's memory
   for count in (2, 8):
     peaks.append(0)
     compensate(model, quantized, iter([BATCHES[0]] * count), **FLOAT)
@@ -271,6 +272,32 @@ def test_scale_rules_run_and_help(method):
   model, _, quantized = small_vit()
   report = compensate(model, quantized, BATCHES, method, **FLOAT).report
   assert np.all(report.error_after < report.error_before)
+
+
+def test_search_goes_over_the_rows_a_fixed_number_of_times(monkeypatch):
+  model, _, quantized = small_vit()
+  passes = []
+  fold = fits.Rows.fold
+  monkeypatch.setattr(
+    fits.Rows, 'fold', lambda *args, **kwargs: passes.append(args) or fold(*args, **kwargs)
+  )
+  for factors in ((1.0, np.inf), (0.25, 1.0, 4.0, np.inf)):
+    passes.clear()
+    compensate(model, quantized, BATCHES, NBC('search', factors=factors), start_block=1, **FLOAT)
+    assert len(passes) == 4
+
+
+@pytest.mark.parametrize('granularity', ['linear', 'block'])
+def test_errors_from_the_statistics_are_those_that_are_measured(granularity, monkeypatch):
+  model, _, quantized = small_vit()
+  run = lambda: compensate(model, quantized, BATCHES, QwTv2(granularity), **FLOAT)  # noqa: E731
+  summed = run()
+  monkeypatch.setattr(walk.BlockWalk, '_has_exact_sums', lambda self, part: False)
+  measured = run()
+  for name in ('error_before', 'error_after', 'r2'):
+    assert_close(getattr(summed.report, name), getattr(measured.report, name), 1e-4)
+  for a, b in zip(*(jax.tree.leaves(r.variables[COLLECTION]) for r in (summed, measured))):
+    assert_close(a, b, 1e-4)
 
 
 def test_held_out_gate_runs_and_needs_two_batches():

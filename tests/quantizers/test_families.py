@@ -21,7 +21,7 @@ FAMILIES = {
   ),
   'mobilenet': (
     MobileNetV2(
-      stage_sizes=(1, 2), widths=(8, 8), strides=(1, 2), stem_width=8, head_width=16, num_classes=3
+      stage_sizes=(2,), widths=(8,), strides=(2,), stem_width=8, head_width=16, num_classes=3
     ),
     IMAGES, percentile_ptq, None,
   ),

@@ -81,7 +81,7 @@ class Linear(nn.Module):
 def test_linear_maps_fold_with_whatever_parameters_they_have(use_bias, affine):
   model = Linear(use_bias, affine)
   x = jax.random.normal(jax.random.key(0), (6, 3))
-  variables = randomized(model.init(jax.random.key(1), x), 2)
+  variables = randomized(jax.jit(model.init)(jax.random.key(1), x), 2)
   folded, stats = folding.fold_batch_norms(
     variables['params'], variables['batch_stats'], [('fc', 'norm')]
   )

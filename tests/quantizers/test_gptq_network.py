@@ -36,7 +36,7 @@ PROGRAMS = parts.Programs()
 @functools.cache
 def llama():
   model = models.create('llama', **LLAMA)
-  variables = model.init(jax.random.key(0), jnp.asarray(TOKENS))
+  variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
   return model, variables
 
 

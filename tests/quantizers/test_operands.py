@@ -11,7 +11,13 @@ from jaxlab.models import HookPoint, ResNet, apply
 from jaxlab.models.intercept import Hook
 from jaxlab.quantizers import operands
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer, fake_quantize
-from jaxlab.quantizers.operands import TENSOR, affine_constants, edge_policy, percentile_ptq
+from jaxlab.quantizers.operands import (
+  TENSOR,
+  affine_constants,
+  edge_policy,
+  percentile_ptq,
+  recalibration_hook,
+)
 from jaxlab.quantizers.policy import BitPolicy
 
 
@@ -101,6 +107,21 @@ def test_ranges_are_found_on_quantized_inputs_in_order_of_execution(quantized):
   assert set(quantized.variables['quantization']['softmax']['input']) == {'scale', 'bits'}
   float_range = affine_constants(TENSOR, inputs_of(VARIABLES, ())['fc'], 8)['scale']
   assert abs(float_range - constants['fc/input/scale']) > 1e-3 * float_range
+
+
+def test_ranges_found_anew_are_those_of_a_calibration_and_others_stay(quantized):
+  variables = jax.tree.map(lambda leaf: leaf, quantized.variables)
+  stale = jax.tree.map(lambda leaf: leaf, variables['quantization'])
+  for path in ('conv2', 'softmax', 'fc'):
+    stale[path]['input'] = {**stale[path]['input'], 'scale': stale[path]['input']['scale'] * 3}
+  hooks = [*quantized.hooks, recalibration_hook(['conv2', 'softmax', 'bn1'])]
+  run = jax.jit(lambda v: apply(NET, v, X, hooks=hooks, mutable=['quantization'])[1])
+  new = run({**variables, 'quantization': stale})['quantization']
+  assert jax.tree.structure(new) == jax.tree.structure(stale)
+  for path in ('conv1', 'conv2', 'softmax'):
+    for name, value in variables['quantization'][path]['input'].items():
+      assert_close(new[path]['input'][name], value, 1e-5, atol=1e-6)
+  assert new['fc']['input']['scale'] == stale['fc']['input']['scale']
 
 
 def inputs_of(variables, hooks):

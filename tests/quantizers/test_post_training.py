@@ -21,7 +21,7 @@ class Net(nn.Module):
 
 NET = Net()
 X = jax.random.normal(jax.random.key(0), (32, 8))
-VARIABLES = NET.init(jax.random.key(1), X)
+VARIABLES = jax.jit(NET.init)(jax.random.key(1), X)
 
 
 def policy(bits):
@@ -46,6 +46,32 @@ def test_the_first_rule_that_matches_decides():
   np.testing.assert_array_equal(quantized['fc1']['kernel'], VARIABLES['params']['fc1']['kernel'])
   assert len(np.unique(quantized['fc2']['kernel'][:, 0])) <= 8
   np.testing.assert_array_equal(quantized['fc2']['bias'], VARIABLES['params']['fc2']['bias'])
+
+
+@pytest.mark.parametrize('degenerate', ['element', 'tensor'])
+def test_stacked_blocks_have_ranges_of_their_own(degenerate):
+  options = {'patch_size': 4, 'image_size': 8, 'width': 8, 'depth': 2, 'num_heads': 2}
+  plain = models.ViT(**options, num_classes=3)
+  params = jax.jit(plain.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  params['blocks_1'] = jax.tree.map(lambda a: 10 * a, params['blocks_1'])
+  params['blocks_0']['mlp']['fc1']['kernel'] *= 0  # a constant kernel
+  rules = BitPolicy(weights=[('blocks.*', 3)])
+  quantize = lambda p: quantizers.quantize_weights(p, rules, degenerate=degenerate)  # noqa: E731
+  stacked = jax.jit(quantize)(models.stack_blocks(params))
+  expected = quantize(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+    models.unstack_blocks(stacked),
+    expected,
+  )
+
+
+def test_a_module_that_is_named_blocks_is_not_taken_for_a_stack():
+  params = {'blocks': {'fc': {'kernel': X[:4, :4], 'bias': jnp.zeros(4)}}}
+  rules = BitPolicy(weights=[('.*', 3)])
+  found = quantizers.quantize_weights(params, rules)['blocks']['fc']['kernel']
+  renamed = quantizers.quantize_weights({'other': params['blocks']}, rules)
+  np.testing.assert_array_equal(found, renamed['other']['fc']['kernel'])
 
 
 def test_an_output_that_two_rules_match_is_quantized_once():

@@ -95,6 +95,28 @@ def test_channels_are_searched_one_by_one():
       np.testing.assert_allclose(high[0, c], expected[1].squeeze(), rtol=1e-5)
 
 
+OBSERVERS = [
+  ranges.min_max_observer,
+  ranges.averaged_running_min_max_observer,
+  ranges.averaged_min_max_observer,
+  ranges.gaussian_observer,
+]
+KINDS = [(make, per) for make in OBSERVERS for per in ('tensor', 'channel')]
+
+
+@pytest.mark.parametrize(('make', 'granularity'), [*KINDS, (ranges.quantile_observer, 'tensor')])
+def test_a_state_made_for_a_batch_is_carried_through_scan(make, granularity):
+  observer = make(AffineQuantizer(4, 'asymmetric', granularity))
+  batches = jax.random.normal(jax.random.key(0), (3, 8, 5), jnp.bfloat16)
+  start = observer.init(jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype))
+  assert int(start.batches) == 0 and np.all(np.isinf(start.minimum))
+  scanned, _ = jax.lax.scan(lambda s, x: (observer.update(s, x), None), start, batches)
+  assert int(scanned.batches) == 3
+  for a, b in zip(observer.range(scanned), observed(observer, *batches)):
+    assert a.shape == b.shape
+    assert_close(a, b, 1e-6)
+
+
 def test_an_observer_that_saw_nothing_gives_no_parameters():
   observer = ranges.min_max_observer(AffineQuantizer())
   with pytest.raises(ValueError, match='not finite'):

@@ -105,6 +105,16 @@ def merge_channel_affine_stats(a: ChannelAffineStats, b: ChannelAffineStats) -> 
   )
 
 
+@jax.jit
+def stats_of_sum(stats: ChannelAffineStats) -> ChannelAffineStats:
+  """Returns the statistics of `(q, q + f)` from those of `(q, f)`."""
+  return stats._replace(
+    mean_full=stats.mean_quant + stats.mean_full,
+    scatter_full=stats.scatter_quant + 2 * stats.coscatter + stats.scatter_full,
+    coscatter=stats.scatter_quant + stats.coscatter,
+  )
+
+
 def solve_channel_affine(
   stats: ChannelAffineStats, eps: float = 1e-12, clip: bool = False
 ) -> ChannelAffine:
@@ -120,14 +130,13 @@ def solve_channel_affine(
   Raises:
     ValueError: for concrete statistics that are not finite, or of fewer than two rows.
   """
-  traced = is_traced(stats)
-  if not traced:
+  if not is_traced(stats):
     if not all(np.all(np.isfinite(a)) for a in stats):
       raise ValueError('Calibration rows are not finite: module outputs hold NaN or infinity.')
-    if stats.count < 2:
+    if np.asarray(stats.count) < 2:
       raise ValueError(f'An affine fit needs at least two rows; the statistics hold {stats.count}.')
   affine, changed = _solve(stats, eps, clip)
-  if not traced and changed:
+  if not is_traced(changed) and changed:
     warnings.warn(
       f'gamma of {int(changed)} channels clipped to 1/16..16.', RuntimeWarning, stacklevel=2
     )

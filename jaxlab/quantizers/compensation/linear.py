@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlab.tracing import is_concrete
+
 Array = jax.Array
 HIGHEST = lax.Precision.HIGHEST
 
@@ -222,8 +224,8 @@ def _sum_of_squares(stats: LinearStats, weight: Any, bias: Any, xp: Any) -> Any:
 
 
 def is_traced(tree: Any) -> bool:
-  """Returns whether an array of `tree` is being traced (under `jit`, `grad`, `vmap`)."""
-  return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+  """Returns whether an array of `tree` is traced or spread over processes: not one for NumPy."""
+  return not all(map(is_concrete, jax.tree.leaves(tree)))
 
 
 def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearCompensation:

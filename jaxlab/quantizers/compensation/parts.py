@@ -256,13 +256,17 @@ class Programs:
     return self._by_key.setdefault(key, jitted)
 
 
+def to_host(array: Array) -> np.ndarray:
+  """Returns the values in host memory: on a CPU, whose device memory that is, the array's own."""
+  return np.asarray(array)
+
+
 class Parked:
   """An array in host memory, each host its own shards; `restore` lays it out on the devices as it was."""
 
   def __init__(self, array: Array):
     self.shape, self.dtype, self._sharding = array.shape, array.dtype, array.sharding
-    # A copy: on a CPU, np.asarray would keep the device's buffer alive.
-    self._shards = [(shard.device, np.array(shard.data)) for shard in array.addressable_shards]
+    self._shards = [(shard.device, to_host(shard.data)) for shard in array.addressable_shards]
 
   def restore(self) -> Array:
     """Returns the array on its devices."""

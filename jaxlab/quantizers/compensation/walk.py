@@ -1,0 +1,262 @@
+"""The fit of the compensations inside one block: at its own output, or at layers in it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from jaxlab.models.intercept import Hook, Site
+from jaxlab.quantizers.compensation import fits
+from jaxlab.quantizers.compensation.cost import compensation_cost
+from jaxlab.quantizers.compensation.hook import apply_arrays
+from jaxlab.quantizers.compensation.methods import LINEAR_NAMES, Method, QwTv2
+from jaxlab.quantizers.compensation.parts import (
+  CAPTURES,
+  Part,
+  Programs,
+  any_of,
+  array_leaves,
+  find_parts,
+  park,
+  reach,
+  relative,
+  restore,
+  slice_variables,
+)
+from jaxlab.quantizers.compensation.recalibration import (
+  quantized_inputs,
+  recalibrate,
+  with_constants,
+)
+from jaxlab.quantizers.compensation.stream import Stream
+
+Array = jax.Array
+PyTree = Any
+
+
+class BlockWalk:
+  """Fits the compensations inside one block.
+
+  Attributes:
+    entries: for each part, in order of execution, the columns of the report.
+    constants: of ranges that were found anew, by path in the collection `'quantization'`.
+  """
+
+  def __init__(
+    self,
+    block: Part,
+    method: Method,
+    variables: PyTree,
+    float_variables: PyTree,
+    hooks: Sequence[Hook],
+    float_hooks: Sequence[Hook],
+    dtype: Any,
+    programs: Programs,
+  ):
+    self.block, self.method, self.dtype, self.programs = block, method, dtype, programs
+    self.hooks, self.float_hooks = hooks, float_hooks
+    self.quantized = slice_variables(variables, block.path)
+    self.float = slice_variables(float_variables, block.path)
+    self.parts = self._parts()
+    self.entries: list[tuple] = []
+    self.constants: dict[str, Array] = {}
+    self.inputs: list[list[str]] = [[] for _ in self.parts]
+    if getattr(method, 'recalibrate', False):
+      self.inputs = quantized_inputs(block, self.parts, self.quantized, hooks)
+    # Compensations by part, of those whose parked outputs are without: what uses them applies it.
+    self.pending: dict[int, dict[str, Array]] = {}
+
+  def _parts(self) -> list[Part]:
+    block, method = self.block, self.method
+    if not isinstance(method, QwTv2) or (method.granularity == 'block' and not method.modules):
+      return [block]
+    flat = traverse_util.flatten_dict(dict(self.float['params']), sep='/')
+    layers = [path.removesuffix('/kernel') for path in flat if path.endswith('/kernel')]
+    if method.modules:
+      chosen = [path for path in layers if re.fullmatch(method.modules, path)]
+    elif method.granularity == 'branch':
+      last = 'conv3' if 'conv3' in layers else 'conv2'
+      names = rf'{LINEAR_NAMES}|{last}'
+      chosen = [path for path in layers if re.fullmatch(rf'(.*/)?({names})', path)]
+    else:
+      chosen = layers
+    if not chosen:
+      raise ValueError(
+        f'No layer of {block.path!r} is one to compensate; it has {", ".join(layers)}. Give modules=.'
+      )
+    pattern = any_of([f'{block.path}/{path}' for path in chosen])
+    return find_parts(block, self.quantized, block.call.array_shapes, self.hooks, pattern)
+
+  def run(self, networks: Sequence[Stream]) -> tuple[dict[str, dict[str, Array]], list[list]]:
+    """Returns the arrays by path, and what the block returns in each of the networks, parked."""
+    stream = networks[0]
+    teachers, float_outputs = self._teachers(networks[1]) if len(networks) > 1 else (None, None)
+    outputs: list[dict[int, list]] = [{} for _ in stream.leaves]
+    arrays = {}
+    for index, part in enumerate(self.parts):
+      self._recalibrate(index, stream, arrays)
+      shapes = self._shapes(part)
+      state, rows = self._observe(index, shapes, stream, outputs, teachers)
+      try:
+        found = fits.fit(self.method, shapes, state, rows)
+      except ValueError as error:
+        raise ValueError(f'{part.path}: {error}') from error
+      errors = self._finish(index, found, rows, outputs)
+      r2 = 1 - errors[1] / errors[0] if np.isnan(found.r2) and errors[0] else found.r2
+      cost = compensation_cost(found.arrays, shapes.out)
+      self.entries.append((*errors, r2, found.skipped, *cost))
+      arrays[part.path] = found.arrays
+    return arrays, [self._leave(stream, outputs), *([float_outputs] if float_outputs else [])]
+
+  def _recalibrate(self, index: int, stream: Stream, arrays: Mapping[str, dict]) -> None:
+    """Finds the ranges of inputs between the part before and part `index` anew, on the first batch."""
+    block, hooks, dtype, paths = self.block, self.hooks, self.dtype, self.inputs[index]
+    if not paths:
+      return
+
+    def ranges(quantized, leaves, arrays):
+      return recalibrate(block, quantized, leaves, hooks, paths, arrays, dtype)
+
+    args = (self.quantized, restore(stream.leaves[0]), arrays)
+    new = self.programs(ranges, *args)(*args)
+    self.quantized = with_constants(self.quantized, new)
+    self.constants |= {f'{block.path}/{name}': leaf for name, leaf in new.items()}
+
+  def _shapes(self, part: Part) -> fits.Shapes:
+    x, out = part.call.array_shapes[0].shape, part.out.array_shapes[0].shape
+    kind = getattr(self.method, 'kind', 'linear')
+    if kind == 'auto':
+      leaves = jax.tree.leaves(self.quantized.get('params', {}))
+      kind = 'conv' if len(x) == 4 and any(np.ndim(leaf) == 4 for leaf in leaves) else 'linear'
+    return fits.Shapes(x, out, kind == 'conv')
+
+  def _has_exact_sums(self, part: Part) -> bool:
+    """Whether the errors of `part` follow from its statistics, and its output can be compensated later.
+
+    A scale and a shift in float32 are exact enough; the rounding of a narrower output is to be measured.
+    """
+    dtype = part.out.array_shapes[0].dtype
+    return isinstance(self.method, QwTv2) and dtype == jnp.promote_types(dtype, jnp.float32)
+
+  def _observe(
+    self, index: int, shapes: fits.Shapes, stream: Stream, outputs, teachers
+  ) -> tuple[Any, fits.Rows]:
+    """Runs part `index` on all batches; returns their sums, and parks its output, and rows if needed."""
+    part, block, dtype = self.parts[index], self.block, self.dtype
+    parts, hooks, float_hooks = self.parts, self.hooks, self.float_hooks
+    below, exact = relative(part.path, block.path), self._has_exact_sums(part)
+    state, update = fits.first_pass(self.method, shapes)
+
+    def observe(quantized, floats, leaves, outputs, pending, teacher, state, batch):
+      if part is not block:
+        known = _compensated(outputs, pending, dtype)
+        leaves = reach(block, parts, index, quantized, leaves, known, hooks)
+      y = array_leaves(part.run(slice_variables(quantized, below), leaves, hooks))
+      if teacher is None:
+        own = slice_variables(floats, below)
+        teacher = array_leaves(part.run(own, leaves, float_hooks))[0]
+      wide = jnp.promote_types(y[0].dtype, jnp.float32)
+      err = teacher.astype(wide) - y[0].astype(wide)
+      state = update(state, leaves[0], y[0], err, batch)
+      return y, None if exact else err, state
+
+    run, kept = None, []
+    for batch, leaves in enumerate(stream.leaves):
+      restored = restore(leaves)
+      everywhere = fits.replicated_like(restored[0])
+      if run is None:
+        state, self.pending = jax.device_put((state, self.pending), everywhere)
+      teacher = None if teachers is None else teachers[batch][index].restore()
+      args = (self.quantized, self.float, restored, restore(outputs[batch]), self.pending)
+      args = (*args, teacher, state, np.int32(batch))
+      run = run or self.programs(observe, *args, out_shardings=(None, None, everywhere))
+      y, err, state = run(*args)
+      outputs[batch][index] = park(y)
+      kept.append((None if isinstance(self.method, QwTv2) else leaves[0], park(err)))
+    return jax.device_get(state), fits.Rows(kept, self.programs)
+
+  def _finish(
+    self, index: int, found: fits.Fitted, rows: fits.Rows, outputs
+  ) -> tuple[float, float]:
+    """Compensates the output of part `index`; returns the mean squared error before and after."""
+    if self._has_exact_sums(self.parts[index]):
+      self.pending[index] = found.arrays
+      return found.errors
+    dtype = self.dtype
+
+    def finish(arrays, x, y, err):
+      new = apply_arrays(y, x, arrays, dtype)
+      left = y.astype(err.dtype) + err - new.astype(err.dtype)
+      return new, jnp.sum(err**2), jnp.sum(left**2)
+
+    run, before, after, size = None, 0.0, 0.0, 0
+    for known, (x, err) in zip(outputs, rows.batches):
+      y, *rest = known[index]
+      x, y, err = restore((x, y, err))
+      placed = jax.device_put(found.arrays, fits.replicated_like(y))
+      args = (placed, x, y, err)
+      run = run or self.programs(finish, *args)
+      new, *squares = run(*args)
+      known[index] = [park(new), *rest]
+      before, after = before + float(squares[0]), after + float(squares[1])
+      size += err.size
+    return before / size, after / size
+
+  def _leave(self, stream: Stream, outputs) -> list[list]:
+    """Returns what the block returns, from the outputs of its parts."""
+    block, parts, hooks, dtype = self.block, self.parts, self.hooks, self.dtype
+    if parts == [block] and not self.pending:
+      return [known[0] for known in outputs]
+
+    def leave(quantized, leaves, outputs, pending):
+      known = _compensated(outputs, pending, dtype)
+      if parts == [block]:
+        return known[0]
+      return reach(block, parts, len(parts), quantized, leaves, known, hooks)
+
+    run, left = None, []
+    for leaves, known in zip(stream.leaves, outputs):
+      args = (self.quantized, restore(leaves), restore(known), self.pending)
+      run = run or self.programs(leave, *args)
+      left.append(park(run(*args)))
+    return left
+
+  def _teachers(self, stream: Stream) -> tuple[list[list], list[list]]:
+    """Returns the float network's activation at each part, and what its block returns, for each batch."""
+    paths = [part.path for part in self.parts]
+
+    block, float_hooks = self.block, self.float_hooks
+
+    def run_float(floats, leaves):
+      def keep(site: Site, call, *args, **kwargs):
+        y = call(*args, **kwargs)
+        site.write('output', array_leaves(y)[0])
+        return y
+
+      hooks = [*float_hooks, Hook(any_of(paths), call=keep, collection=CAPTURES)]
+      out, state = block.run(floats, leaves, hooks, mutable=[CAPTURES])
+      found = [slice_variables(state, relative(path, block.path))[CAPTURES] for path in paths]
+      return [own['output'] for own in found], array_leaves(out)
+
+    run, teachers, outputs = None, [], []
+    for leaves in stream.leaves:
+      args = (self.float, restore(leaves))
+      run = run or self.programs(run_float, *args)
+      teacher, out = run(*args)
+      teachers.append(park(teacher))
+      outputs.append(park(out))
+    return teachers, outputs
+
+
+def _compensated(
+  outputs: Mapping[int, list[Array]], pending: Mapping[int, dict[str, Array]], dtype: Any
+) -> dict[int, list[Array]]:
+  """Returns the outputs of parts, by index, with the compensations that are pending applied."""
+  return {
+    i: [apply_arrays(y, None, pending[i], dtype), *rest] if i in pending else [y, *rest]
+    for i, (y, *rest) in outputs.items()
+  }
