@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 
@@ -15,6 +16,7 @@ os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', os.path.join(os.path.dirname(__file__), '..', '.jax_cache')
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
 
 import jax  # noqa: F401
 import pytest
@@ -22,6 +24,10 @@ from golden_vectors import Vectors
 
 # Before any backend starts: it adds compiler flags, which processes started by tests inherit.
 import experiments  # noqa: F401
+
+# Traces are many small objects that live on: to look through them often costs a tenth of the time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture

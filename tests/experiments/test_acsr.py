@@ -89,6 +89,8 @@ def test_the_programs_lower_for_a_mesh_of_all_devices():
 def test_resnet18_traces_with_its_last_stage_trained():
   config = launcher.load_config(launcher.CONFIGS / 'acsr' / 'mini_imagenet.py')
   launcher.override(config, ['network.backbone.model.name=resnet18', 'finetune.steps=2'])
+  with config.unlocked():
+    config.network.backbone.model.stage_sizes = (1, 1, 1, 1)
   mesh = parallel.make_mesh()
   out = jax.eval_shape(episodes.finetune_all(config, True, mesh), *episodes.abstract(config, mesh))
   assert out['cosine'].shape == (8,)

@@ -20,6 +20,7 @@ def tiny(paper, folder, **changes):
     config.networks, config.bits = ('vit',), ('4w4a',)
     config.networks_dir = str(folder)
     config.calibration = {'ranges': 16, 'compensation': 64, 'batch_size': 64}
+    config.qwt.fine_tuning = None  # see test_compensation_tuning
     if paper != 'qwt':
       config[paper].variants = {}
     config.network.vit.model.update(width=8, depth=1, num_heads=2, patch_size=4)

@@ -33,7 +33,7 @@ def flat(tree):
 def one_step(config, name, **state_changes):
   """Returns the state before and after one step on random images."""
   program = supervised.program(config, name)
-  before = program.init(jax.random.key(0)).replace(**state_changes)
+  before = jax.jit(program.init)(jax.random.key(0)).replace(**state_changes)
   rng = np.random.default_rng(0)
   shape = program.batch['image'].shape
   batch = {
@@ -119,7 +119,7 @@ def test_virtual_examples_are_summed_batch_by_batch(tmp_path):
   with config.unlocked():
     config.eval_batch_size = 48
   trainer = Trainer(config, load_sources(config), tmp_path)
-  state = supervised.program(config, 'bsce').init(jax.random.key(0))
+  state = jax.jit(supervised.program(config, 'bsce').init)(jax.random.key(0))
   trainer.found['bsce'] = {'params': jax.tree.map(lambda leaf: 3 * leaf, state.params)}
   logits = trainer.outputs('bsce', source=trainer.sources.train)
   assert len(logits) % 48
@@ -211,7 +211,7 @@ def test_fine_tunings_vmapped_are_those_one_after_the_other(tmp_path, monkeypatc
 def test_recomputed_statistics_are_the_mean_of_the_batches():
   model = models.create('cifar_resnet18', stage_sizes=(1,), strides=(1,), width=4, num_classes=None)
   batches = jax.random.normal(jax.random.key(0), (3, 6, 5, 5, 3))
-  variables = model.init(jax.random.key(1), batches[0])
+  variables = jax.jit(model.init)(jax.random.key(1), batches[0])
   found = btm.recompute_batch_stats(model, variables, batches)
   outputs = models.capture(model, variables, ['conv1'], batches.reshape(-1, 5, 5, 3))[1]['conv1']
   outputs = np.asarray(outputs).reshape(3, -1, 4)
@@ -283,7 +283,7 @@ def test_deferred_weights_begin_with_their_epoch():
 def test_a_student_learns_from_the_teacher_given_to_it():
   config = tiny('dive')
   program = supervised.program(config, 'dive')
-  state = program.init(jax.random.key(0))
+  state = jax.jit(program.init)(jax.random.key(0))
   teacher = jax.tree.map(lambda leaf: leaf + 1, state.extra['teacher'])
   begun = supervised.take_over(state, None, teacher=teacher)
   a = one_step(config, 'dive', extra=state.extra)[1]
@@ -295,8 +295,8 @@ def test_a_student_learns_from_the_teacher_given_to_it():
 
 def test_a_start_of_another_architecture_is_refused_with_the_paths():
   config = tiny('gml')
-  state = supervised.program(config, 'lws').init(jax.random.key(0))
-  start = {'params': supervised.program(config, 'ce').init(jax.random.key(1)).params}
+  state = jax.jit(supervised.program(config, 'lws').init)(jax.random.key(0))
+  start = {'params': jax.jit(supervised.program(config, 'ce').init)(jax.random.key(1)).params}
   taken = supervised.take_over(state, start, fresh=('head/scale',)).params
   assert np.array_equal(taken['head']['kernel'], start['params']['head']['kernel'])
   assert np.array_equal(taken['head']['scale'], np.ones(10))

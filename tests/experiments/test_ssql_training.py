@@ -1,3 +1,4 @@
+import functools
 import pathlib
 
 import jax
@@ -35,9 +36,19 @@ def random_batch(config, seed=0):
   }
 
 
+@functools.cache
+def compiled(base):
+  """Returns the tiny setting of `base`, with the compiled functions of its program."""
+  config = tiny_config(base=base)
+  program = ssql.program(config)
+  return config, jax.jit(program.init), jax.jit(program.step)
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_setting_builds_and_traces(path):
   config = launcher.load_config(path)
+  with config.unlocked():  # one block a stage: more of them are traced the same way
+    config.model.backbone.stage_sizes = (1,) * len(config.model.backbone.get('stage_sizes', '1234'))
   program = ssql.program(config)
   state = jax.eval_shape(program.init, jax.random.key(0))
   new, metrics = jax.eval_shape(program.step, state, program.batch)
@@ -50,10 +61,8 @@ def test_every_setting_builds_and_traces(path):
 
 @pytest.mark.parametrize('base', ['simsiam', 'byol', 'moco'])
 def test_a_step_serves_all_drawn_bits_with_one_compilation(base):
-  config = tiny_config(base=base, seed=3)
-  program = ssql.program(config)
-  step = jax.jit(program.step)
-  state = jax.jit(program.init)(jax.random.key(0))
+  config, init, step = compiled(base)
+  state = init(jax.random.key(0))
   assert (
     float(jnp.max(jnp.abs(state.model_state['batch_stats']['encoder']['backbone']['bn1']['mean'])))
     == 0
@@ -83,9 +92,9 @@ def test_bits_are_drawn_from_the_whole_range_ends_included():
 
 
 def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
-  config = tiny_config()
+  config, init, _ = compiled('simsiam')
   nets = ssql.networks(config)
-  state = jax.jit(ssql.program(config).init)(jax.random.key(0))
+  state = init(jax.random.key(0))
   views = [jax.random.normal(jax.random.key(i), (16, 16, 16, 1)) for i in (1, 2)]
   stats = state.model_state['batch_stats']
   policy = ssql.bit_policy(4, 4)
@@ -112,16 +121,16 @@ def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
 
 
 def test_the_step_is_the_same_on_one_and_on_eight_devices():
-  config = tiny_config()
-  program = ssql.program(config)
+  config, *plain = compiled('simsiam')
+  mesh = parallel.make_mesh(data=2, fsdp=4, devices=jax.devices()[:8])
+  sharded = parallel.shard_program(ssql.program(config), mesh, fsdp_min_size=64)
+  batch = random_batch(config)
   results = []
-  for mesh in (
-    parallel.make_mesh(devices=jax.devices()[:1]),
-    parallel.make_mesh(data=2, fsdp=4, devices=jax.devices()[:8]),
+  for init, step, placed in (
+    (*plain, batch),
+    (sharded.init, sharded.step, jax.device_put(batch, parallel.batch_sharding(mesh))),
   ):
-    sharded = parallel.shard_program(program, mesh, fsdp_min_size=64)
-    batch = jax.device_put(random_batch(config), parallel.batch_sharding(mesh))
-    state, metrics = sharded.step(sharded.init(jax.random.key(0)), batch)
+    state, metrics = step(init(jax.random.key(0)), placed)
     results.append(jax.device_get((metrics['loss'], state.params, state.model_state)))
   np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-4)
   # Wider than float32's rounding: a sum that is rounded differently can move an output over the edge
@@ -134,6 +143,7 @@ def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path, capsys):
   config = tiny_config(epochs=1, batch_size=256)
   with config.unlocked():
     config.eval.update(bits=('8w8a', '2w4a'), calibration=32)
+    config.data.test_options.pastes = 1
   outcome = launcher.launch(ssql.run, config, tmp_path)
   assert [(r['name'], r['role']) for r in outcome['rows']] == [
     ('untrained', 'reference'),

@@ -74,7 +74,7 @@ def test_cosines_do_not_depend_on_lengths_and_weight_norm_logits_only_through_g(
 
 def test_weight_norm_head_starts_as_a_linear_layer_over_unit_features():
   x = random_images((4, 100))
-  params = WeightNormHead(50).init(jax.random.key(0), x)['params']
+  params = jax.jit(WeightNormHead(50).init)(jax.random.key(0), x)['params']
   assert 0.097 < float(jnp.abs(params['v']).max()) <= 0.1  # 1 / sqrt(100)
   assert_close(params['g'][:, 0], jnp.linalg.norm(params['v'], axis=1), 1e-6)
   expected = 2 * (x / np.linalg.norm(x, axis=1, keepdims=True)) @ params['v'].T
@@ -83,7 +83,7 @@ def test_weight_norm_head_starts_as_a_linear_layer_over_unit_features():
 
 def test_learnable_scaling_multiplies_the_bias_too():
   x = random_images((4, 6))
-  params = LearnableWeightScaling(3).init(jax.random.key(0), x)['params']
+  params = jax.jit(LearnableWeightScaling(3).init)(jax.random.key(0), x)['params']
   np.testing.assert_array_equal(params['scale'], 1)
   linear = x @ params['kernel'] + params['bias']
   assert_close(run(HEADS[1], {'params': params}, x), linear, 1e-6)

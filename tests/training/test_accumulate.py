@@ -46,7 +46,7 @@ def test_state_goes_from_microbatch_to_microbatch_in_order():
 
 def test_running_statistics_of_batch_norm_are_updated_by_every_microbatch():
   bn = nn.BatchNorm(use_running_average=False, momentum=0.5, use_scale=False, use_bias=False)
-  variables = bn.init(jax.random.key(0), BATCH['x'])
+  variables = jax.jit(bn.init)(jax.random.key(0), BATCH['x'])
 
   def loss(w, stats, batch):
     y, new = bn.apply({'batch_stats': stats}, batch['x'] + w, mutable=['batch_stats'])
