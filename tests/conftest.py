@@ -1,5 +1,7 @@
+import functools
 import gc
 import importlib.metadata
+import itertools
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -18,12 +20,21 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
 
-import jax  # noqa: F401
+import jax
 import pytest
 from golden_vectors import Vectors
 
 # Before any backend starts: it adds compiler flags, which processes started by tests inherit.
 import experiments  # noqa: F401
+
+if jax.__version__ == '0.10.2':
+  # Most programs of the tests are single operations, and a fourth of their compilation goes into a fresh MLIR
+  # context with all its dialects. 64 programs share one; for ever, it would keep the constants of all.
+  from jax._src.interpreters import mlir
+
+  _context = functools.lru_cache(1)(lambda _, new=mlir.make_ir_context: new())
+  _programs = itertools.count()
+  mlir.make_ir_context = lambda: _context(next(_programs) // 64)
 
 # Traces are many small objects that live on: to look through them often costs a tenth of the time.
 gc.freeze()

@@ -144,10 +144,6 @@ def apply_operation(
 
   Raises:
     ValueError: for another kind of image, fill or interpolation, and for an operation or level out of range.
-
-  >>> image = jnp.full((4, 4, 1), 0.2)
-  >>> round(apply_operation(image, OPERATIONS.index('Invert'), 9.0)[0, 0, 0].item(), 6)
-  0.8
   """
   _check(image, fill, interpolation)
   if interpolation == 'random':

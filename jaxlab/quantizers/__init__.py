@@ -47,6 +47,9 @@ from jaxlab.quantizers.gptq_network import (
   gptq_array,
   gptq_ptq,
 )
+from jaxlab.quantizers.input_ranges import (
+  recalibration_hook,
+)
 from jaxlab.quantizers.integer import (
   as_qarray,
   grouped_integer_dot,
@@ -89,9 +92,10 @@ from jaxlab.quantizers.operands import (
   Quantized,
   edge_policy,
   operand_hooks,
-  percentile_ptq,
   quantize_kernels,
-  recalibration_hook,
+)
+from jaxlab.quantizers.percentile import (
+  percentile_ptq,
 )
 from jaxlab.quantizers.policy import (
   BitPolicy,

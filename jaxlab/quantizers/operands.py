@@ -16,7 +16,6 @@ slice of the variables, every block of it. Variables whose collection has no `in
 
 import functools
 import re
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from flax import traverse_util
 from jaxlab.models.intercept import Hook, HookPoint, Site, apply
 from jaxlab.quantizers import affine
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
-from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize, log_sqrt2_scale
+from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize
 from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
 from jaxlab.quantizers.ranges import percentile_range
 from jaxlab.tracing import is_concrete
@@ -83,12 +82,13 @@ def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -
       f'`percentile_ptq` or `repq` (a block: its slice of every collection, which may be empty).'
     )
   if site.has('input'):
-    args = (_fake_quantize(args[0], site.read('input')), *args[1:])
+    args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
   y = call(*args, **kwargs)
   return y + site.read('bias').astype(y.dtype) if site.has('bias') else y
 
 
-def _fake_quantize(x: Array, constants: Mapping[str, Array]) -> Array:
+def fake_quantize_operand(x: Array, constants: Mapping[str, Array]) -> Array:
+  """Returns `x` fake-quantized by constants of the collection, affine or log-sqrt2."""
   if 'zero_point' not in constants:
     return log_sqrt2_fake_quantize(x, constants['scale'], constants['bits'])
   params = AffineParams(
@@ -182,11 +182,12 @@ def plan(
   input_bits = {path: bits for path in kinds if (bits := policy.activation_bits(path)) is not None}
   kernel_bits = {path: bits for path in ndims if (bits := policy.weight_bits(path)) is not None}
   for path, bits in (*input_bits.items(), *kernel_bits.items()):
-    _check_bits(path, bits)
+    check_bits(path, bits)
   return Plan(tuple((p, kinds[p]) for p in input_bits), input_bits, kernel_bits, ndims)
 
 
-def _check_bits(path: str, bits: Bits) -> None:
+def check_bits(path: str, bits: Bits) -> None:
+  """Raises ValueError if `bits` of the operand at `path` are known and outside of 2 to 8."""
   if not is_concrete(bits):
     return
   if not MIN_BITS <= float(bits) <= MAX_BITS:
@@ -212,7 +213,12 @@ def quantize_kernels(
 @jax.jit
 def _quantize_kernel(kernel: Array, bits: Bits) -> tuple[Array, dict[str, Array]]:
   constants = affine_constants(CHANNEL, kernel, bits)
-  return _fake_quantize(kernel, constants), constants
+  return fake_quantize_operand(kernel, constants), constants
+
+
+def finite_or_nan(x: Array) -> Array:
+  """Returns `x`, or NaN everywhere if it is not finite; what is computed of it waits for the answer."""
+  return jnp.where(jnp.all(jnp.isfinite(x)), x, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -222,7 +228,7 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
   A range below 16 units in the last place of its bounds is that of a constant: its scale is 0, which leaves
   values as they are. If `x` is not finite, the scale is NaN.
   """
-  x = _finite_or_nan(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
+  x = finite_or_nan(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
   minimum, maximum = percentile_range(quantizer, x, bits)
   shape = () if quantizer.granularity == 'tensor' else (-1,)
   minimum, maximum = minimum.reshape(shape), maximum.reshape(shape)
@@ -235,119 +241,6 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
     'low': params.low,
     'high': params.high,
   }
-
-
-def calibrate_inputs(
-  model: nn.Module, variables: Mapping[str, PyTree], x: Array, todo: Plan, **kwargs: Any
-) -> dict[str, dict[str, Array]]:
-  """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
-
-  Ranges are fixed in order of execution: each is found on values that all quantizers before it have
-  already been applied to (RepQ-ViT's "first quantized forward"). Per-channel constants also hold `value`
-  `[channels]`, what the channels of scale 0 are equal to.
-
-  Equal models, batch shapes and kinds share one compilation, for all bit-widths (a model with unhashable
-  fields is compiled at each call).
-  """
-  variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-  static = {'model': model, 'kinds': todo.kinds, 'kwargs': tuple(kwargs.items())}
-  try:
-    hash(model)
-    run = functools.partial(_jitted_calibrate_inputs, **static)
-  except TypeError:
-    run = jax.jit(functools.partial(_calibrate_inputs, **static))
-  inputs = run(variables, x, todo.input_bits)
-  return {path: inputs[path] for path, _ in todo.kinds}  # jit sorts keys
-
-
-def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
-  kinds = dict(kinds)
-  find = _InputSearch()
-
-  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if site.path in kinds:
-      if not site.has('input'):
-        site.write('input', find(site, kinds[site.path], args[0], bits[site.path]))
-      args = (_fake_quantize(args[0], site.read('input')), *args[1:])
-    return call(*args, **kwargs)
-
-  hooks = [Hook('.*', call=visit, collection=COLLECTION)]
-  _, state = apply(model, variables, x, hooks=hooks, mutable=[COLLECTION], **dict(kwargs))
-  flat = traverse_util.flatten_dict(dict(state.get(COLLECTION, {})), sep='/')
-  result: dict[str, dict[str, Array]] = {path: {} for path in kinds}
-  for path, value in flat.items():
-    module, _, name = path.rpartition('/')
-    result[module.removesuffix('input').rstrip('/')][name] = value
-  return result
-
-
-_jitted_calibrate_inputs = jax.jit(_calibrate_inputs, static_argnames=('model', 'kinds', 'kwargs'))
-
-
-class _InputSearch:
-  """Finds the constants of one input after another, also where the inputs do not depend on each other.
-
-  The search is a loop that counts over the whole batch, on a mesh with a collective in it. XLA on CPUs starts
-  independent loops in any order, another one on each device, and they would wait for each other for ever.
-  Siblings (query, key, value) are independent; others follow each other in the network.
-  """
-
-  def __init__(self):
-    self.scales = (
-      weakref.WeakKeyDictionary()
-    )  # by the scope of the parent, which lives as long as a call
-
-  def __call__(self, site: Site, kind: str, x: Array, bits: Bits) -> dict[str, Array]:
-    parent = site.module.scope.parent
-    if parent in self.scales:
-      x = jnp.where(jnp.isnan(self.scales[parent]), jnp.nan, x)
-    constants = _input_constants(kind, x, bits)
-    if parent is not None:
-      self.scales[parent] = constants['scale'].ravel()[0]
-    return constants
-
-
-def _finite_or_nan(x: Array) -> Array:
-  """Returns `x`, or NaN everywhere if it is not finite; what is computed of it waits for the answer."""
-  return jnp.where(jnp.all(jnp.isfinite(x)), x, jnp.nan)
-
-
-def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
-  if kind == 'log_sqrt2':
-    x = _finite_or_nan(x)
-    scale = jnp.where(jnp.isnan(x.ravel()[0]), jnp.nan, log_sqrt2_scale(x, bits))
-    return {'scale': scale, 'bits': jnp.asarray(bits, scale.dtype)}
-  constants = affine_constants(TENSOR if kind == 'tensor' else CHANNEL, x, bits)
-  if kind == 'channel':
-    constants['value'] = x.reshape(-1, x.shape[-1])[0].astype(constants['scale'].dtype)
-  return constants
-
-
-def recalibration_hook(paths: Sequence[str]) -> Hook:
-  """Returns the hook that finds the ranges of the inputs at `paths` anew, on what flows in.
-
-  To be appended to `operand_hooks()` and applied with `mutable=['quantization']`: the collection that comes
-  back holds the new constants, of the old bit-widths; later layers already see inputs quantized with them.
-  A module without an `input` there is left alone.
-
-  Args:
-    paths: of modules, seen from the model.
-  """
-  paths = frozenset(paths)
-  find = _InputSearch()
-
-  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if site.path in paths and site.has('input'):
-      own = site.read('input')
-      kind, bits = 'log_sqrt2', own.get('bits')
-      if bits is None:
-        kind = 'channel' if own['scale'].ndim else 'tensor'
-        bits = jnp.log2(own['high'] - own['low'] + 1)
-      new = find(site, kind, args[0], bits)
-      site.write('input', {name: new[name] for name in own})
-    return call(*args, **kwargs)
-
-  return Hook('.*', call=visit, collection=COLLECTION)
 
 
 def collection(
@@ -381,46 +274,3 @@ def check_finite(
 @jax.jit
 def _finite(arrays: list[Array]) -> Array:
   return jnp.asarray([jnp.all(jnp.isfinite(array)) for array in arrays], bool)
-
-
-def percentile_ptq(
-  model: nn.Module,
-  variables: Mapping[str, PyTree],
-  x: Array,
-  policy: BitPolicy,
-  *,
-  conv_act_bits: Bits = None,
-  **kwargs: Any,
-) -> Quantized:
-  """Post-training quantization with the percentile search: kernels per output channel, inputs per tensor.
-
-  QwT's base for ResNets. Norms stay in float, batch norm is not folded. Attention's operands, if there are
-  any, are quantized as in `repq`. The ranges of inputs are fixed in one forward pass over `x`, in
-  order of execution (`calibrate_inputs`); for data parallelism hand in `x` sharded over the mesh. A
-  traceable function: to compile it ahead of time, jit `lambda v, x: percentile_ptq(model, v, x, policy)[:2]`.
-
-  Args:
-    model: any Linen module.
-    variables: its float variables.
-    x: calibration batch `[batch, ...]`, 32 images in QwT.
-    policy: bit-widths, 2 to 8, e.g. `edge_policy(4, 4)`; its `activations` rules are over the layers whose
-      input is quantized (and hook points of attention). Bits may be traced.
-    conv_act_bits: in place of the policy's, for quantized inputs of convolutions. QwT's code of June 2025
-      takes 8 there whatever is asked for, which its ResNet numbers contain.
-    **kwargs: passed to the model, e.g. `train=False`; hashable.
-
-  Raises:
-    ValueError: if a rule names no layer, bits are outside 2 to 8, blocks are stacked (all before any
-      work), or weights or calibration data are not finite.
-  """
-  todo = plan(model, variables, x, policy, **kwargs)
-  if conv_act_bits is not None:
-    _check_bits('conv_act_bits', conv_act_bits)
-    convs = [path for path in todo.input_bits if todo.kernel_ndims.get(path, 0) > 2]
-    todo.input_bits.update(dict.fromkeys(convs, conv_act_bits))
-  params, kernels = quantize_kernels(variables['params'], todo.kernel_bits)
-  quantized = {**variables, 'params': params}
-  inputs = calibrate_inputs(model, quantized, x, todo, **kwargs)
-  check_finite(inputs, kernels)
-  quantized[COLLECTION] = collection(inputs, kernels, {})
-  return Quantized(quantized, {**variables, COLLECTION: {}}, operand_hooks())

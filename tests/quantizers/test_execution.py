@@ -15,7 +15,8 @@ from jaxlab.models import Hook, ViT, apply
 from jaxlab.models.vit import Block
 from jaxlab.quantizers import execution, storage
 from jaxlab.quantizers.execution import IntegerNetwork, integer_network
-from jaxlab.quantizers.operands import Quantized, edge_policy, percentile_ptq
+from jaxlab.quantizers.operands import Quantized, edge_policy
+from jaxlab.quantizers.percentile import percentile_ptq
 from jaxlab.quantizers.policy import BitPolicy
 from jaxlab.quantizers.repq import repq
 

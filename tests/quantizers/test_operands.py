@@ -11,13 +11,13 @@ from jaxlab.models import HookPoint, ResNet, apply
 from jaxlab.models.intercept import Hook
 from jaxlab.quantizers import operands
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer, fake_quantize
+from jaxlab.quantizers.input_ranges import recalibration_hook
 from jaxlab.quantizers.operands import (
   TENSOR,
   affine_constants,
   edge_policy,
-  percentile_ptq,
-  recalibration_hook,
 )
+from jaxlab.quantizers.percentile import percentile_ptq
 from jaxlab.quantizers.policy import BitPolicy
 
 

@@ -9,8 +9,8 @@ from flax import traverse_util
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
 from jaxlab.quantizers.compensation.parts import Part, relative
+from jaxlab.quantizers.input_ranges import recalibration_hook
 from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
-from jaxlab.quantizers.operands import recalibration_hook
 
 Array = jax.Array
 PyTree = Any

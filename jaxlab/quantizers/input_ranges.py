@@ -1,0 +1,135 @@
+"""Ranges of the inputs of layers and of attention's operands, found in order of execution."""
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.quantizers.logarithmic import log_sqrt2_scale
+from jaxlab.quantizers.operands import (
+  CHANNEL,
+  COLLECTION,
+  TENSOR,
+  Plan,
+  affine_constants,
+  fake_quantize_operand,
+  finite_or_nan,
+)
+from jaxlab.quantizers.policy import Bits
+
+Array = jax.Array
+PyTree = Any
+
+
+def calibrate_inputs(
+  model: nn.Module, variables: Mapping[str, PyTree], x: Array, todo: Plan, **kwargs: Any
+) -> dict[str, dict[str, Array]]:
+  """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
+
+  Ranges are fixed in order of execution: each is found on values that all quantizers before it have
+  already been applied to (RepQ-ViT's "first quantized forward"). Per-channel constants also hold `value`
+  `[channels]`, what the channels of scale 0 are equal to.
+
+  Equal models, batch shapes and kinds share one compilation, for all bit-widths (a model with unhashable
+  fields is compiled at each call).
+  """
+  variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
+  static = {'model': model, 'kinds': todo.kinds, 'kwargs': tuple(kwargs.items())}
+  try:
+    hash(model)
+    run = functools.partial(_jitted_calibrate_inputs, **static)
+  except TypeError:
+    run = jax.jit(functools.partial(_calibrate_inputs, **static))
+  inputs = run(variables, x, todo.input_bits)
+  return {path: inputs[path] for path, _ in todo.kinds}  # jit sorts keys
+
+
+def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
+  kinds = dict(kinds)
+  find = _InputSearch()
+
+  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if site.path in kinds:
+      if not site.has('input'):
+        site.write('input', find(site, kinds[site.path], args[0], bits[site.path]))
+      args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
+    return call(*args, **kwargs)
+
+  hooks = [Hook('.*', call=visit, collection=COLLECTION)]
+  _, state = apply(model, variables, x, hooks=hooks, mutable=[COLLECTION], **dict(kwargs))
+  flat = traverse_util.flatten_dict(dict(state.get(COLLECTION, {})), sep='/')
+  result: dict[str, dict[str, Array]] = {path: {} for path in kinds}
+  for path, value in flat.items():
+    module, _, name = path.rpartition('/')
+    result[module.removesuffix('input').rstrip('/')][name] = value
+  return result
+
+
+_jitted_calibrate_inputs = jax.jit(_calibrate_inputs, static_argnames=('model', 'kinds', 'kwargs'))
+
+
+class _InputSearch:
+  """Finds the constants of one input after another, also where the inputs do not depend on each other.
+
+  The search is a loop that counts over the whole batch, on a mesh with a collective in it. XLA on CPUs starts
+  independent loops in any order, another one on each device, and they would wait for each other for ever.
+  Siblings (query, key, value) are independent; others follow each other in the network.
+  """
+
+  def __init__(self):
+    self.scales = (
+      weakref.WeakKeyDictionary()
+    )  # by the scope of the parent, which lives as long as a call
+
+  def __call__(self, site: Site, kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+    parent = site.module.scope.parent
+    if parent in self.scales:
+      x = jnp.where(jnp.isnan(self.scales[parent]), jnp.nan, x)
+    constants = _input_constants(kind, x, bits)
+    if parent is not None:
+      self.scales[parent] = constants['scale'].ravel()[0]
+    return constants
+
+
+def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+  if kind == 'log_sqrt2':
+    x = finite_or_nan(x)
+    scale = jnp.where(jnp.isnan(x.ravel()[0]), jnp.nan, log_sqrt2_scale(x, bits))
+    return {'scale': scale, 'bits': jnp.asarray(bits, scale.dtype)}
+  constants = affine_constants(TENSOR if kind == 'tensor' else CHANNEL, x, bits)
+  if kind == 'channel':
+    constants['value'] = x.reshape(-1, x.shape[-1])[0].astype(constants['scale'].dtype)
+  return constants
+
+
+def recalibration_hook(paths: Sequence[str]) -> Hook:
+  """Returns the hook that finds the ranges of the inputs at `paths` anew, on what flows in.
+
+  To be appended to `operand_hooks()` and applied with `mutable=['quantization']`: the collection that comes
+  back holds the new constants, of the old bit-widths; later layers already see inputs quantized with them.
+  A module without an `input` there is left alone.
+
+  Args:
+    paths: of modules, seen from the model.
+  """
+  paths = frozenset(paths)
+  find = _InputSearch()
+
+  def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if site.path in paths and site.has('input'):
+      own = site.read('input')
+      kind, bits = 'log_sqrt2', own.get('bits')
+      if bits is None:
+        kind = 'channel' if own['scale'].ndim else 'tensor'
+        bits = jnp.log2(own['high'] - own['low'] + 1)
+      new = find(site, kind, args[0], bits)
+      site.write('input', {name: new[name] for name in own})
+    return call(*args, **kwargs)
+
+  return Hook('.*', call=visit, collection=COLLECTION)
