@@ -2,9 +2,8 @@
 
   python -m experiments.qwt
 
-`vit` is trained to some 95 %. `vit_massive` starts with two position-embedding entries of +-15, which become
-massive activations. Every network is trained once (a few minutes together) and kept in `networks_dir` for the
-papers that ask for it.
+`vit_massive` starts with two position-embedding entries of +-15, which become massive activations. Every
+network is trained once (a few minutes together) and kept in `networks_dir` for the papers that ask for it.
 """
 
 from ml_collections import ConfigDict
@@ -21,10 +20,7 @@ def get_config() -> ConfigDict:
   config.qwt = dict(method=dict(), options=dict(dtype='float16', target='local', start_block=0))
   config.qwt.fine_tuning = fine_tuning()
   config.network = dict(
-    vit=vit(depth=4, epochs=120, weight_decay=0.0),
-    vit_massive={**vit(depth=3, epochs=40, weight_decay=0.05), 'massive': massive()},
-    resnet=resnet(),
-    text=text(),
+    vit=vit(), vit_massive={**vit(), 'massive': massive()}, resnet=resnet(), text=text()
   )
   config.mesh = dict(data=-1, fsdp=1, tensor=1)
   config.claims = tuple(
@@ -112,18 +108,18 @@ def digits() -> dict:
   )
 
 
-def vit(depth: int, epochs: int, weight_decay: float) -> dict:
-  """Returns a vision transformer on digits."""
+def vit() -> dict:
+  """Returns a vision transformer of three blocks on digits."""
   return dict(
     task='classification',
     model=dict(
-      name='vit_tiny_patch2_8', width=64, depth=depth, num_heads=4, mlp_ratio=2.0, num_classes=10
+      name='vit_tiny_patch2_8', width=64, depth=3, num_heads=4, mlp_ratio=2.0, num_classes=10
     ),
     data=digits(),
     batch_size=64,
     eval_batch_size=512,
-    epochs=epochs,
-    optimizer=dict(name='adamw', weight_decay=weight_decay),
+    epochs=40,
+    optimizer=dict(name='adamw', weight_decay=0.05),
     schedule=dict(name='cosine', base=1e-3, warmup_epochs=2),
     log_every=200,
     checkpoint_every=1000,

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     mean=0.286,
     std=0.353,
   )
-  vit = embedded.vit(depth=3, epochs=12, weight_decay=0.05) | dict(data=data, batch_size=128)
+  vit = embedded.vit() | dict(data=data, epochs=12, batch_size=128)
   vit['model']['name'] = 'vit_tiny_patch4_28'
   resnet = embedded.resnet() | dict(data=data, epochs=4, batch_size=128)
   resnet['model']['strides'] = (2, 2, 2)
