@@ -3,6 +3,7 @@ import gc
 import importlib.metadata
 import itertools
 import os
+import threading
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Tests compile much and compute little. Without LLVM's optimizations they compile three times as fast,
@@ -29,12 +30,13 @@ import experiments  # noqa: F401
 
 if jax.__version__ == '0.10.2':
   # Most programs of the tests are single operations, and a fourth of their compilation goes into a fresh MLIR
-  # context with all its dialects. 64 programs share one; for ever, it would keep the constants of all.
+  # context with all its dialects. 64 programs of a thread share one; for ever, it would keep the constants of
+  # all.
   from jax._src.interpreters import mlir
 
-  _context = functools.lru_cache(1)(lambda _, new=mlir.make_ir_context: new())
+  _context = functools.lru_cache(1)(lambda *_, new=mlir.make_ir_context: new())
   _programs = itertools.count()
-  mlir.make_ir_context = lambda: _context(next(_programs) // 64)
+  mlir.make_ir_context = lambda: _context(threading.get_ident(), next(_programs) // 64)
 
 # Traces are many small objects that live on: to look through them often costs a tenth of the time.
 gc.freeze()
