@@ -1,9 +1,9 @@
 """Formulations of a convolution for CPUs, and the measured rules that choose one by shape.
 
 Everything here takes the arguments of JAX's convolution primitive, with a kernel that may as well be the
-gradient of an output: derivatives of convolutions are convolutions, with large windows or dilated inputs. Axes
-are brought into one order first, input `[batch, *positions, channels]`, kernel `[*taps, channels, features]`,
-output `[batch, *positions, features]` (for the usual `NHWC, HWIO, NHWC` a relabeling).
+gradient of an output: derivatives of convolutions are convolutions, with large windows or dilated inputs.
+Axes are brought into one order first, input `[batch, *positions, channels]`, kernel `[*taps, channels,
+features]`, output `[batch, *positions, features]` (for the usual `NHWC, HWIO, NHWC` a relabeling).
 
 What the rules rest on, in GFLOP/s of two cores that reach 290 at best:
 
@@ -12,8 +12,8 @@ What the rules rest on, in GFLOP/s of two cores that reach 290 at best:
 - A depthwise convolution of XLA is 18 to 41 times slower than products of shifted inputs, which one loop
   fuses.
 - The gradient of a depthwise kernel is a sum over the batch and all positions for every tap. One reduction
-  with an operand a tap, over one axis first, reads the arrays once (5 ms for 8 x 56 x 56 x 144); a reduction a
-  tap takes seven times as long, products in a rolled loop three to fifteen times.
+  with an operand a tap, over one axis first, reads the arrays once (5 ms for 8 x 56 x 56 x 144); one
+  reduction a tap takes seven times as long, products in a rolled loop three to fifteen times.
 - The gradient of a grouped kernel, for XLA a convolution of batch groups, falls to a loop (20 to 150 times
   slower than the same as channel groups).
 - Grouped convolutions of few channels are faster as fewer groups with block-diagonal kernels, up to 16
