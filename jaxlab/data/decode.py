@@ -29,9 +29,10 @@ def decode_image(data: bytes, draft: int | None = None) -> np.ndarray:
 class DecodeImage:
   """Record transform: decodes `image`, resizes its shorter side, cuts out the center.
 
-  The evaluation rule of ImageNet: shorter side to `resize` (with antialias, through PIL), then
-  the central `size` x `size` pixels. It gives every record one shape, from which random crops are made
-  on the device. A plain callable, as grain's `map` and `make_loader(transform=...)` take.
+  The evaluation rule of ImageNet: shorter side to `resize` (with antialias, through PIL: along the rows,
+  then along the columns, rounded to a byte after each), then the central `size` x `size` pixels. It gives
+  every record one shape, from which random crops are made on the device. A plain callable, as grain's
+  `map` and `make_loader(transform=...)` take.
 
   What the cut drops is not resized where that leaves every pixel the same: along sides whose resized
   length, divided by its greatest common divisor with the length before, is a power of two (375 to 256).
@@ -42,8 +43,8 @@ class DecodeImage:
       ends are lost). 256 with size 224 is the usual evaluation.
     interpolation: 'bilinear' or 'bicubic'.
     draft: faster, and slightly different pixels: JPEGs may be decoded at reduced size when they are much
-      larger (see `decode_image`), and what the cut drops is never resized, which moves few pixels, by
-      one gray level.
+      larger (see `decode_image`), and what the cut drops is never resized, which moves few pixels by
+      a gray level.
   """
 
   size: int
@@ -88,15 +89,21 @@ class DecodeImage:
       width, height = shorter, int(shorter * height / width)
     else:
       width, height = int(shorter * width / height), shorter
-    x, new_width, left = self._span(picture.size[0], width)
-    y, new_height, top = self._span(picture.size[1], height)
-    # The filter sees what lies around the box: it says which pixels are made, not from what.
+    x, columns, left = self._span(picture.size[0], width)
+    y, rows, top = self._span(picture.size[1], height)
+    kind = Image.Resampling[self.interpolation.upper()]
+    # The rows that the vertical filter reads, and one to spare.
+    support = (2 if self.interpolation == 'bicubic' else 1) * max(picture.size[1] / height, 1)
+    first = max(math.floor(y[0] - support) - 1, 0)
+    last = min(math.ceil(y[1] + support) + 1, picture.size[1])
+    picture = picture.crop((0, first, picture.size[0], last))
+    # One pass at a time, for PIL 13 orders them by the shape. The filter sees what lies around the box.
+    picture = picture.resize((columns, last - first), kind, box=(x[0], 0, x[1], last - first))
+    picture = picture.crop((left, 0, left + self.size, last - first))
     picture = picture.resize(
-      (new_width, new_height),
-      Image.Resampling[self.interpolation.upper()],
-      box=(x[0], y[0], x[1], y[1]),
+      (self.size, rows), kind, box=(0, y[0] - first, self.size, y[1] - first)
     )
-    pixels = np.array(picture.crop((left, top, left + self.size, top + self.size)))
+    pixels = np.array(picture.crop((0, top, self.size, top + self.size)))
     return pixels.reshape(self.size, self.size, -1)
 
   def _span(self, length: int, resized: int) -> tuple[tuple[float, float], int, int]:

@@ -52,7 +52,10 @@ def _resize_then_cut(image, size, resize, interpolation):
     height, width = int(resize * height / width), resize
   else:
     height, width = resize, int(resize * width / height)
-  picture = Image.fromarray(image).resize((width, height), Image.Resampling[interpolation.upper()])
+  kind = Image.Resampling[interpolation.upper()]
+  picture = (
+    Image.fromarray(image).resize((width, image.shape[0]), kind).resize((width, height), kind)
+  )
   top, left = round((height - size) / 2), round((width - size) / 2)
   return np.asarray(picture)[top : top + size, left : left + size]
 
@@ -66,6 +69,8 @@ _CUTS = st.tuples(st.integers(1, 64), st.integers(0, 40)).map(lambda cut: (cut[0
 @example(shape=(375, 500), cut=(224, 256), interpolation='bilinear')
 @example(shape=(500, 375), cut=(224, 256), interpolation='bicubic')
 @example(shape=(500, 500), cut=(224, 256), interpolation='bilinear')
+@example(shape=(95, 21), cut=(10, 13), interpolation='bilinear')
+@example(shape=(21, 20), cut=(20, 40), interpolation='bilinear')
 @example(shape=(333, 500), cut=(256, 256), interpolation='bicubic')
 def test_what_is_not_resized_leaves_the_pixels_as_they_are(shape, cut, interpolation):
   image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
@@ -73,7 +78,8 @@ def test_what_is_not_resized_leaves_the_pixels_as_they_are(shape, cut, interpola
   transform = data.DecodeImage(*cut, interpolation=interpolation)
   np.testing.assert_array_equal(transform({'image': image})['image'], expected)
   draft = data.DecodeImage(*cut, interpolation=interpolation, draft=True)({'image': image})['image']
-  assert np.abs(draft.astype(int) - expected).max() <= 1
+  # Each pass rounds; bicubic weights beyond 0..1 can carry the first one's gray level to two.
+  assert np.abs(draft.astype(int) - expected).max() <= 2
 
 
 def test_draft_mode_moves_few_pixels_of_an_image_that_is_not_reduced():
@@ -95,7 +101,7 @@ def test_only_what_is_kept_is_resized(monkeypatch):
   image = _photo(375, 500)
   for transform in (data.DecodeImage(224, 256), data.DecodeImage(224, 256, draft=True)):
     assert transform({'image': image})['image'].shape == (224, 224, 3)
-  assert made == [(341, 224), (224, 224)]
+  assert made == [(341, 335), (224, 224), (224, 335), (224, 224)]
 
 
 def test_decoded_images_can_be_written_to():
