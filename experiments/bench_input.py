@@ -37,12 +37,12 @@ for name, head in heads.items():
     loader = iter(torch.utils.data.DataLoader(source, batch, shuffle=True, num_workers=workers))
     for _ in range(warm):
       next(loader)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(batches):
       next(loader)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     del loader
-    print(json.dumps({f'torch_{name}{kind}': batches * batch / seconds}))
+    print(json.dumps({f'torch_{name}{kind}': [batches * batch / seconds, 1e3 * cpu / batches / batch]}))
 """
 
 
@@ -68,27 +68,31 @@ def photographs(root: str | os.PathLike, count: int = 256, classes: int = 4) -> 
     )
 
 
-def rate(batches: Iterator[Any], warm: int, count: int) -> float:
-  """Returns the images a second of `count` batches, once `warm` have emptied what was read ahead."""
+def rate(batches: Iterator[Any], warm: int, count: int) -> tuple[float, float]:
+  """Returns images a second and this process's CPU milliseconds an image, of `count` batches.
+
+  The `warm` batches before them empty what was read ahead.
+  """
   for _ in range(warm):
     next(batches)
-  start = time.perf_counter()
+  start, cpu = time.perf_counter(), time.process_time()
   for _ in range(count):
     next(batches)
-  return count * BATCH / (time.perf_counter() - start)
+  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+  return count * BATCH / seconds, 1e3 * cpu / (count * BATCH)
 
 
 def torch_rates(
   python: str, root: str | os.PathLike, workers: int, warm: int, count: int
-) -> dict[str, float]:
-  """Returns torchvision's images a second, `torch_{test,train}[_bytes]`, in the Python at `python`."""
+) -> dict[str, tuple[float, float]]:
+  """Returns what `rate` says of torchvision, `torch_{test,train}[_bytes]`, in the Python at `python`."""
   numbers = map(str, (BATCH, workers, warm, count))
   done = subprocess.run(
     [python, '-c', TORCH, os.fspath(root), *numbers], capture_output=True, text=True
   )
   if done.returncode:
     raise RuntimeError(f'torch_python={python!r} did not measure: {done.stderr[-2000:]}')
-  return {k: v for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
+  return {k: tuple(v) for line in done.stdout.splitlines() for k, v in json.loads(line).items()}
 
 
 def measure(
@@ -111,7 +115,8 @@ def measure(
   Returns:
     `test`, `train`; with workers also `test_threads`, `train_threads`, the same number of threads instead of
     processes; with `torch_python` also `torch_test`, `torch_train`, each also as `..._bytes`, and
-    `test_over_torch`, `train_over_torch`, each also as `..._bytes` (above 1: ours is faster).
+    `test_over_torch`, `train_over_torch`, each also as `..._bytes` (above 1: ours is faster). Without workers
+    also `..._cpu_milliseconds` of each, the CPU time an image, which a busy machine disturbs less.
   """
   from jaxlab import data
 
@@ -139,7 +144,11 @@ def measure(
           loader.close()
     if torch_python:
       figures |= torch_rates(torch_python, root, num_workers, warm, batches)
-    best = {name: max(value, best.get(name, 0)) for name, value in figures.items()}
+    for name, (speed, cpu) in figures.items():
+      best[name] = max(speed, best.get(name, 0))
+      if not num_workers:  # else it is the workers' time that counts
+        name += '_cpu_milliseconds'
+        best[name] = min(cpu, best.get(name, cpu))
   if torch_python:
     for name in transforms:
       for kind in ('', '_bytes'):

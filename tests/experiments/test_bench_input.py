@@ -27,15 +27,20 @@ def test_rates_are_of_both_rules_and_over_torch(photos, tmp_path):
 import json, sys
 assert "torchvision" in sys.argv[2] and sys.argv[3:] == [{str(photos)!r}, "32", "0", "1", "1"]
 for name in ("test", "test_bytes", "train", "train_bytes"):
-  print(json.dumps({{'torch_' + name: 50.0}}))
+  print(json.dumps({{'torch_' + name: [50.0, 20.0]}}))
 """
   )
   python.chmod(0o755)
   found = bench_input.measure(0, torch_python=str(python), root=photos, batches=1, repeats=1)
-  assert set(found) == {
-    *('test', 'torch_test', 'torch_test_bytes', 'test_over_torch', 'test_over_torch_bytes'),
-    *('train', 'torch_train', 'torch_train_bytes', 'train_over_torch', 'train_over_torch_bytes'),
-  }
+  sides = ('test', 'train', 'torch_test', 'torch_test_bytes', 'torch_train', 'torch_train_bytes')
+  ratios = (
+    'test_over_torch',
+    'test_over_torch_bytes',
+    'train_over_torch',
+    'train_over_torch_bytes',
+  )
+  assert set(found) == {*sides, *ratios, *(f'{side}_cpu_milliseconds' for side in sides)}
+  assert found['torch_train_cpu_milliseconds'] == 20
   assert found['test_over_torch'] == found['test'] / 50
   python.write_text(f'#!{sys.executable}\nraise ImportError("no torch")\n')
   with pytest.raises(RuntimeError, match=r'(?s)did not measure: .*no torch'):
