@@ -25,6 +25,7 @@ TORCH = """
 import json, sys, time
 import torch, torchvision
 from torchvision import transforms as T
+torch.set_num_threads(1)  # as in its workers: idle threads would spin
 root, batch, workers, warm, batches = sys.argv[1], *map(int, sys.argv[2:])
 heads = {'test': [T.Resize(256), T.CenterCrop(224)],
          'train': [T.RandomResizedCrop(224), T.RandomHorizontalFlip()]}
