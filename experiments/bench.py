@@ -123,13 +123,13 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
     programs[variant] = shard_program(ssql.program(config, variant), mesh)
     states[variant] = programs[variant].init(jax.random.key(0))
     start = time.perf_counter()
-    states[variant], metrics = programs[variant].step(states[variant], resident)
+    states[variant], metrics = programs[variant].step(states[variant], {}, resident)
     jax.block_until_ready(metrics)
     figures[f'first_step_seconds_{variant}'] = time.perf_counter() - start
 
     def bare(variant=variant):
       for _ in range(steps):
-        states[variant], metrics = programs[variant].step(states[variant], resident)
+        states[variant], metrics = programs[variant].step(states[variant], {}, resident)
       jax.block_until_ready(metrics)
 
     runs[f'bare_{variant}'] = bare
@@ -137,7 +137,7 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
   def loop():
     for _ in range(steps):
       batch, _ = next(feed)
-      states['ssql'], metrics = programs['ssql'].step(states['ssql'], batch)
+      states['ssql'], metrics = programs['ssql'].step(states['ssql'], {}, batch)
     jax.block_until_ready(metrics)
 
   times = alternate(runs | {'loop_ssql': loop}, repeats)
