@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.quantizers.row_sums import Rows, rows_of, whole
+
 Array = jax.Array
 
 
@@ -16,9 +18,9 @@ def select_quantiles(x: Array, shares: Sequence[float], axes: Sequence[int] | No
 
   With `x_(0) <= ... <= x_(n-1)` and `p (n - 1) = k + w`, `0 <= w < 1`: `(1 - w) x_(k) + w x_(k+1)`. The
   order statistics are exact. They are found by their bits, most significant first: as many counts of the
-  values below a bound as a float has bits. So it needs no sorted copy of `x`, an array split over devices
-  stays where it is (devices exchange counts), and it compiles in seconds for a TPU, where a sort of millions
-  takes half a minute. Positions are exact for sizes at which `p (n - 1)` in float32 is not.
+  values below a bound as a float has bits, all quantiles at once. So it needs no sorted copy of `x`, an array
+  split over devices stays where it is (devices exchange counts), and it compiles in seconds for a TPU, where
+  a sort of millions takes half a minute. Positions are exact for sizes at which `p (n - 1)` in float32 is not.
 
   Args:
     x: float32 or float64, below 2^31 values a quantile. No gradient passes.
@@ -57,33 +59,48 @@ def _select(x: Array, ranks: Array, weights: Array, *, axes: tuple[int, ...]) ->
   # one in a loop, XLA on CPUs may start either first, on each device another, and they would wait for ever.
   missing = jnp.any(jnp.isnan(x), axes, keepdims=True)
   x = jnp.where(missing, jnp.nan, x)
-  bits = 8 * x.dtype.itemsize
-  unsigned = jnp.uint32 if bits == 32 else jnp.uint64
-  sign = unsigned(1 << (bits - 1))
+  unsigned = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint64
+  sign = unsigned(1 << (8 * x.dtype.itemsize - 1))
   raw = jax.lax.bitcast_convert_type(x, unsigned)
   # Unsigned integers in the order of the floats: negative ones grow with their magnitude.
   keys = jnp.where(raw >= sign, ~raw, raw | sign)
-  kept = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
 
   def value(key: Array) -> Array:
     return jax.lax.bitcast_convert_type(jnp.where(key >= sign, key & ~sign, ~key), x.dtype)
 
-  def total(chosen: Array) -> Array:
-    return jnp.sum(chosen, axes, keepdims=True, dtype=jnp.int32)
+  def find(rows: Rows) -> Array:
+    low, high = map(value, _neighbors(rows, ranks))
+    share = weights.reshape(-1, *(1,) * (low.ndim - 1))
+    between = (share > 0) & (low < high)
+    found = jnp.where(between, low * (1 - share) + high * share, low)
+    return found.reshape(-1, *rows.kept)
 
-  def one(rank_and_weight: tuple[Array, Array]) -> Array:
-    rank, weight = rank_and_weight
-
-    def set_bit(i: Array, key: Array) -> Array:
-      trial = key | (sign >> i.astype(unsigned))
-      return jnp.where(total(keys < trial) <= rank, trial, key)
-
-    key = jax.lax.fori_loop(0, bits, set_bit, jnp.zeros(kept, unsigned))
-    above = jnp.min(jnp.where(keys > key, keys, ~unsigned(0)), axes, keepdims=True)
-    low = value(key)
-    high = jnp.where(total(keys <= key) > rank + 1, low, value(above))
-    between = (weight > 0) & (low < high)
-    return jnp.where(between, low * (1 - weight) + high * weight, low)
-
-  found = jax.lax.map(one, (ranks, weights))
+  # What fills up a row lies above all values, so that no rank reaches it.
+  found = jax.lax.platform_dependent(
+    keys,
+    cpu=lambda keys: find(rows_of(keys, axes, ~unsigned(0))),
+    default=lambda keys: find(whole(keys, axes)),
+  )
   return jnp.where(missing, jnp.nan, found)
+
+
+def _neighbors(keys: Rows, ranks: Array) -> tuple[Array, Array]:
+  """Returns the keys of ranks `ranks` and of those above them, `[ranks, *sum_shape]`."""
+  unsigned = keys.data.dtype.type
+  bits = 8 * unsigned(0).itemsize
+  ranks = ranks.reshape(-1, *(1,) * len(keys.sum_shape))
+
+  def set_bit(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    key, at_most = carry
+    trial = key | (unsigned(1 << (bits - 1)) >> i.astype(unsigned))
+    below = keys.total(lambda row: (row < trial).astype(jnp.int32))
+    fits = below <= ranks
+    # The last trial that does not fit is the key that is found, plus one.
+    return jnp.where(fits, trial, key), jnp.where(fits, at_most, below)
+
+  shape = (len(ranks), *keys.sum_shape)
+  start = jnp.zeros(shape, unsigned), jnp.full(shape, jnp.iinfo(jnp.int32).max)
+  key, at_most = jax.lax.fori_loop(0, bits, set_bit, start)
+  last = ~unsigned(0)
+  above = keys.least(lambda row: jnp.where(row > key, row, last), last)
+  return key, jnp.where(at_most > ranks + 1, key, above)

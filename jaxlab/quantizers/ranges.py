@@ -12,7 +12,7 @@ optax: `init()` gives a state, `update(state, x)` the next one, `range(state)` i
 [-1.0, 3.0]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from jaxlab.quantizers.affine import (
   reduction_axes,
 )
 from jaxlab.quantizers.quantiles import select_quantiles
+from jaxlab.quantizers.row_sums import Rows, rows_of, whole
 
 Array = jax.Array
 PyTree = Any
@@ -310,19 +311,32 @@ def percentile_range(
   x = _wide(x)
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
   bounds = select_quantiles(x, [1 - p for p in quantiles] + list(quantiles), axes)
-  best = None
-  for index in range(len(quantiles)):
-    low, high = bounds[index], bounds[index + len(quantiles)]
-    high = jnp.maximum(low, high)  # the interpolation rounds: of a constant, low may exceed high
-    error = _squared_error(quantizer, x, params_from_range(quantizer, low, high, bits))
-    if best is None:
-      best = error, low, high
-    else:
-      better = error < best[0]
-      best = tuple(
-        jnp.where(better, new, old) for new, old in zip((error, low, high), best, strict=True)
-      )
-  return best[1], best[2]
+  low, high = bounds[: len(quantiles)], bounds[len(quantiles) :]
+  high = jnp.maximum(low, high)  # the interpolation rounds: of a constant, low may exceed high
+  errors = _candidate_errors(x, params_from_range(quantizer, low, high, bits), axes)
+  best = jnp.where(jnp.isnan(errors[:1]), 0, jnp.argmin(errors, 0, keepdims=True))
+  return tuple(jnp.take_along_axis(bound, best, 0)[0] for bound in (low, high))
+
+
+def _candidate_errors(x: Array, params: AffineParams, axes: Sequence[int]) -> Array:
+  """Returns `sum |x - x_hat|^2` over `axes`, kept with size 1, for candidates `[candidates, ...]` of params."""
+
+  def sums(rows: Rows) -> Array:
+    shape = (-1, *rows.sum_shape)
+    scale = jnp.where(params.scale == 0, 1, params.scale).reshape(shape)
+    zero_point = params.zero_point.reshape(shape)
+
+    def visit(row: Array) -> Array:
+      row_hat = affine_fake_quantize(row, scale, zero_point, params.low, params.high)
+      return jnp.where(jnp.isnan(row), 0, (row - row_hat) ** 2)
+
+    return rows.total(visit).reshape(-1, *rows.kept)
+
+  return jax.lax.platform_dependent(
+    x,
+    cpu=lambda x: sums(rows_of(x, axes, x.dtype.type(jnp.nan))),
+    default=lambda x: sums(whole(x, axes)),
+  )
 
 
 def power_of_two_factor(x: Array, bits: Bits = 8, factors: int = 4) -> AffineParams:
