@@ -53,8 +53,9 @@ class Rows(NamedTuple):
     return reduce(folded, axes, keepdims=True)
 
 
-def whole(x: Array, axes: Sequence[int]) -> Rows:
-  """Returns `x` as a single row: for compilers that add up an array in one go."""
+def whole(x: Array, axes: Sequence[int], fill: Array) -> Rows:
+  """Returns `x` as a single row, which needs no `fill`: for compilers that add up an array in one go."""
+  del fill
   kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
   return Rows(x[None], tuple(axes), kept)
 
