@@ -16,8 +16,9 @@ from flax.linen.linear import canonicalize_padding
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.models.intercept import Hook, Site
-from jaxlab.quantizers import input_ranges, operands
+from jaxlab.quantizers import operands
 from jaxlab.quantizers.affine import AffineQuantizer
+from jaxlab.quantizers.calibration import calibrate_inputs
 from jaxlab.quantizers.compensation.parts import (
   Part,
   Programs,
@@ -124,7 +125,7 @@ def gptq_ptq(
   quantized = {**variables, 'params': _tree(params)}
   ranges = {}
   if todo.kinds:
-    ranges = input_ranges.calibrate_inputs(model, quantized, batches[0], todo, **kwargs)
+    ranges = calibrate_inputs(model, quantized, batches[0], todo, **kwargs)
   operands.check_finite(ranges, constants)
   quantized[COLLECTION] = operands.collection(ranges, constants, {})
   return Quantized(quantized, {**variables, COLLECTION: {}}, operands.operand_hooks())

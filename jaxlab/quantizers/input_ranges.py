@@ -1,22 +1,19 @@
 """Ranges of the inputs of layers and of attention's operands, found in order of execution."""
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.logarithmic import log_sqrt2_scale
 from jaxlab.quantizers.operands import (
   CHANNEL,
   COLLECTION,
   TENSOR,
-  Plan,
   affine_constants,
   fake_quantize_operand,
   finite_or_nan,
@@ -27,31 +24,16 @@ Array = jax.Array
 PyTree = Any
 
 
-def calibrate_inputs(
-  model: nn.Module, variables: Mapping[str, PyTree], x: Array, todo: Plan, **kwargs: Any
-) -> dict[str, dict[str, Array]]:
-  """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
+def search_hook(kinds: Mapping[str, str], bits: Mapping[str, Bits]) -> Hook:
+  """Returns the hook that finds the ranges of the inputs `kinds` that have none, and quantizes all of them.
 
-  Ranges are fixed in order of execution: each is found on values that all quantizers before it have
-  already been applied to (RepQ-ViT's "first quantized forward"). Per-channel constants also hold `value`
-  `[channels]`, what the channels of scale 0 are equal to.
+  To be applied with `mutable=['quantization']`. Each range is found on values that all quantizers before it
+  have already been applied to (RepQ-ViT's "first quantized forward").
 
-  Equal models, batch shapes and kinds share one compilation, for all bit-widths (a model with unhashable
-  fields is compiled at each call).
+  Args:
+    kinds: kind of the quantizer by path: `'tensor'`, `'channel'`, `'log_sqrt2'`.
+    bits: bit-width by path.
   """
-  variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-  static = {'model': model, 'kinds': todo.kinds, 'kwargs': tuple(kwargs.items())}
-  try:
-    hash(model)
-    run = functools.partial(_jitted_calibrate_inputs, **static)
-  except TypeError:
-    run = jax.jit(functools.partial(_calibrate_inputs, **static))
-  inputs = run(variables, x, todo.input_bits)
-  return {path: inputs[path] for path, _ in todo.kinds}  # jit sorts keys
-
-
-def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
-  kinds = dict(kinds)
   find = _InputSearch()
 
   def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -61,17 +43,18 @@ def _calibrate_inputs(variables, x, bits, *, model, kinds, kwargs):
       args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
     return call(*args, **kwargs)
 
-  hooks = [Hook('.*', call=visit, collection=COLLECTION)]
-  _, state = apply(model, variables, x, hooks=hooks, mutable=[COLLECTION], **dict(kwargs))
-  flat = traverse_util.flatten_dict(dict(state.get(COLLECTION, {})), sep='/')
-  result: dict[str, dict[str, Array]] = {path: {} for path in kinds}
-  for path, value in flat.items():
-    module, _, name = path.rpartition('/')
-    result[module.removesuffix('input').rstrip('/')][name] = value
-  return result
+  return Hook('.*', call=visit, collection=COLLECTION)
 
 
-_jitted_calibrate_inputs = jax.jit(_calibrate_inputs, static_argnames=('model', 'kinds', 'kwargs'))
+def input_constants(collection: Mapping[str, PyTree]) -> dict[str, dict[str, Array]]:
+  """Returns `{path: constants}` of all inputs in a collection `'quantization'`."""
+  found: dict[str, dict[str, Array]] = {}
+  for path, value in traverse_util.flatten_dict(dict(collection), sep='/').items():
+    operand, _, name = path.rpartition('/')
+    module, _, which = operand.rpartition('/')
+    if which == 'input':
+      found.setdefault(module, {})[name] = value
+  return found
 
 
 class _InputSearch:

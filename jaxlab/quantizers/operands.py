@@ -15,6 +15,7 @@ slice of the variables, every block of it. Variables whose collection has no `in
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ from jaxlab.quantizers import affine
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
 from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize
 from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
-from jaxlab.quantizers.ranges import percentile_range
+from jaxlab.quantizers.quantiles import quantiles_by_ends, quantiles_of_finite
+from jaxlab.quantizers.ranges import PERCENTILES, best_candidate
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -41,6 +43,8 @@ TENSOR = AffineQuantizer(rule='asymmetric', granularity='tensor')
 CHANNEL = AffineQuantizer(rule='asymmetric', granularity='channel', axis=-1)
 
 MIN_BITS, MAX_BITS = 2, 8
+SMALL = 2**19  # values of a kernel that may be searched together with others
+LENGTHS = 8  # largest ratio of lengths in one such search
 
 # The first and the last layer of the networks of `jaxlab.models`.
 EDGES = r'patch_embed/proj|head|head_dist|head/fc|conv1|fc|conv_stem|classifier|lm_head'
@@ -200,20 +204,100 @@ def quantize_kernels(
   """Returns `params` with fake-quantized kernels, and `{path: constants}` of the collection's `kernel`.
 
   One range per output channel (last axis), by `percentile_range`. Kernels of equal shape share one
-  compilation, for all bit-widths.
+  compilation, and small ones of about the same length one search; both for all bit-widths.
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
-  constants = {}
+  groups: dict[tuple, list[str]] = {}
   for path, bits in kernel_bits.items():
-    name = f'{path}/kernel'
-    flat[name], constants[path] = _quantize_kernel(flat[name], bits)
+    kernel = flat[f'{path}/kernel']
+    alone = (path,) if not _is_small(kernel, bits) else (_length_class(kernel), kernel.dtype)
+    groups.setdefault(alone, []).append(path)
+  found = {}
+  for paths in groups.values():
+    kernels = [flat[f'{path}/kernel'] for path in paths]
+    if len(paths) == 1:
+      found[paths[0]] = _quantize_kernel(*kernels, kernel_bits[paths[0]])
+    else:
+      each = _quantize_kernels_together(kernels, [kernel_bits[path] for path in paths])
+      found |= dict(zip(paths, each))
+  constants = {}
+  for path in kernel_bits:
+    flat[f'{path}/kernel'], constants[path] = found[path]
   return traverse_util.unflatten_dict(flat, sep='/'), constants
+
+
+def _is_small(kernel: Array, bits: Bits) -> bool:
+  """Whether a kernel may be searched together with others, laid side by side in host memory."""
+  if not (is_concrete(kernel) and is_concrete(bits)) or kernel.size > SMALL:
+    return False
+  return isinstance(kernel, np.ndarray) or len(kernel.sharding.device_set) == 1
+
+
+def _length_class(kernel: Array) -> int:
+  return math.ceil(math.log(max(kernel.size // kernel.shape[-1], 1), LENGTHS))
 
 
 @jax.jit
 def _quantize_kernel(kernel: Array, bits: Bits) -> tuple[Array, dict[str, Array]]:
   constants = affine_constants(CHANNEL, kernel, bits)
   return fake_quantize_operand(kernel, constants), constants
+
+
+def _quantize_kernels_together(
+  kernels: Sequence[Array], bits: Sequence[Bits]
+) -> list[tuple[Array, dict[str, Array]]]:
+  """Returns what `_quantize_kernel` does, for each, by one search over the rows of all channels.
+
+  It is the search that takes long to compile; all the rest is done by NumPy.
+  """
+  matrices = [np.asarray(kernel).reshape(-1, kernel.shape[-1]).T for kernel in kernels]
+  columns = max(matrix.shape[1] for matrix in matrices)
+  rows = np.concatenate(
+    [
+      np.pad(matrix, ((0, 0), (0, columns - matrix.shape[1])), constant_values=np.nan)
+      for matrix in matrices
+    ]
+  )
+  channels = [len(matrix) for matrix in matrices]
+  each = np.repeat(np.asarray(bits, np.float32), channels)
+  lengths = tuple(matrix.shape[::-1] for matrix in matrices)
+  rows, constants = jax.device_get(_quantize_rows(rows, each, lengths))
+  found = []
+  for kernel, matrix, end in zip(kernels, matrices, np.cumsum(channels)):
+    start = end - len(matrix)
+    new = rows[start:end, : matrix.shape[1]].T.reshape(kernel.shape)
+    own = {
+      name: leaf[start:end] if name in ('scale', 'zero_point') else leaf[start]
+      for name, leaf in constants.items()
+    }
+    home = None if isinstance(kernel, np.ndarray) else kernel.sharding
+    found.append(jax.device_put((new, own), home and next(iter(home.device_set))))
+  return found
+
+
+@functools.partial(jax.jit, static_argnames='lengths')
+def _quantize_rows(
+  rows: Array, bits: Array, lengths: tuple[tuple[int, int], ...]
+) -> tuple[Array, dict[str, Array]]:
+  """Returns fake-quantized rows and their constants.
+
+  Args:
+    rows: `[channels, columns]`, filled up with NaN.
+    bits: `[channels]`.
+    lengths: number of values a channel, and of channels, for each kernel.
+  """
+  wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+  counts = np.repeat(*np.transpose(lengths))
+  fill = np.arange(rows.shape[1]) >= counts[:, None]
+  shares = [1 - p for p in PERCENTILES] + list(PERCENTILES)
+  ends = (jnp.where(fill, value, wide) for value in (-jnp.inf, jnp.inf))
+  bounds = quantiles_by_ends(*ends, counts, shares)
+  minimum, maximum = best_candidate(CHANNEL, wide, bits[:, None], bounds[..., None], (1,))
+  # What the sorted ends of a broken row are is not said.
+  minimum = jnp.where(jnp.all(fill | jnp.isfinite(wide), 1), minimum[:, 0], jnp.nan)
+  constants = constants_of_range(CHANNEL, minimum, maximum[:, 0], bits)
+  own = {name: leaf[:, None] for name, leaf in constants.items()}
+  return fake_quantize_operand(rows, own), constants
 
 
 def finite_or_nan(x: Array) -> Array:
@@ -229,12 +313,21 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
   values as they are. If `x` is not finite, the scale is NaN.
   """
   x = finite_or_nan(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
-  minimum, maximum = percentile_range(quantizer, x, bits)
+  axes = affine.reduction_axes(quantizer, x.ndim)
+  shares = tuple([1 - p for p in PERCENTILES] + list(PERCENTILES))
+  bounds = quantiles_of_finite(x, shares, axes)
   shape = () if quantizer.granularity == 'tensor' else (-1,)
-  minimum, maximum = minimum.reshape(shape), maximum.reshape(shape)
+  minimum, maximum = best_candidate(quantizer, x, bits, bounds, axes)
+  return constants_of_range(quantizer, minimum.reshape(shape), maximum.reshape(shape), bits)
+
+
+def constants_of_range(
+  quantizer: AffineQuantizer, minimum: Array, maximum: Array, bits: Bits
+) -> dict[str, Array]:
+  """Returns `{scale, zero_point, low, high}` of a range; see `affine_constants`."""
   params = affine.params_from_range(quantizer, minimum, maximum, bits)
   extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
-  constant = maximum - minimum <= 16 * jnp.finfo(x.dtype).eps * extreme
+  constant = maximum - minimum <= 16 * jnp.finfo(minimum.dtype).eps * extreme
   return {
     'scale': jnp.where(constant, 0, params.scale),
     'zero_point': jnp.where(constant, 0, params.zero_point),

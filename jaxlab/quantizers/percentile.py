@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from jaxlab.quantizers import operands
-from jaxlab.quantizers.input_ranges import calibrate_inputs
+from jaxlab.quantizers.calibration import calibrate_inputs
 from jaxlab.quantizers.operands import COLLECTION, Quantized
 from jaxlab.quantizers.policy import BitPolicy, Bits
 

@@ -12,7 +12,7 @@ optax: `init()` gives a state, `update(state, x)` the next one, `range(state)` i
 [-1.0, 3.0]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,11 @@ from jaxlab.quantizers.affine import (
   reduction_axes,
 )
 from jaxlab.quantizers.quantiles import select_quantiles
+from jaxlab.quantizers.row_sums import Rows, rows_of, whole
 
 Array = jax.Array
 PyTree = Any
+PERCENTILES = (0.999, 0.9999, 0.99999)  # of RepQ-ViT's search
 
 
 class RangeState(NamedTuple):
@@ -294,7 +296,7 @@ def percentile_range(
   x: Array,
   bits: Bits | None = None,
   *,
-  quantiles: tuple[float, ...] = (0.999, 0.9999, 0.99999),
+  quantiles: tuple[float, ...] = PERCENTILES,
 ) -> tuple[Array, Array]:
   """Returns the range between the `1 - p` and `p` quantiles with the least squared error (RepQ-ViT, QwT).
 
@@ -306,23 +308,58 @@ def percentile_range(
   """
   if not quantiles or any(not 0.5 < q <= 1 for q in quantiles):
     raise ValueError(f'quantiles={quantiles} must lie in (0.5, 1], at least one.')
-  x = cut_groups(quantizer, x)
-  x = _wide(x)
+  x = cut_groups(quantizer, _wide(x))
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
   bounds = select_quantiles(x, [1 - p for p in quantiles] + list(quantiles), axes)
-  best = None
-  for index in range(len(quantiles)):
-    low, high = bounds[index], bounds[index + len(quantiles)]
-    high = jnp.maximum(low, high)  # the interpolation rounds: of a constant, low may exceed high
-    error = _squared_error(quantizer, x, params_from_range(quantizer, low, high, bits))
-    if best is None:
-      best = error, low, high
-    else:
-      better = error < best[0]
-      best = tuple(
-        jnp.where(better, new, old) for new, old in zip((error, low, high), best, strict=True)
-      )
+  return best_candidate(quantizer, x, bits, bounds, axes)
+
+
+def best_candidate(
+  quantizer: AffineQuantizer, x: Array, bits: Bits | None, bounds: Array, axes: Sequence[int]
+) -> tuple[Array, Array]:
+  """Returns the range with the least squared error over `axes` of x; of equal candidates the first.
+
+  Args:
+    quantizer: its rule and bits.
+    x: NaN counts for nothing.
+    bits: see `params_from_range`.
+    bounds: `[2 * candidates, ...]`, minima before maxima, `axes` of size 1.
+    axes: of x.
+  """
+  low, high = jnp.split(bounds, 2)
+  high = jnp.maximum(low, high)  # the interpolation rounds: of a constant, low may exceed high
+  errors = _candidate_errors(x, params_from_range(quantizer, low, high, bits), axes)
+  best = errors[0], low[0], high[0]
+  for new in zip(errors[1:], low[1:], high[1:]):
+    better = new[0] < best[0]
+    best = tuple(jnp.where(better, n, old) for n, old in zip(new, best))
   return best[1], best[2]
+
+
+def _candidate_errors(x: Array, params: AffineParams, axes: Sequence[int]) -> Array:
+  """Returns `sum |x - x_hat|^2` over `axes`, kept with size 1, for `params` `[candidates, ...]`."""
+
+  def sums(x: Array, cut: Callable[..., Rows]) -> Array:
+    rows = cut(x, axes, x.dtype.type(jnp.nan))
+    scale = jnp.where(params.scale == 0, 1, params.scale)
+
+    def each(a: Array) -> Array:
+      if a.ndim:
+        a = jnp.broadcast_to(a, scale.shape).reshape(-1, *rows.sum_shape)
+      return a
+
+    own = [each(a) for a in (scale, params.zero_point, params.low, params.high)]
+
+    def visit(row: Array) -> Array:
+      return jnp.where(jnp.isnan(row), 0, (row - affine_fake_quantize(row, *own)) ** 2)
+
+    return rows.total(visit).reshape(-1, *rows.kept)
+
+  return jax.lax.platform_dependent(
+    x,
+    cpu=lambda x: sums(x, rows_of),
+    default=lambda x: sums(x, whole),
+  )
 
 
 def power_of_two_factor(x: Array, bits: Bits = 8, factors: int = 4) -> AffineParams:

@@ -16,7 +16,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.intercept import raise_unmatched
-from jaxlab.quantizers import input_ranges, operands
+from jaxlab.quantizers import operands
+from jaxlab.quantizers.calibration import calibrate_inputs
 from jaxlab.quantizers.operands import COLLECTION, Quantized
 from jaxlab.quantizers.policy import BitPolicy
 from jaxlab.tracing import is_concrete
@@ -178,7 +179,7 @@ def repq(
 
   Kernels: affine per output channel. Inputs of layers, and the hook points `query`, `key`, `value`: affine
   per tensor. `softmax`: log-sqrt2. All ranges by the percentile search, those of activations in one
-  forward pass over `x` in order of execution (`input_ranges.calibrate_inputs`). Inputs of layers that a
+  forward pass over `x` in order of execution (`calibrate_inputs`). Inputs of layers that a
   LayerNorm feeds are calibrated per channel and merged (`reparametrize`); then those layers' kernels get new
   ranges, while activations keep the ranges of the pass. LayerNorm, softmax, GELU and residual sums are in
   float.
@@ -211,7 +212,7 @@ def repq(
   _check_shared_norms(found, todo)
   params, kernels = operands.quantize_kernels(variables['params'], todo.kernel_bits)
   first_pass = {**variables, 'params': params}
-  inputs = input_ranges.calibrate_inputs(model, first_pass, x, todo, **kwargs)
+  inputs = calibrate_inputs(model, first_pass, x, todo, **kwargs)
   operands.check_finite(inputs, kernels)
 
   floats = traverse_util.flatten_dict(dict(variables['params']), sep='/')

@@ -12,7 +12,7 @@ from quantizers.reference_vit import nhwc, vit_of
 from jaxlab.models import Hook, ViT, apply
 from jaxlab.models.checkpoints import torch_name
 from jaxlab.models.vit import Block, stack_blocks
-from jaxlab.quantizers import input_ranges, operands
+from jaxlab.quantizers import calibration, operands
 from jaxlab.quantizers.operands import Quantized, edge_policy
 from jaxlab.quantizers.policy import BitPolicy
 from jaxlab.quantizers.repq import norm_dense_pairs, reparametrize, repq
@@ -103,8 +103,8 @@ def test_float_variables_are_the_float_network(quantized):
 def test_error_falls_with_bits_and_bits_share_one_compilation(quantized):
   expected = run(VIT, VARIABLES, X, ())
   compiled = (
-    input_ranges._jitted_calibrate_inputs._cache_size(),
-    operands._quantize_kernel._cache_size(),
+    calibration._inside._cache_size(),
+    operands._quantize_kernel._cache_size() + operands._quantize_rows._cache_size(),
   )
   forward = jax.jit(lambda v, x: apply(VIT, v, x, hooks=quantized.hooks))
   errors = []
@@ -115,8 +115,8 @@ def test_error_falls_with_bits_and_bits_share_one_compilation(quantized):
   assert errors[3] < 0.1
   assert forward._cache_size() == 1
   assert compiled == (
-    input_ranges._jitted_calibrate_inputs._cache_size(),
-    operands._quantize_kernel._cache_size(),
+    calibration._inside._cache_size(),
+    operands._quantize_kernel._cache_size() + operands._quantize_rows._cache_size(),
   )
 
 

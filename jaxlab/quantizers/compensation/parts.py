@@ -177,9 +177,8 @@ def find_parts(
 
 def _check_not_stacked(site: Site, variables: Mapping[str, PyTree]) -> None:
   inside = site.module.variables.get('params', {})
-  same = jax.tree.map(jnp.shape, dict(inside)) == jax.tree.map(
-    jnp.shape, dict(variables.get('params', {}))
-  )
+  shapes = lambda tree: jax.tree.map(lambda leaf: tuple(leaf.shape), dict(tree))  # noqa: E731
+  same = shapes(inside) == shapes(variables.get('params', {}))
   if not same:
     raise ValueError(
       f'The parameters of {site.path!r} are stacked (nn.scan): use the model without scan, with '
@@ -208,6 +207,20 @@ def reach(
       as NaN, so that a wrong assumption of independence shows.
     hooks: of the model.
   """
+  return reach_with_state(root, parts, index, variables, leaves, outputs, hooks)[0]
+
+
+def reach_with_state(
+  root: Part,
+  parts: Sequence[Part],
+  index: int,
+  variables: PyTree,
+  leaves: Sequence[Array],
+  outputs: Mapping[int, Sequence[Array]],
+  hooks: Sequence[Hook],
+  mutable: Sequence[str] = (),
+) -> tuple[list[Array], PyTree]:
+  """Returns what `reach` does, and the collections `mutable` that hooks between the parts have written."""
   order = {part.path: i for i, part in enumerate(parts)}
 
   def visit(site: Site, call: Callable, *args, **kwargs):
@@ -222,11 +235,12 @@ def reach(
     return parts[i].out.fill(known)
 
   hooks = [*hooks, Hook(any_of(list(order)), call=visit, collection=CAPTURES)]
-  out, state = root.run(variables, leaves, hooks, mutable=[CAPTURES])
+  out, state = root.run(variables, leaves, hooks, mutable=[CAPTURES, *mutable])
   if index == len(parts):
-    return array_leaves(out)
+    return array_leaves(out), state
   captured = slice_variables(state, relative(parts[index].path, root.path))[CAPTURES]
-  return [captured[f'argument{j}'] for j in range(len(parts[index].call.array_shapes))]
+  found = [captured[f'argument{j}'] for j in range(len(parts[index].call.array_shapes))]
+  return found, state
 
 
 def _unknown(shape: jax.ShapeDtypeStruct) -> Array:
