@@ -15,8 +15,9 @@ from flax import linen as nn
 
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.resnet import check_images
-from jaxlab.models.vit import Mlp, draw_survival
+from jaxlab.models.vit import Mlp, draw_survival, flat_dot_general
 
 Array = jax.Array
 Size = tuple[int, int]
@@ -388,9 +389,16 @@ def _pair(size: int | Sequence[int]) -> Size:
 
 def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
   """Returns timm's Linear: normal weights of deviation 0.02, biases from 0."""
-  return nn.Dense(features, use_bias=use_bias, kernel_init=vit_normal, dtype=dtype, name=name)
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    kernel_init=vit_normal,
+    dtype=dtype,
+    dot_general=flat_dot_general,
+    name=name,
+  )
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: Any, name: str) -> LayerNorm:
   """Returns Swin's LayerNorm; the two-pass variance survives outlier channels."""
-  return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+  return LayerNorm(epsilon=1e-5, dtype=dtype, name=name)

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.resnet import check_images
 
@@ -345,6 +346,6 @@ def gelu(x: Array) -> Array:
   return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: Any, name: str) -> LayerNorm:
   """Returns timm's LayerNorm of ViTs; the two-pass variance survives outlier channels."""
-  return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+  return LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
