@@ -177,6 +177,7 @@ def test_blocks_of_one_shape_share_their_compilation():
     ([], WEIGHTS, {}, 'batches is empty'),
     (BATCHES, BitPolicy([('layer1.*', 4)]), {}, 'layer1'),
     (BATCHES, BitPolicy([('layers_.*', 4)]), {'blocks': 'h_.*'}, "'h_.*'"),
+    (BATCHES, WEIGHTS, {'anatomy': models.Anatomy(blocks=['h_0', 'layers_0'])}, "pattern 'h_0'"),
     (BATCHES, WEIGHTS, {'options': {'damping': -1}}, 'layers_0/.*damping=-1'),
   ],
 )

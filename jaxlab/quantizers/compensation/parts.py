@@ -8,7 +8,6 @@ next part is given; under `jit` everything else is dead code.
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.models.intercept import Hook, Site, any_of, apply
 
 Array = jax.Array
 PyTree = Any
@@ -107,11 +106,6 @@ def slice_variables(variables: Mapping[str, PyTree], path: str) -> dict[str, PyT
 def relative(path: str, root: str) -> str:
   """Returns `path` as seen from the module at `root`."""
   return path.removeprefix(root).removeprefix('/')
-
-
-def any_of(paths: Sequence[str]) -> str:
-  """Returns the regular expression that matches exactly these paths."""
-  return '|'.join(re.escape(path) for path in paths)
 
 
 def find_parts(

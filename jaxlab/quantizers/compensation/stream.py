@@ -1,46 +1,67 @@
 """Calibration data on their way through the blocks of a network, one block after another."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxlab.models.intercept import Hook, module_paths
+from jaxlab.models.anatomy import anatomy as anatomy_of
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.intercept import Hook, any_of, module_paths, raise_unmatched
 from jaxlab.quantizers.compensation.parts import (
   Part,
   Programs,
+  Skeleton,
   array_leaves,
+  find_parts,
   park,
   reach,
   restore,
 )
 
 PyTree = Any
-# Blocks of our models; the first that names anything is taken.
-BLOCKS = (
-  r'(.*/)?blocks(_\d+)+',
-  r'(.*/)?layer\d+_\d+',
-  r'(.*/)?h_\d+',
-  r'(.*/)?layers_\d+',
-  r'(.*/)?features_\d+',
-)
 
 
-def block_pattern(model: nn.Module, inputs: tuple, kwargs: dict, blocks: str | None) -> str:
-  """Returns `blocks`, or the pattern of `BLOCKS` that names modules of `model`.
+def find_blocks(
+  model: nn.Module,
+  variables: PyTree,
+  args: tuple,
+  kwargs: dict[str, Any],
+  hooks: Sequence[Hook],
+  blocks: str | None = None,
+  anatomy: Anatomy | None = None,
+) -> tuple[Part, list[Part]]:
+  """Returns the model as a part, and its blocks in order of execution.
+
+  Traces abstractly: no computation.
+
+  Args:
+    model: any Linen module.
+    variables: its variables.
+    args: its positional arguments, arrays or shapes.
+    kwargs: its keyword arguments.
+    hooks: of the model.
+    blocks: regular expression of the blocks' paths; None: the blocks of `anatomy`.
+    anatomy: of the model; None: what `models.anatomy` says.
 
   Raises:
-    ValueError: if none does.
+    ValueError: if the model is unknown, no module or not every block is there, or blocks are nested, called
+      twice or stacked.
   """
-  if blocks is not None:
-    return blocks
-  paths = module_paths(model, *inputs, **kwargs)
-  for pattern in BLOCKS:
-    if any(re.fullmatch(pattern, path) for path in paths):
-      return pattern
-  raise ValueError(f'No module is named like a block ({", ".join(BLOCKS)}): give blocks=.')
+  wanted = ()
+  if blocks is None:
+    wanted = (anatomy_of(model) if anatomy is None else anatomy).block_paths
+    if not wanted:
+      raise ValueError(f'The anatomy of {type(model).__name__} names no blocks: give blocks=.')
+  pattern = any_of(wanted) if blocks is None else blocks
+  root = Part('', model, Skeleton.of((args, kwargs)))
+  parts = find_parts(root, variables, array_leaves((args, kwargs)), hooks, pattern)
+  missing = sorted(set(wanted) - {part.path for part in parts})
+  if missing or not parts:
+    paths = module_paths(model, *args, **kwargs)
+    raise_unmatched(missing or [pattern], paths, 'block pattern', 'module')
+  return root, parts
 
 
 class Stream:
