@@ -32,6 +32,10 @@ from jaxlab.models.classifier_heads import (
   nearest_class_mean,
   tau_normalize,
 )
+from jaxlab.models.convolution import (
+  conv_general_dilated,
+  fast_convolutions,
+)
 from jaxlab.models.decoders import (
   from_config,
 )
@@ -139,7 +143,9 @@ __all__ = [
   'batch_normalize',
   'byol_mlp',
   'capture',
+  'conv_general_dilated',
   'create',
+  'fast_convolutions',
   'from_config',
   'from_torch',
   'generate',

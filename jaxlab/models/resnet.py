@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import (
   Initializer,
   kaiming_normal_fan_out,
@@ -40,7 +41,7 @@ def square_conv(
     feature_group_count=groups,
     use_bias=False,
     kernel_init=kernel_init,
-    **kwargs,
+    **{'conv_general_dilated': conv_general_dilated} | kwargs,
   )
 
 

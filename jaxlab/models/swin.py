@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
 from jaxlab.models.resnet import check_images
@@ -244,6 +245,7 @@ class PatchEmbed(nn.Module):
       padding='VALID',
       kernel_init=torch_default,
       bias_init=torch_default_bias(self.patch_size**2 * x.shape[-1]),
+      conv_general_dilated=conv_general_dilated,
       dtype=self.dtype,
       name='proj',
     )(x)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
 from jaxlab.models.position_embedding import resample_position_embedding
@@ -108,6 +109,7 @@ class PatchEmbed(nn.Module):
       padding='VALID',
       kernel_init=torch_default,
       bias_init=bias_init,
+      conv_general_dilated=conv_general_dilated,
       dtype=self.dtype,
       name='proj',
     )(x)

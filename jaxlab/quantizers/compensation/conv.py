@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.quantizers.compensation.linear import (
   HIGHEST,
   LinearCompensation,
@@ -97,7 +98,7 @@ def patches(x: Array, kernel_size: int, stride: int) -> Array:
 def convolve(x: Array, weight: Array, out_shape: tuple, accumulate: jnp.dtype) -> Array:
   """Returns the grouped convolution of x with `weight` `[k, k, in / groups, out]`, padded by k // 2."""
   stride, kernel_size = stride_of(x.shape, out_shape), weight.shape[0]
-  return lax.conv_general_dilated(
+  return conv_general_dilated(
     x,
     weight,
     (stride,) * 2,
