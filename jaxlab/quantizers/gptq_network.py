@@ -16,19 +16,20 @@ from flax.linen.linear import canonicalize_padding
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import Hook, Site, any_of
-from jaxlab.quantizers import input_ranges, operands
-from jaxlab.quantizers.affine import AffineQuantizer
-from jaxlab.quantizers.compensation.parts import (
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import (
   Part,
   Programs,
   array_leaves,
+  find_blocks,
   park,
   relative,
   restore,
   slice_variables,
 )
-from jaxlab.quantizers.compensation.stream import Stream, find_blocks
+from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.quantizers import input_ranges, operands
+from jaxlab.quantizers.affine import AffineQuantizer
 from jaxlab.quantizers.gptq import (
   GPTQKernel,
   HessianState,

@@ -10,9 +10,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 from quantizers.reference_vit import nhwc, vit_of
 
-from jaxlab.models import Anatomy, Block, Branch, Hook, MobileNetV2, ResNet, Swin, ViT, apply
+from jaxlab.models import (
+  Anatomy,
+  Block,
+  Branch,
+  Hook,
+  MobileNetV2,
+  ResNet,
+  Swin,
+  ViT,
+  apply,
+  blockwise,
+)
 from jaxlab.quantizers import BitPolicy, ptq
-from jaxlab.quantizers.compensation import fits, parts, walk
+from jaxlab.quantizers.compensation import fits, walk
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
 from jaxlab.quantizers.compensation.driver import COLLECTION, compensate, compensation_hook
 from jaxlab.quantizers.compensation.methods import NBC, QwT, QwTv2
@@ -182,15 +193,17 @@ def test_blocks_of_one_shape_are_compiled_once(method):
 def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
   model, _, quantized = small_vit()
   peaks = []
-  restore = parts.Parked.restore
+  restore = blockwise.Parked.restore
 
   def watched(self):
     array = restore(self)
     peaks[-1] = max(peaks[-1], sum(a.nbytes for a in jax.live_arrays()))
     return array
 
-  monkeypatch.setattr(parts.Parked, 'restore', watched)
-  monkeypatch.setattr(parts, 'to_host', np.array)  # on a CPU, it would share the device's memory
+  monkeypatch.setattr(blockwise.Parked, 'restore', watched)
+  monkeypatch.setattr(
+    blockwise, 'to_host', np.array
+  )  # on a CPU, it would share the device's memory
   for count in (2, 8):
     peaks.append(0)
     compensate(model, quantized, iter([BATCHES[0]] * count), **FLOAT)

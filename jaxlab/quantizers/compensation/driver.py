@@ -16,12 +16,12 @@ from flax import traverse_util
 
 from jaxlab.models.anatomy import anatomy as anatomy_of
 from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import Programs, find_blocks
 from jaxlab.models.intercept import Hook
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
 from jaxlab.quantizers.compensation.methods import Method, QwT, QwTv2
-from jaxlab.quantizers.compensation.parts import Programs
 from jaxlab.quantizers.compensation.recalibration import with_constants
-from jaxlab.quantizers.compensation.stream import Stream, find_blocks
 from jaxlab.quantizers.compensation.walk import BlockWalk
 
 Array = jax.Array

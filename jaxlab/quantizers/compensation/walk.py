@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, Site, any_of
-from jaxlab.quantizers.compensation import fits
-from jaxlab.quantizers.compensation.cost import compensation_cost
-from jaxlab.quantizers.compensation.hook import apply_arrays
-from jaxlab.quantizers.compensation.methods import Method, QwTv2
-from jaxlab.quantizers.compensation.parts import (
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import (
   CAPTURES,
   Part,
   Programs,
@@ -26,12 +22,16 @@ from jaxlab.quantizers.compensation.parts import (
   restore,
   slice_variables,
 )
+from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.quantizers.compensation import fits
+from jaxlab.quantizers.compensation.cost import compensation_cost
+from jaxlab.quantizers.compensation.hook import apply_arrays
+from jaxlab.quantizers.compensation.methods import Method, QwTv2
 from jaxlab.quantizers.compensation.recalibration import (
   quantized_inputs,
   recalibrate,
   with_constants,
 )
-from jaxlab.quantizers.compensation.stream import Stream
 
 Array = jax.Array
 PyTree = Any

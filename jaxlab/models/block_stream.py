@@ -4,64 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from jaxlab.models.anatomy import anatomy as anatomy_of
-from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import Hook, any_of, module_paths, raise_unmatched
-from jaxlab.quantizers.compensation.parts import (
-  Part,
-  Programs,
-  Skeleton,
-  array_leaves,
-  find_parts,
-  park,
-  reach,
-  restore,
-)
+from jaxlab.models.blockwise import Part, Programs, array_leaves, park, reach, restore
+from jaxlab.models.intercept import Hook
 
 PyTree = Any
-
-
-def find_blocks(
-  model: nn.Module,
-  variables: PyTree,
-  args: tuple,
-  kwargs: dict[str, Any],
-  hooks: Sequence[Hook],
-  blocks: str | None = None,
-  anatomy: Anatomy | None = None,
-) -> tuple[Part, list[Part]]:
-  """Returns the model as a part, and its blocks in order of execution.
-
-  Traces abstractly: no computation.
-
-  Args:
-    model: any Linen module.
-    variables: its variables.
-    args: its positional arguments, arrays or shapes.
-    kwargs: its keyword arguments.
-    hooks: of the model.
-    blocks: regular expression of the blocks' paths; None: the blocks of `anatomy`.
-    anatomy: of the model; None: what `models.anatomy` says.
-
-  Raises:
-    ValueError: if the model is unknown, no module or not every block is there, or blocks are nested, called
-      twice or stacked.
-  """
-  wanted = ()
-  if blocks is None:
-    wanted = (anatomy_of(model) if anatomy is None else anatomy).block_paths
-    if not wanted:
-      raise ValueError(f'The anatomy of {type(model).__name__} names no blocks: give blocks=.')
-  pattern = any_of(wanted) if blocks is None else blocks
-  root = Part('', model, Skeleton.of((args, kwargs)))
-  parts = find_parts(root, variables, array_leaves((args, kwargs)), hooks, pattern)
-  missing = sorted(set(wanted) - {part.path for part in parts})
-  if missing or not parts:
-    paths = module_paths(model, *args, **kwargs)
-    raise_unmatched(missing or [pattern], paths, 'block pattern', 'module')
-  return root, parts
 
 
 class Stream:
