@@ -268,7 +268,7 @@ class Swin(nn.Module):
   """A Swin transformer over float images `[batch, height, width, channels]`.
 
   `patch_embed`; stages `layers_i` of twice the channels and half the size each, with `downsample` at their
-  start and `blocks_j`; `norm`; mean over positions; `head/fc`.
+  start and `blocks_j`; `norm`; mean over positions `avgpool`; `head/fc`.
 
   Where a stage's feature map is no larger than the window, the window shrinks to it (each side by itself) and
   is not shifted, as in timm. A feature map that windows or 2 x 2 neighborhoods do not divide is filled with
@@ -380,7 +380,7 @@ class Swin(nn.Module):
       )
       x = stage(x, None if survival is None else survival[first : first + depth])
       first += depth
-    x = jnp.mean(_layer_norm(self.dtype, 'norm')(x), (1, 2))
+    x = HookPoint(name='avgpool')(jnp.mean(_layer_norm(self.dtype, 'norm')(x), (1, 2)))
     return x if self.num_classes is None else Head(self.num_classes, self.dtype, name='head')(x)
 
 

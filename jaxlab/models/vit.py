@@ -119,8 +119,9 @@ class ViT(nn.Module):
   """A vision transformer over float images `[batch, height, width, channels]`.
 
   Patches in raster order behind the class token (and the distillation token), plus `pos_embed`; `blocks_i`;
-  `norm`; pooling; `head`. With `distilled` a second classifier `head_dist` reads the distillation token: in
-  training both logits are returned as a pair, otherwise their mean.
+  `norm`; pooling `pool`; `head`. With `distilled` a second classifier `head_dist` reads the distillation
+  token (`pool` is the pair of both tokens): in training both logits are returned as a pair, otherwise their
+  mean.
 
   Attributes:
     patch_size: side of a patch in pixels.
@@ -218,9 +219,11 @@ class ViT(nn.Module):
     x = _layer_norm(self.dtype, 'norm')(x)
 
     if self.distilled:
-      pooled = (x[:, 0], x[:, 1])
+      pooled = x[:, 0], x[:, 1]
     else:
-      pooled = (x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1),)
+      pooled = x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1)
+    pooled = HookPoint(name='pool')(pooled)
+    pooled = pooled if self.distilled else (pooled,)
     if self.num_classes is None:
       return sum(pooled) / len(pooled)
     dense = _dense(self.dtype)
