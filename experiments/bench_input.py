@@ -187,7 +187,7 @@ def measure_step(
   """
   import jax
 
-  from experiments import bench
+  from experiments import bench_loop
   from jaxlab import data
 
   if root is None:
@@ -213,7 +213,7 @@ def measure_step(
 
     run(lambda: resident)
     sides = {'bare': lambda: run(lambda: resident), 'loop': lambda: run(lambda: next(feed)[0])}
-    times = bench.alternate(sides, repeats)
+    times = bench_loop.alternate(sides, repeats)
   finally:
     loader.close()
   figures = {f'{name}_seconds': seconds / steps for name, seconds in times.items()}

@@ -1,13 +1,14 @@
 """Sums of products of 8-bit codes in int32: in integers where there are units for it, in float32 on a CPU.
 
-XLA's CPU backend multiplies arrays of integers tens of times slower than arrays of floats. Sums of integers in
-float32 are exact up to 2^24, in whatever order they are taken: 1024 products of two int8. On a CPU a longer sum is
-cut into parts along its channels, each exact in float32, that are added in int32. The sums of one operand alone,
-which the zero point of the other one multiplies, come from the same product: the kernel gets one more output, with
-ones. What is compiled for a TPU or GPU is one product of integers and plain sums.
+XLA's CPU backend multiplies arrays of integers tens of times slower than arrays of floats. Sums of
+integers in float32 are exact up to 2^24, in whatever order they are taken: 1024 products of two int8. On a CPU
+a longer sum is cut into parts along its channels, each exact in float32, that are added in int32. The sums of
+one operand alone, which the zero point of the other one multiplies, come from the same product: the kernel
+gets one more output, with ones. What is compiled for a TPU or GPU is one product of integers and plain sums.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -162,4 +163,4 @@ def _parts(size: int, most: int) -> list[slice]:
   """Returns slices of about equal length that cover `size` elements, each of at most `most`."""
   count = max(-(-size // most), 1)
   bounds = [size * i // count for i in range(count + 1)]
-  return [slice(*pair) for pair in zip(bounds, bounds[1:])]
+  return [slice(*pair) for pair in itertools.pairwise(bounds)]

@@ -144,7 +144,7 @@ def test_images_and_tokens_fit_the_step(name):
   state = jax.eval_shape(program.init, jax.random.key(0))
   batch = bench_models.random_batch(program)
   assert jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, program.batch)
-  after, metrics = jax.eval_shape(program.step, state, batch)
+  after, metrics = jax.eval_shape(program.step, state, {}, batch)
   assert metrics['loss'].shape == ()
   assert jax.tree.structure(after) == jax.tree.structure(state)
 
@@ -154,7 +154,7 @@ def test_a_step_trains():
   state, batch = program.init(jax.random.key(0)), bench_models.random_batch(program)
   losses = []
   for _ in range(5):
-    state, metrics = program.step(state, batch)
+    state, metrics = program.step(state, {}, batch)
     losses.append(float(metrics['loss']))
   assert np.all(np.diff(losses) < 0)
 
