@@ -1,8 +1,8 @@
 """Sums of products of 8-bit codes in int32: in integers where there are units for it, in float32 on a CPU.
 
 XLA's CPU backend multiplies arrays of integers tens of times slower than arrays of floats. Sums of
-integers in float32 are exact up to 2^24, in whatever order they are taken: 1024 products of two int8. On a CPU
-a longer sum is cut into parts along its channels, each exact in float32, that are added in int32. The sums of
+integers in float32 are exact up to 2^24, in whatever order they are taken: 1024 products of two int8. On
+a CPU a longer sum is cut into parts along its channels, each exact in float32, added in int32. The sums of
 one operand alone, which the zero point of the other one multiplies, come from the same product: the kernel
 gets one more output, with ones. What is compiled for a TPU or GPU is one product of integers and plain sums.
 """
