@@ -11,7 +11,7 @@ from golden_vectors import assert_close, golden
 from experiments import acsr, episode_files, episodes, launcher, networks, training
 from experiments.tools import aot
 from jaxlab import data, models, parallel
-from jaxlab.data.few_shot import sample_episodes
+from jaxlab.data.protocols.few_shot import sample_episodes
 from jaxlab.losses.stability import acsr_loss
 from jaxlab.models.resnet import ResNet
 

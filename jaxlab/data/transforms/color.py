@@ -4,7 +4,7 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 
-from jaxlab.data.image import check_image, luma
+from jaxlab.data.transforms.image import check_image, luma
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

@@ -12,7 +12,7 @@ import dm_pix
 import jax
 import jax.numpy as jnp
 
-from jaxlab.data.image import apply_separable, check_image, luma
+from jaxlab.data.transforms.image import apply_separable, check_image, luma
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 

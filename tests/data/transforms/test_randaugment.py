@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from jaxlab import data
-from jaxlab.data.randaugment import OPERATIONS, apply_operation, rand_augment
+from jaxlab.data.transforms.randaugment import OPERATIONS, apply_operation, rand_augment
 
 FILL = (124, 116, 104)
 RESAMPLE = {'bilinear': Image.Resampling.BILINEAR, 'bicubic': Image.Resampling.BICUBIC}
@@ -135,7 +135,7 @@ def test_eager_is_jit_and_probability_0_is_the_8_bit_image():
 def test_levels_follow_the_clipped_normal(monkeypatch):
   """With one operation left (Brightness) the level can be read off a constant image."""
   brightness = OPERATIONS.index('Brightness')
-  module = importlib.import_module('jaxlab.data.randaugment')
+  module = importlib.import_module('jaxlab.data.transforms.randaugment')
   operate = module._operate
   monkeypatch.setattr(
     module, '_operate', lambda codes, operation, *rest: operate(codes, brightness, *rest)

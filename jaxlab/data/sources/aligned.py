@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlab.data.sources import InMemory, Source
+from jaxlab.data.sources.source import InMemory, Source
 
 
 class Aligned:

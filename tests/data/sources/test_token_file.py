@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxlab.data import load, make_loader
-from jaxlab.data.token_file import TokenFile
+from jaxlab.data.sources.token_file import TokenFile
 
 
 def save(folder, tokens):

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlab.data.image import apply_separable, check_image
+from jaxlab.data.transforms.image import apply_separable, check_image
 
 Size = int | tuple[int, int]
 Interpolation = Literal['bilinear', 'bicubic']

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.data.text import check_tokens
+from jaxlab.data.sources.text import check_tokens
 
 
 class TokenFile:

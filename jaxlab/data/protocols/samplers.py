@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxlab.data.long_tail import class_counts
+from jaxlab.data.protocols.long_tail import class_counts
 
 Sampler = Callable[[int], np.ndarray]
 

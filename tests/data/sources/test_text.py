@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab import data
-from jaxlab.data import text
+from jaxlab.data.sources import text
 
 
 @settings(max_examples=50, deadline=None)
@@ -35,7 +35,7 @@ def test_corpus_is_large_prose_without_repeated_paragraphs_and_the_same_in_every
   paragraphs = corpus.strip('\n').split('\n\n')
   assert len(set(paragraphs)) == len(paragraphs)
   assert 'The "while" statement is used for repeated execution' in corpus
-  code = 'from jaxlab.data import text; print(text.digest(text.python_reference()))'
+  code = 'from jaxlab.data.sources import text; print(text.digest(text.python_reference()))'
   other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert other.stdout.strip() == text.digest(corpus) == data.load('text', length=64).digest
   assert text.digest('a') == hashlib.sha256(b'a').hexdigest()

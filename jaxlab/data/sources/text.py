@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-from jaxlab.data.sources import InMemory
+from jaxlab.data.sources.source import InMemory
 
 VOCAB_SIZE = 256
 

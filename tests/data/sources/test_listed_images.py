@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from jaxlab import data
-from jaxlab.data.listed_images import ListedImages, read_split_file
-from jaxlab.data.long_tail import source_labels, subset
+from jaxlab.data.sources.listed_images import ListedImages, read_split_file
+from jaxlab.data.sources.source import source_labels
+from jaxlab.data.sources.subset import subset
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from jaxlab import data
-from jaxlab.data.samplers import (
+from jaxlab.data.protocols.samplers import (
   ClassAwareSampler,
   ClassBalancedSampler,
   MixedSampler,

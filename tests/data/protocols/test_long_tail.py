@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlab import data
-from jaxlab.data import long_tail
+from jaxlab.data import source_labels, subset
+from jaxlab.data.protocols import long_tail
 
 
 def _labels(counts, seed=0):
@@ -150,7 +151,7 @@ class _Lazy:
 
 def test_subset_holds_the_records_at_its_indices_in_memory_and_lazily():
   indices, lazy = np.array([7, 2, 2, 11]), _Lazy()
-  memory, view = long_tail.subset(_source(), indices), long_tail.subset(lazy, indices)
+  memory, view = subset(_source(), indices), subset(lazy, indices)
   assert hasattr(memory, 'gather') and not lazy.reads
   for source in (memory, view):
     assert len(source) == 4 and source.num_classes == 3 and source.class_names == ('a', 'b', 'c')
@@ -160,7 +161,7 @@ def test_subset_holds_the_records_at_its_indices_in_memory_and_lazily():
       np.testing.assert_array_equal(record['image'], _source()[i]['image'])
       assert record['label'] == i % 3
   assert lazy.reads == [7, 2, 2, 11]
-  nested = long_tail.subset(view, [3, 0])
+  nested = subset(view, [3, 0])
   assert int(nested[0]['label']) == 11 % 3 and int(nested[0]['index']) == 0
 
 
@@ -168,13 +169,13 @@ def test_source_labels_are_those_of_the_records():
   expected = np.arange(12) % 3
   lazy = _Lazy()
   for source in (_source(), lazy):
-    labels = long_tail.source_labels(source)
+    labels = source_labels(source)
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, expected)
   lazy.labels = expected[::-1]
-  np.testing.assert_array_equal(long_tail.source_labels(lazy), expected[::-1])
-  view = long_tail.subset(lazy, np.array([0, 5]))
-  np.testing.assert_array_equal(long_tail.source_labels(view), expected[::-1][[0, 5]])
+  np.testing.assert_array_equal(source_labels(lazy), expected[::-1])
+  view = subset(lazy, np.array([0, 5]))
+  np.testing.assert_array_equal(source_labels(view), expected[::-1][[0, 5]])
   assert len(lazy.reads) == 12
 
 
@@ -228,9 +229,9 @@ def test_source_labels_are_those_of_the_records():
     (lambda: long_tail.undersample_indices(None, _labels([3, 3]), 0), 'cap is 0'),
     (lambda: long_tail.undersample_indices(None, _labels([3, 0, 3]), 2), 'class 1 has no images'),
     (lambda: long_tail.balanced_subsets(None, _labels([3, 3]), 2, 0), 'num_subsets is 0'),
-    (lambda: long_tail.subset(_source(), np.array([0, 12])), 'from 0 to 12, but source has 12'),
-    (lambda: long_tail.subset(_source(), np.array([-1])), 'from -1 to -1'),
-    (lambda: long_tail.subset(_source(), []), 'expected a non-empty vector of integers'),
+    (lambda: subset(_source(), np.array([0, 12])), 'from 0 to 12, but source has 12'),
+    (lambda: subset(_source(), np.array([-1])), 'from -1 to -1'),
+    (lambda: subset(_source(), []), 'expected a non-empty vector of integers'),
   ],
 )  # fmt: skip
 def test_bad_input_is_named(call, message):

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxlab.data import randaugment
-from jaxlab.data.augment import (
+from jaxlab.data.transforms import randaugment
+from jaxlab.data.transforms.augment import (
   Augment,
   compose,
   deterministic,
@@ -17,9 +17,9 @@ from jaxlab.data.augment import (
   random_gaussian_blur,
   random_grayscale,
 )
-from jaxlab.data.color import random_color_jitter, random_contrast_brightness
-from jaxlab.data.crop import random_resized_crop
-from jaxlab.data.image import normalize, to_float
+from jaxlab.data.transforms.color import random_color_jitter, random_contrast_brightness
+from jaxlab.data.transforms.crop import random_resized_crop
+from jaxlab.data.transforms.image import normalize, to_float
 
 
 def siamese_augment(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.data.sources import Record
+from jaxlab.data.sources.source import Record
 
 
 def decode_image(data: bytes, draft: int | None = None) -> np.ndarray:

@@ -7,7 +7,9 @@ Label-Distribution-Aware Margin Loss, NeurIPS 2019 (https://arxiv.org/abs/1906.0
 
 import numpy as np
 
-from jaxlab.data.sources import InMemory, Record, Source, check_labels
+from jaxlab.data.sources.source import (
+  check_labels,
+)
 
 
 def exponential_counts(
@@ -267,61 +269,6 @@ def balanced_subsets(
   if num_subsets < 1:
     raise ValueError(f'num_subsets is {num_subsets}, expected a number >= 1.')
   return [undersample_indices(rng, labels, cap, num_classes) for _ in range(num_subsets)]
-
-
-class Subset:
-  """Some records of a source, in a new order; lazy. See `subset`."""
-
-  def __init__(self, source: Source, indices: np.ndarray):
-    self._source, self._indices = source, indices
-    self.num_classes, self.class_names = source.num_classes, source.class_names
-    if hasattr(source, 'labels'):
-      self.labels = source.labels[indices]
-
-  def __len__(self) -> int:
-    return len(self._indices)
-
-  def __getitem__(self, index: int) -> Record:
-    return {**self._source[int(self._indices[index])], 'index': np.int32(index)}
-
-
-def subset(source: Source, indices: np.ndarray) -> Source:
-  """Returns a source of the records of `source` at `indices`, in that order.
-
-  Record `i` of it has index `i`; classes stay. A source in memory gives one in memory.
-
-  Args:
-    source: any source.
-    indices: integers `[records]`; may repeat.
-
-  Raises:
-    ValueError: indices that are empty, not integers, or out of range.
-  """
-  indices = np.asarray(indices)
-  if indices.ndim != 1 or not indices.size or not np.issubdtype(indices.dtype, np.integer):
-    raise ValueError(
-      f'indices have shape {indices.shape} and dtype {indices.dtype}, expected a non-empty vector of '
-      'integers.'
-    )
-  if not 0 <= indices.min() <= indices.max() < len(source):
-    raise ValueError(
-      f'indices run from {indices.min()} to {indices.max()}, but source has {len(source)} records.'
-    )
-  if isinstance(source, InMemory):
-    return InMemory(source.gather(indices), source.num_classes, source.class_names)
-  return Subset(source, indices)
-
-
-def source_labels(source: Source) -> np.ndarray:
-  """Returns the labels of all records, int32 `[records]`, without reading images where that is possible.
-
-  A source says its labels by `arrays['label']` (`InMemory`) or `labels`; else every record is read once.
-  """
-  if isinstance(source, InMemory):
-    return source.arrays['label']
-  if hasattr(source, 'labels'):
-    return np.asarray(source.labels, np.int32)
-  return np.array([source[i]['label'] for i in range(len(source))], np.int32)
 
 
 def _factor(num_classes: int, max_count: int, ratio: float | None, factor: float | None) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlab import data, parallel
-from jaxlab.data.image import apply_separable
+from jaxlab.data.transforms.image import apply_separable
 
 
 def _image(shape=(9, 7, 3), seed=0):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from jaxlab import data
-from jaxlab.data import sources
+from jaxlab.data.sources import embedded
+from jaxlab.data.sources import source as sources
 
 
 def _images(n, shape=(4, 4, 1)):
@@ -76,7 +77,7 @@ def test_fashion_mnist_that_is_nowhere_tells_how_to_get_it(tmp_path, monkeypatch
   with pytest.raises(FileNotFoundError, match='apt install dataset-fashion-mnist'):
     data.FashionMNIST(folder=tmp_path)
   monkeypatch.delenv('JAXLAB_FASHION_MNIST_DIR', raising=False)
-  monkeypatch.setattr(sources, 'FASHION_MNIST_DIR', str(tmp_path))
+  monkeypatch.setattr(embedded, 'FASHION_MNIST_DIR', str(tmp_path))
   monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path))
   command = 'tfds build fashion_mnist --file_format=array_record'
   with pytest.raises(FileNotFoundError, match=command) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.data.sources import Record, Source, in_memory
+from jaxlab.data.sources.source import Record, Source, in_memory
 
 Range = int | tuple[int, int]
 PLACES = 10  # places tried for an object before it is left out

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlab.data.sources import Record, check_labels
+from jaxlab.data.sources.source import Record, check_labels
 
 
 def read_split_file(path: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray]:
@@ -88,7 +88,7 @@ class ListedImages:
     path = self._root / self._names[index]
     image: Any = path.read_bytes()
     if self._decode:
-      from jaxlab.data.decode import decode_image
+      from jaxlab.data.transforms.decode import decode_image
 
       try:
         image = decode_image(image)

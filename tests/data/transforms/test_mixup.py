@@ -7,7 +7,7 @@ import optax
 import pytest
 from golden_vectors import assert_close, golden
 
-from jaxlab.data.mixing import mix_images, mixup, mixup_loss
+from jaxlab.data.transforms.mixup import mix_images, mixup, mixup_loss
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 

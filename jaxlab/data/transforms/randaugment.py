@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.data.crop import cubic
-from jaxlab.data.image import check_image
+from jaxlab.data.transforms.crop import cubic
+from jaxlab.data.transforms.image import check_image
 
 OPERATIONS = (
   'AutoContrast',

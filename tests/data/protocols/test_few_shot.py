@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from jaxlab.data.few_shot import few_shot_split, sample_episode, sample_episodes
+from jaxlab.data.protocols.few_shot import few_shot_split, sample_episode, sample_episodes
 
 # Classes are numbered as in a novel split: not from 0, not contiguous.
 LABELS = np.random.default_rng(0).permutation(np.repeat([5, 6, 8, 9], [9, 7, 8, 12]))

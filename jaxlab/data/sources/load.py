@@ -2,18 +2,24 @@
 
 from typing import Any
 
-from jaxlab.data.scenes import Scenes, pasted
-from jaxlab.data.sources import (
+from jaxlab.data.sources.catalogue import (
   Catalogue,
+)
+from jaxlab.data.sources.embedded import (
   Digits,
   FashionMNIST,
+)
+from jaxlab.data.sources.image_folder import (
   ImageFolder,
+)
+from jaxlab.data.sources.scenes import Scenes, pasted
+from jaxlab.data.sources.source import (
   InMemory,
   Source,
   in_memory,
 )
-from jaxlab.data.text import ByteText
-from jaxlab.data.token_file import TokenFile
+from jaxlab.data.sources.text import ByteText
+from jaxlab.data.sources.token_file import TokenFile
 
 
 def load(name: str, split: str = 'train', **options: Any) -> Source:
