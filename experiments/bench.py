@@ -1,171 +1,174 @@
-"""Measures what matters in a training step and in a calibration, as ratios within one run.
+"""Measures how fast networks train and run, next to PyTorch, and what the loop and calibration cost.
 
-  python -m experiments.bench [--sizes=embedded,resnet18,calibration] [--repeats=5]
+  python -m experiments.bench [--models=resnet18_64,vit_tiny_224] [--torch-python=PATH] [--output=FILE]
 
-- loop: steps fed by the input pipeline (shuffle, gather, transfer, metrics) against the bare step on a batch
-  that lies on the device;
-- quantization: the fake-quantized step (SSQL) against the plain one (SimSiam), which does half the passes;
-- compile time of both, and how often the step was compiled while bit-widths were drawn at random;
+Networks (`--models`, none with `--models=`): wall time and CPU time of a training step (SGD with momentum)
+and of a forward pass, with all threads and with one; the time to compile the step; the time from the start
+of the process to the end of the first step, with nothing compiled before and with the step in the cache.
+With the Python of an environment that has torch and timm, all of it is measured there too, in turns, and
+given as a ratio (below 1: ours is faster). Nothing else should run meanwhile.
+
+Sizes (`--sizes`, none with `--sizes=`):
+
+- embedded, resnet18: steps of SSQL fed by the input pipeline (shuffle, gather, transfer, metrics) against
+  the bare step on a batch that lies on the device; the fake-quantized step against the plain one (SimSiam),
+  which does half the passes; the first step of both, and how often the step was compiled again while
+  bit-widths were drawn at random;
 - calibration: the closed form of QwT, QwT-v2 and NBC, for one more image, against one float forward pass
   of it.
-
-Times are the minimum over repeats that alternate between the two sides, so that a busy machine disturbs
-both alike.
 """
 
 import argparse
-import functools
-import time
-from collections.abc import Callable, Sequence
+import math
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-SIZES = ('embedded', 'resnet18', 'calibration')
-STEPS = {'embedded': 20, 'resnet18': 2}
+from experiments import bench_comparison, bench_loop, bench_side
 
 
-def configuration(size: str) -> Any:
-  """Returns the configuration of a size: the embedded one, or CIFAR ResNet-18 on 32x32 noise."""
-  from experiments import launcher
-
-  config = launcher.load_config(launcher.CONFIGS / 'ssql' / 'embedded.py')
-  if size == 'resnet18':
-    cifar = launcher.load_config(launcher.CONFIGS / 'ssql' / 'cifar10_resnet18.py')
-    with config.unlocked():
-      config.update(cifar)
-      config.batch_size = 128
-  return config
-
-
-def source(config: Any) -> Any:
-  """Returns random images of the size that `config` asks for."""
-  import numpy as np
-
-  from jaxlab import data
-
-  shape = (8 * config.batch_size, *config.data.stored_image)
-  images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-  return data.InMemory({'image': images, 'label': np.zeros(len(images), np.int32)}, 10)
-
-
-def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-  """Returns each side's shortest time in seconds, the sides taken in turns."""
-  times: dict[str, list[float]] = {name: [] for name in sides}
-  for _ in range(repeats):
-    for name, run in sides.items():
-      start = time.perf_counter()
-      run()
-      times[name].append(time.perf_counter() - start)
-  return {name: min(values) for name, values in times.items()}
-
-
-def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dict[str, Any]:
-  """Returns what calibration costs, in float forward passes, on a ViT of six blocks of 65 tokens x 192.
-
-  Costs are those of an image: the difference between many and few calibration batches of 32, so that
-  tracing, the same for any number, does not enter.
-  """
-  import jax
-
-  from jaxlab import models, quantizers
-  from jaxlab.quantizers import compensation
-
-  model = models.create('vit_tiny_patch4_32', depth=6, num_classes=10)
-  key = jax.random.key(0)
-  variables = model.init(key, jax.numpy.zeros((1, 32, 32, 3)))
-  few, many = batches
-  images = list(jax.random.normal(key, (many, 32, 32, 32, 3)))
-  quantized = quantizers.repq(model, variables, images[0], quantizers.edge_policy(4, 4))
-  forward = jax.jit(model.apply)
-  runs = {'forward': lambda: jax.block_until_ready([forward(variables, x) for x in images])}
-  methods = {
-    'qwt': compensation.QwT(),
-    'qwt_v2': compensation.QwTv2(),
-    'qwt_v2_blocks': compensation.QwTv2(granularity='block'),
-    'nbc': compensation.NBC(),
-  }
-  programs = compensation.Programs()
-  for name, method in methods.items():
-    for count in batches:
-      runs[f'{name}_{count}'] = functools.partial(
-        compensation.compensate, model, quantized, images[:count], method, programs=programs
-      )
-  for run in runs.values():
-    run()
-  times = alternate(runs, repeats)
-  figures = {'forward_seconds_per_image': times['forward'] / (32 * many)}
-  for name in methods:
-    marginal = (times[f'{name}_{many}'] - times[f'{name}_{few}']) / (many - few)
-    figures[f'{name}_over_forward'] = marginal * many / times['forward']
-  return figures
-
-
-def measure(size: str, repeats: int) -> dict[str, Any]:
-  """Returns the figures of one size."""
-  if size == 'calibration':
-    return measure_calibration(repeats)
-  import jax
-
-  from experiments import ssql, training
-  from jaxlab import data, parallel
-  from jaxlab.parallel import shard_program
-
-  config = configuration(size)
-  mesh = training.mesh(config)
-  images, steps = source(config), STEPS[size]
-  loader = data.make_loader(images, batch_size=config.batch_size, seed=0)
-  feed = data.prefetch_to_device(
-    ({'image': b['image'], 'index': b['index']} for b in loader), parallel.batch_sharding(mesh)
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Returns what to measure, checked: `models` and `sizes` are tuples, `threads` numbers or None for all."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments.bench',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  resident, _ = next(feed)
-  figures: dict[str, Any] = {'batch_size': config.batch_size}
-  programs, states, runs = {}, {}, {}
-  for variant in ('base', 'ssql'):
-    programs[variant] = shard_program(ssql.program(config, variant), mesh)
-    states[variant] = programs[variant].init(jax.random.key(0))
-    start = time.perf_counter()
-    states[variant], metrics = programs[variant].step(states[variant], resident)
-    jax.block_until_ready(metrics)
-    figures[f'first_step_seconds_{variant}'] = time.perf_counter() - start
-
-    def bare(variant=variant):
-      for _ in range(steps):
-        states[variant], metrics = programs[variant].step(states[variant], resident)
-      jax.block_until_ready(metrics)
-
-    runs[f'bare_{variant}'] = bare
-
-  def loop():
-    for _ in range(steps):
-      batch, _ = next(feed)
-      states['ssql'], metrics = programs['ssql'].step(states['ssql'], batch)
-    jax.block_until_ready(metrics)
-
-  times = alternate(runs | {'loop_ssql': loop}, repeats)
-  figures |= {f'{name}_seconds_per_step': value / steps for name, value in times.items()}
-  figures['loop_over_bare'] = times['loop_ssql'] / times['bare_ssql']
-  figures['quantized_over_plain'] = times['bare_ssql'] / times['bare_base']
-  figures['recompilations'] = programs['ssql'].step._cache_size() - 1
-  return figures
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-  """Measures and prints."""
-  parser = argparse.ArgumentParser(prog='python -m experiments.bench', description=__doc__)
-  parser.add_argument('--sizes', default=','.join(SIZES))
-  parser.add_argument('--repeats', type=int, default=5)
+  cases = bench_comparison.CASES
+  parser.add_argument(
+    '--models',
+    default=','.join(bench_comparison.STANDARD),
+    help=f'of {", ".join(cases)}, or all; default: %(default)s',
+  )
+  parser.add_argument(
+    '--torch-python', metavar='PATH', help='a Python, or its environment, with torch and timm'
+  )
+  parser.add_argument('--threads', default='all,1', help='default: %(default)s')
+  parser.add_argument(
+    '--rounds', type=int, default=2, help='processes a side and number of threads'
+  )
+  parser.add_argument('--steps', type=int, default=5, help='steps and passes a process')
+  parser.add_argument('--sizes', default=','.join(bench_loop.SIZES), help='default: %(default)s')
+  parser.add_argument('--repeats', type=int, default=5, help='of the sizes; default: %(default)s')
+  parser.add_argument(
+    '--output', metavar='FILE', type=pathlib.Path, help='write the figures as JSON'
+  )
   options = parser.parse_args(arguments)
-  unknown = set(options.sizes.split(',')) - set(SIZES)
-  if unknown:
-    parser.error(f'--sizes: {", ".join(sorted(unknown))} is none of {", ".join(SIZES)}')
-  found = {size: measure(size, options.repeats) for size in options.sizes.split(',')}
-  from rich.console import Console
+  if options.models == 'all':
+    options.models = ','.join(cases)
+  for field, known in (('models', cases), ('sizes', bench_loop.SIZES)):
+    given = tuple(filter(None, getattr(options, field).split(',')))
+    if unknown := set(given) - set(known):
+      parser.error(f'--{field}: {", ".join(sorted(unknown))} is none of {", ".join(known)}')
+    setattr(options, field, given)
+  for field in ('rounds', 'steps', 'repeats'):
+    if getattr(options, field) < 1:
+      parser.error(f'--{field}={getattr(options, field)}: expected a number >= 1')
+  if options.output and not options.output.parent.is_dir():
+    parser.error(f'--output={options.output}: there is no folder {options.output.parent}')
+  try:
+    options.threads = bench_comparison.thread_counts(options.threads)
+    if options.torch_python:
+      options.torch_python = bench_comparison.interpreter(options.torch_python)
+  except ValueError as error:
+    parser.error(str(error))
+  return options
+
+
+def machine() -> dict[str, Any]:
+  """Returns the processor's name, how many CPUs this process may use, the system, Python's version."""
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+  return {
+    'processor': names[0] if names else platform.processor() or platform.machine(),
+    'cpus': bench_side.cpu_count(),
+    'system': platform.platform(terse=True),
+    'python': platform.python_version(),
+  }
+
+
+def geometric_means(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+  """Returns, by row, the geometric mean over networks of our wall and CPU time over PyTorch's."""
+  ratios: dict[str, dict[str, list[float]]] = {}
+  for model in found.values():
+    for row, sides in model['rows'].items():
+      for kind, value in sides.get('ratio', {}).items():
+        ratios.setdefault(row, {}).setdefault(kind, []).append(value)
+  return {
+    row: {kind: math.exp(sum(map(math.log, v)) / len(v)) for kind, v in kinds.items()}
+    for row, kinds in ratios.items()
+  }
+
+
+def models_table(found: Mapping[str, Mapping[str, Any]]) -> Any:
+  """Returns a table of seconds and ratios: a section a network, then the geometric means of the ratios."""
+  from rich import box
+  from rich.table import Table
+
+  table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+  table.add_column('', no_wrap=True)
+  for column in ('wall s', 'PyTorch', 'ratio', 'CPU s', 'PyTorch', 'ratio'):
+    table.add_column(column, justify='right')
+  for name, model in found.items():
+    table.add_section()
+    table.add_row(f'{name}, batch {model["case"]["batch"]}')
+    for row, sides in model['rows'].items():
+      table.add_row(f'  {row}', *_cells(sides, ('ours', 'torch', 'ratio')))
+  if means := geometric_means(found):
+    table.add_section()
+    table.add_row('geometric mean')
+    for row, kinds in means.items():
+      table.add_row(f'  {row}', *_cells({'ratio': kinds}, ('', '', 'ratio')))
+  return table
+
+
+def _cells(sides: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> list[str]:
+  values = [sides.get(side, {}).get(kind) for kind in ('wall', 'cpu') for side in columns]
+  return ['' if value is None else f'{value:.3g}' for value in values]
+
+
+def sizes_table(found: Mapping[str, Mapping[str, Any]]) -> Any:
+  """Returns a table of the figures, sizes across."""
   from rich.table import Table
 
   table = Table('', *found)
   for name in dict.fromkeys(name for figures in found.values() for name in figures):
     values = (figures.get(name) for figures in found.values())
     table.add_row(name, *('' if value is None else f'{value:.4g}' for value in values))
-  Console().print(table)
+  return table
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+  """Measures, prints, and returns `{'machine', 'models', 'geometric_means', 'sizes'}`."""
+  options = parse(arguments)
+  from rich.console import Console
+
+  from experiments import results
+
+  console = Console()
+  found: dict[str, Any] = {'machine': machine()}
+  console.print('{processor}, {cpus} CPUs, {system}, Python {python}'.format(**found['machine']))
+  found['models'] = bench_comparison.measure(
+    options.models,
+    options.threads,
+    torch_python=options.torch_python,
+    rounds=options.rounds,
+    steps=options.steps,
+    report=lambda text: print(text, file=sys.stderr, flush=True),
+  )
+  found['geometric_means'] = geometric_means(found['models'])
+  if found['models']:
+    versions = {k: v for model in found['models'].values() for k, v in model['versions'].items()}
+    console.print(', '.join(f'{name} {version}' for name, version in versions.items()))
+    console.print(models_table(found['models']))
+  found['sizes'] = {size: bench_loop.measure(size, options.repeats) for size in options.sizes}
+  if found['sizes']:
+    console.print(sizes_table(found['sizes']))
+  if options.output:
+    results.save_json(options.output, found)
   return found
 
 

@@ -6,186 +6,231 @@ statistics alike. Claim: recalls become far more even, at a mean that is not low
 start from.
 
   python -m experiments.btm
+  python -m experiments.btm --config=imagenet_lt --workdir=DIR
   python -m experiments.btm --config.features=FILE.npz     # your own features instead of images
 
 The file holds `train_features` [records, dim], `train_labels`, `test_features`, `test_labels`.
 """
 
+import dataclasses
+import functools
 import pathlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax import traverse_util
-from ml_collections import ConfigDict
 
-from experiments import launcher, supervised, training
-from experiments.long_tail import Trainer, check, draw_recalls, finish, lower, softmax, stage_rows
-from experiments.long_tail_data import Sources, load_sources, with_features
-from experiments.results import row
-from jaxlab import data, models, parallel
-from jaxlab.data import long_tail
-from jaxlab.training.averaging import average_pytrees, running_average
-
-PyTree = Any
-Variables = dict[str, PyTree]
-
-__all__ = ['lower', 'run']
+from experiments.harness import data as harness_data
+from experiments.harness import launcher, networks, runs, settings
+from experiments.harness.results import row
+from experiments.harness.runs import Run, Variables
+from experiments.harness.sections import Recipe
+from experiments.harness.settings import free, section
+from experiments.protocols import long_tail, long_tail_data, stages
+from experiments.protocols.long_tail import softmax
+from experiments.protocols.long_tail_data import Facts
+from experiments.protocols.stages import CLASSIFIER, Beginning, Derived, Stage
+from jaxlab import data, parallel
+from jaxlab.training import average_pytrees, recompute_batch_stats
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Merging:
+  """Balanced fine-tunings and their average.
+
+  Attributes:
+    count: fine-tunings, K.
+    cap: images a class of a balanced subset.
+    recompute_batch_stats: measure the merged network's batch statistics on the training set: the average of
+      variances is not the variance of the averaged network.
+    vmapped: all fine-tunings at once (records in memory), or one after the other; equal up to rounding.
+  """
+
+  count: int = 10
+  cap: int = 10
+  recompute_batch_stats: bool = False
+  vmapped: bool = free(False)
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    for name in ('count', 'cap'):
+      if getattr(self, name) < 1:
+        yield f'{name}={getattr(self, name)}: expected at least 1.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothing:
+  """MiSLAS' label-aware smoothing: of the largest and of the smallest class."""
+
+  head: float = 0.3
+  tail: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(long_tail.Settings):
+  """Settings of BTM.
+
+  Attributes:
+    runs: rows among 'stage1' (trained on the long-tailed set), 'balanced' (fine-tunings and their average),
+      'crt_stage1', 'crt_merged' (class-balanced classifiers over both networks), 'las_stage1', 'las_merged'
+      (MiSLAS' second stage over both).
+    network: recipe of the long-tailed training.
+    beginning: what it starts from.
+    fine_tuning: recipe on balanced subsets.
+    merging: balanced subsets and their average.
+    crt: recipe of class-balanced classifiers; None: there are none.
+    second: recipe of MiSLAS' second stage: label-aware smoothing, class-aware sampling, learnable weight
+      scaling.
+    smoothing: of its labels.
+  """
+
+  runs: tuple[str, ...] = ('stage1', 'balanced', 'las_stage1', 'las_merged')
+  network: Recipe
+  beginning: Beginning = section(Beginning)
+  fine_tuning: Recipe
+  merging: Merging = section(Merging)
+  crt: Recipe | None = None
+  second: Recipe
+  smoothing: Smoothing = section(Smoothing)
+
+
+def table(config: Settings, facts: Facts) -> dict[str, Stage | Derived]:
+  """Returns the long-tailed training, fine-tuning, the merged network, second stages over both."""
+  stage = functools.partial(long_tail.stage, config, facts)
+  beginning, merging = config.beginning, config.merging
+  trained = {'frozen': beginning.frozen, 'eval_mode': beginning.eval_mode}
+  title = 'CE + mixup' if config.network.mixup else 'CE'
+  balanced = {'start': 'stage1', **trained, 'decides': {'cap': merging.cap}}
+  found = {
+    'stage1': stage(title, 'baseline', config.network, **dataclasses.asdict(beginning)),
+    'balanced': dataclasses.replace(
+      stage('balanced', 'reference', config.fine_tuning, **balanced),
+      size=int(np.minimum(facts.counts, merging.cap).sum()),
+    ),
+    'merged': Derived('balanced', {'merging': merging}),
+  }
+  # Batch statistics of MiSLAS' frozen backbone go on adapting, but for those that never did.
+  scaled = {
+    'head': 'scaled', 'fresh': ('head/scale',), 'frozen': ('backbone/.*',),
+    'eval_mode': beginning.eval_mode, 'sampler': 'class_aware',
+  }  # fmt: skip
+  smoothing = {**dataclasses.asdict(config.smoothing), 'shape': 'concave'}
+  for title, start in (('CE', 'stage1'), ('merged', 'merged')):
+    if config.crt:
+      options = {'start': start, 'sampler': 'class_balanced', **CLASSIFIER}
+      found[f'crt_{start}'] = stage(f'{title} + cRT', 'reference', config.crt, **options)
+    found[f'las_{start}'] = stage(
+      f'{title} + LAS', 'reference', config.second, 'label_aware_smoothing', smoothing,
+      start=start, **scaled,
+    )  # fmt: skip
+  return found
+
+
+def check(config: Settings) -> Iterator[str]:
+  """Yields everything that is wrong with the settings."""
+  facts = long_tail_data.nominal_facts(config.data)
+  if problems := list(settings.found_by('smoothing', table, config, facts)):
+    yield from problems
+    return
+  own = table(config, facts)
+  yield from long_tail.check(config, own, ['single subset', 'merged'])
+  for position, name in enumerate(config.runs):
+    if name.endswith('_merged') and 'balanced' not in config.runs[:position]:
+      yield f"runs={config.runs}: {name!r} starts from the merged network: name 'balanced' before it."
+  if config.merging.vmapped and config.data.imbalance.kind == 'listed':
+    yield 'merging.vmapped=True needs records in memory; set it to False.'
+
+
+def programs(config: Settings, facts: Facts | None = None) -> dict[str, Run]:
+  """Returns the trainings by name; 'balanced' is a single fine-tuning, or all of them at once."""
+  facts = facts or long_tail_data.nominal_facts(config.data)
+  found = stages.programs(config, table(config, facts))
+  if 'balanced' in found and config.merging.vmapped:
+    single = found['balanced']
+    program = stages.replicate(single.program, config.merging.count)
+    found['balanced'] = single._replace(
+      program=program, decides={**single.decides, 'count': config.merging.count}
+    )
+  return found
+
+
+def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains the stages of `config.runs`; the balanced one K times, followed by the merge.
 
   The row 'single subset' is the average of the K networks' metrics.
   """
-  config = with_features(config)
-  sources = load_sources(config)
-  check_merge(config, sources)
-  trainer = Trainer(config, sources, workdir)
-  rows, probabilities = [], {}
+  config = long_tail_data.with_features(config)
+  sources = long_tail_data.load(config)
+  own = table(config, sources.facts)
+  settings.require(stages.check(config, own))
+  rows = long_tail.Comparison(config, own, sources, workdir)
   for name in config.runs:
-    if name != config.merged.of:
-      found, predicted = stage_rows(trainer, [name])
-      rows += found
-      probabilities |= predicted
+    if name != 'balanced':
+      rows.add_stages([name])
       continue
-    tuned = fine_tune(trainer)
-    scores = [trainer.score(softmax(trainer.outputs(name, one))) for one in tuned]
+    tuned = fine_tune(config, rows)
+    scores = [rows.score(softmax(rows.outputs(name, one))) for one in tuned]
     single = {metric: float(np.mean([s[metric] for s in scores])) for metric in scores[0]}
-    rows.append(row('single subset', 'reference', single))
-    trainer.found['merged'] = merged = merge(trainer, tuned)
-    probabilities['merged'] = softmax(trainer.outputs(name, merged))
-    rows.append(row('merged', 'method', trainer.score(probabilities['merged'])))
-  draw_recalls(trainer, probabilities, workdir / 'recalls.png')
-  return finish(config, rows)
+    rows.rows.append(row('single subset', 'reference', single))
+    rows.found['merged'] = merge(config, own[name], sources.train, tuned)
+    rows.add('merged', 'method', softmax(rows.outputs('merged')))
+  return rows.finish()
 
 
-def check_merge(config: ConfigDict, sources: Sources) -> None:
-  """Raises ValueError for settings that do not fit together, before anything is trained."""
-  options = config.merged
-  if options.count < 1:
-    raise ValueError(f'merged.count={options.count}: expected at least one fine-tuning.')
-  if options.of not in config.stages:
-    raise ValueError(
-      f'merged.of={options.of!r}: there is no such stage; stages: {", ".join(config.stages)}.'
-    )
-  if supervised.get_stage(config, options.of).cap is None:
-    raise ValueError(f'stages.{options.of}.cap=None: expected the images a class of a subset.')
-  if options.vmapped and options.of in config.runs:
-    require_memory(sources.train)
-  check(config, sources, rows=('single subset', 'merged'))
-  for position, name in enumerate(config.runs):
-    if options.of not in config.runs[:position] and needs_merge(config, name):
-      raise ValueError(
-        f'runs={tuple(config.runs)}: {name!r} starts from the merged network: name {options.of!r} before it.'
-      )
-
-
-def needs_merge(config: ConfigDict, name: str | None) -> bool:
-  """Returns whether a stage builds on the merged network, itself or through others."""
-  if not name or name == 'merged':
-    return bool(name)
-  stage = config.stages[name]
-  return needs_merge(config, stage.start) or needs_merge(config, stage.teacher)
-
-
-def require_memory(*sources: data.Source) -> None:
-  """Raises ValueError for sources whose records are read one by one."""
-  if not all(isinstance(source, data.InMemory) for source in sources):
-    raise ValueError('merged.vmapped=True needs records in memory; set it to False.')
-
-
-def fine_tune(trainer: Trainer) -> list[Variables]:
+def fine_tune(config: Settings, rows: long_tail.Comparison) -> list[Variables]:
   """Returns the variables of K fine-tunings, each on a balanced subset of its own.
 
-  One program, compiled once: run after run, or with `merged.vmapped` all at once (records in memory). Both
-  give the same variables up to rounding.
+  One program, compiled once: run after run, or all at once.
   """
-  config, options = trainer.config, trainer.config.merged
-  name, count = options.of, options.count
-  single, begin = trainer.program(name), trainer.beginning(name)
-  subsets, key = balanced_sources(trainer), jax.random.key(config.seed)
-  if options.vmapped:
-    state = trainer.fit(
-      name,
-      supervised.replicate(single, count),
-      Aligned(subsets),
-      begin=begin and jax.vmap(begin),
-      count=count,
-    )
-    together = {'params': state.params, **state.model_state}
-    return [jax.tree.map(lambda leaf: leaf[run], together) for run in range(count)]  # noqa: B023
-  found = []
-  for run, source in enumerate(subsets):
-    own = supervised.run_key(key, run)
-    state = trainer.fit(name, single, source, folder=f'{name}_{run}', key=own, begin=begin)
-    found.append({'params': state.params, **state.model_state})
-  return found
+  begin = functools.partial(runs.take_over, start=rows.variables('stage1'))
+  training = programs(config, rows.sources.facts)['balanced']
+  subsets, key = balanced_subsets(config, rows.sources.train), jax.random.key(config.seed)
+  if config.merging.vmapped:
+    folder, begin = rows.workdir / 'balanced', jax.vmap(begin)
+    together = runs.train(training, data.Aligned(subsets), folder, begin=begin).variables
+    return [jax.tree.map(lambda leaf, k=k: leaf[k], together) for k in range(len(subsets))]
+  return [
+    runs.train(
+      training,
+      source,
+      rows.workdir / f'balanced_{k}',
+      key=stages.run_key(key, k),
+      begin=begin,
+    ).variables
+    for k, source in enumerate(subsets)
+  ]
 
 
-def balanced_sources(trainer: Trainer) -> list[data.Source]:
+def balanced_subsets(config: Settings, train: data.Source) -> list[data.Source]:
   """Returns K independent subsets with at most `cap` records a class, in random order."""
-  config, train = trainer.config, trainer.sources.train
-  cap = supervised.get_stage(config, config.merged.of).cap
-  rng = np.random.default_rng((config.seed, 1))
-  drawn = long_tail.balanced_subsets(
-    rng, long_tail.source_labels(train), cap, config.merged.count, config.data.num_classes
-  )
-  return [long_tail.subset(train, rng.permutation(indices)) for indices in drawn]
+  rng, labels = np.random.default_rng((config.seed, 1)), data.source_labels(train)
+  own = config.merging
+  drawn = data.balanced_subsets(rng, labels, own.cap, own.count, config.data.num_classes)
+  return [data.subset(train, rng.permutation(indices)) for indices in drawn]
 
 
-class Aligned:
-  """Sources in memory of one length, side by side: a batch has the sources on its second axis."""
-
-  def __init__(self, sources: Sequence[data.Source]):
-    require_memory(*sources)
-    self._sources = sources
-    self.num_classes, self.class_names = sources[0].num_classes, sources[0].class_names
-
-  def __len__(self) -> int:
-    return len(self._sources[0])
-
-  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    return {name: rows[0] for name, rows in self.gather(np.array([index])).items()}
-
-  def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns a batch, `[records, sources, ...]`."""
-    batches = [source.gather(indices) for source in self._sources]
-    return {name: np.stack([batch[name] for batch in batches], 1) for name in batches[0]}
-
-
-def merge(trainer: Trainer, tuned: Sequence[Variables]) -> Variables:
-  """Returns the average of all variables, batch statistics included.
-
-  With `merged.recompute_batch_stats` the merged network's statistics are measured on the training set: the
-  average of variances is not the variance of the averaged network.
-  """
-  config, options = trainer.config, trainer.config.merged
+def merge(
+  config: Settings, stage: Stage, train: data.Source, tuned: Sequence[Variables]
+) -> Variables:
+  """Returns the average of all variables, batch statistics included, or measured anew."""
   merged = average_pytrees(tuned)
-  if not (options.recompute_batch_stats and merged.get('batch_stats')):
+  if not (config.merging.recompute_batch_stats and merged.get('batch_stats')):
     return merged
-  stage = supervised.get_stage(config, options.of)
-  model = supervised.classifier(config, stage)
-  batches = training_batches(trainer, stage)
-  return recompute_batch_stats(model, merged, batches, tuple(stage.eval_mode))
+  batches = training_inputs(config, stage, train)
+  hooks = networks.eval_mode_hooks(stage.eval_mode)
+  model = stages.classifier(config, stage)
+  return recompute_batch_stats(model, merged, batches, hooks=hooks, keep=stage.eval_mode)
 
 
-def training_batches(trainer: Trainer, stage: ConfigDict) -> Iterable[jax.Array]:
+def training_inputs(config: Settings, stage: Stage, source: data.Source) -> Iterator[jax.Array]:
   """Yields the network's inputs of one epoch of the long-tailed set, augmented as in training."""
-  config, mesh = trainer.config, training.mesh(trainer.config)
-  sharding = parallel.batch_sharding(mesh)
-  loader = training.make_loader(config, trainer.sources.train, stage.batch_size, num_epochs=1)
-  key = jax.random.key(config.seed)
-
-  @jax.jit
-  def prepare(batch):
-    keys = data.example_keys(key, 0, batch['index'])
-    return supervised.augmented(config, keys, batch['image'])
-
+  sharding, task = parallel.batch_sharding(config.mesh.make()), config.task
+  size, key = stage.recipe.batch_size, jax.random.key(config.seed)
+  loader = harness_data.loader(
+    config.data, source, size, mesh=config.mesh, seed=config.seed, num_epochs=1
+  )
+  prepare = jax.jit(lambda batch: task.augmented(data.example_keys(key, 0, batch['index']), batch))
   try:
     for batch in loader:
       yield prepare(data.to_device({k: batch[k] for k in ('image', 'index')}, sharding))
@@ -193,44 +238,5 @@ def training_batches(trainer: Trainer, stage: ConfigDict) -> Iterable[jax.Array]
     loader.close()
 
 
-def recompute_batch_stats(
-  model: nn.Module,
-  variables: Mapping[str, PyTree],
-  batches: Iterable[jax.Array],
-  eval_mode: Sequence[str] = (),
-) -> Variables:
-  """Returns the variables with running statistics that are the plain mean of those of the batches.
-
-  A batch norm moves its statistics by `new = m old + (1 - m) batch`. From `old` 0 and 1 follow `m` and the
-  batch's own, whatever momentum the network has. Modules that match a pattern of `eval_mode` use and keep
-  the statistics that they have.
-  """
-  hooks = supervised.eval_mode_hooks(eval_mode)
-  stats = traverse_util.flatten_dict(variables['batch_stats'], sep='/')
-
-  def stays(path: str) -> bool:
-    parts = path.split('/')
-    modules = ['/'.join(parts[:depth]) for depth in range(1, len(parts))]
-    return any(re.fullmatch(pattern, module) for pattern in eval_mode for module in modules)
-
-  kept = {path: leaf for path, leaf in stats.items() if stays(path)}
-
-  @jax.jit
-  def measure(images):
-    def moved(old):
-      own = {path: jnp.full_like(leaf, old) for path, leaf in stats.items()} | kept
-      given = {**variables, 'batch_stats': traverse_util.unflatten_dict(own, sep='/')}
-      _, new = models.apply(model, given, images, train=True, mutable=['batch_stats'], hooks=hooks)
-      return traverse_util.flatten_dict(new['batch_stats'], sep='/')
-
-    return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), moved(0.0), moved(1.0))
-
-  average = None
-  for count, images in enumerate(batches):
-    found = measure(images)
-    average = found if average is None else running_average(average, found, count)
-  return {**variables, 'batch_stats': traverse_util.unflatten_dict(average | kept, sep='/')}
-
-
 if __name__ == '__main__':
-  launcher.main(run, 'btm')
+  launcher.main('btm')

@@ -93,7 +93,7 @@ def program(
     extra = {'frozen': frozen, 'key': jax.random.key_data(key)}
     return TrainState(jnp.int32(0), params, optimizer.init(params), {}, extra)
 
-  def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
+  def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.wrap_key_data(state.extra['key'])
     x, y = networks.augmented(config, key, state.step, batch), networks.targets(config, batch)
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from experiments import training
-from experiments.long_tail_data import read_features
+from experiments.protocols.features import read_features
 from jaxlab import data, losses, models, parallel
 from jaxlab.data.few_shot import few_shot_split
 from jaxlab.data.long_tail import subset

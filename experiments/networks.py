@@ -93,7 +93,7 @@ def program(config: ConfigDict) -> Program:
     extra = {'key': jax.random.key_data(step_key)}
     return TrainState(jnp.int32(0), params, optimizer.init(params), variables, extra)
 
-  def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
+  def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.wrap_key_data(state.extra['key'])
     x, y = augmented(config, key, state.step, batch), targets(config, batch)
 

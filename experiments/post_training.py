@@ -24,8 +24,8 @@ from experiments.compensation_tuning import Tuning
 from experiments.quantized_features import parse_bits
 from experiments.results import row
 from jaxlab import models, parallel, quantizers
+from jaxlab.models import blockwise as parts
 from jaxlab.quantizers import compensation
-from jaxlab.quantizers.compensation import parts
 
 Metrics = dict[str, float]
 

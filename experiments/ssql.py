@@ -224,7 +224,7 @@ def program(config: ConfigDict, variant: str = 'ssql', epochs: int | None = None
       )
     return TrainState(jnp.int32(0), params, optimizer.init(params), {'batch_stats': stats}, extra)
 
-  def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
+  def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
     view_key, bits_key, order_key = jax.random.split(
       jax.random.wrap_key_data(state.extra['key']), 3
     )

@@ -2,23 +2,28 @@
 
 import numpy as np
 
-from experiments import btm, dive, gml, launcher
+from experiments.harness import launcher
 
-PAPERS = {'dive': dive, 'gml': gml, 'btm': btm}
+PAPERS = ('dive', 'gml', 'btm')
 
 
-def tiny(paper='gml', *runs, **data):
-  """Returns the embedded setting with few digits and one epoch a stage."""
-  config = launcher.load_config(launcher.CONFIGS / paper / 'embedded.py')
-  with config.unlocked():
-    config.data.long_tail.update(max_count=40, ratio=10.0, test_per_class=8)
-    config.model.backbone.hidden = (8,)
-    config.groups = {'many': 30, 'few': 10}
-    for stage in config.stages.values():
-      stage.epochs = 1
-    config.runs = runs or config.runs
-    config.data.update(data)
-  return config
+def tiny(paper='gml', *runs, **changes):
+  """Returns the embedded setting with few digits and one epoch a stage; `changes` are values by key."""
+  values = {
+    'data.imbalance.max_count': 40, 'data.imbalance.ratio': 10.0, 'data.imbalance.test_per_class': 8,
+    'model.hidden': (8,), 'groups.many': 30, 'groups.few': 10, 'network.epochs': 1,
+  }  # fmt: skip
+  recipes = {'gml': ('classifier',), 'btm': ('fine_tuning', 'crt', 'second'), 'dive': ()}[paper]
+  values |= {f'{recipe}.epochs': 1 for recipe in recipes}
+  values |= {'runs': runs} if runs else {}
+  values |= {key.replace('__', '.'): value for key, value in changes.items()}
+  if 'model' in changes:
+    del values['model.hidden']
+  return launcher.load(paper, 'embedded', [f'{key}={value}' for key, value in values.items()])
+
+
+# A small network with batch norms.
+CONVOLUTIONAL = {'name': 'cifar_resnet18', 'stage_sizes': (1,), 'strides': (2,), 'width': 4}
 
 
 def save_features(path, train=60, test=30, classes=3, **changes):

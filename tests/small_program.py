@@ -55,7 +55,7 @@ def make_program(rules=(), *, width=16, batch=BATCH, blow_up_at=None, learning_r
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']).mean()
     return loss, (new, logits)
 
-  def step(state, batch):
+  def step(state, frozen, batch):
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     (loss, (new, logits)), gradients = grad_fn(state.params, state, batch)
     if blow_up_at is not None:

@@ -5,6 +5,9 @@ batches and `prefetch_to_device` brings them to the devices. Augmentations are p
 `(key, image) -> image` of single float images, for `jax.vmap` inside of the jitted step.
 """
 
+from jaxlab.data.aligned import (
+  Aligned,
+)
 from jaxlab.data.augment import (
   compose,
   deterministic,
@@ -125,6 +128,7 @@ from jaxlab.data.views import (
 __all__ = [
   'CIFAR10_MEAN_STD',
   'IMAGENET_MEAN_STD',
+  'Aligned',
   'ByteText',
   'Catalogue',
   'ClassAwareSampler',

@@ -1,9 +1,19 @@
 """Plain Linen networks over NHWC images, and the means to work around their named modules.
 
 `create('resnet18')` makes a network by its timm name; `from_torch` and `to_torch` exchange weights with
-PyTorch; `apply` runs a model under hooks on modules chosen by path.
+PyTorch; `apply` runs a model under hooks on modules chosen by path; `anatomy` says what a network's parts are
+called.
 """
 
+from jaxlab.models.anatomy import (
+  anatomy,
+)
+from jaxlab.models.anatomy_parts import (
+  Anatomy,
+  Block,
+  Branch,
+  Norm,
+)
 from jaxlab.models.architectures import (
   create,
 )
@@ -49,6 +59,7 @@ from jaxlab.models.intercept import (
   Hook,
   HookPoint,
   Site,
+  any_of,
   apply,
   capture,
   map_matching,
@@ -99,9 +110,12 @@ from jaxlab.models.wide_resnet import (
 __all__ = [
   'GPT2',
   'MLP',
+  'Anatomy',
   'BasicBlock',
   'BatchNorm',
+  'Block',
   'Bottleneck',
+  'Branch',
   'Classifier',
   'DINOHead',
   'Encoder',
@@ -111,6 +125,7 @@ __all__ = [
   'Llama',
   'MLPHead',
   'MobileNetV2',
+  'Norm',
   'NormedLinear',
   'PreActivationBlock',
   'ResNet',
@@ -120,6 +135,8 @@ __all__ = [
   'WeightNormHead',
   'WideResNet',
   'abstract_variables',
+  'anatomy',
+  'any_of',
   'apply',
   'apply_in_turn',
   'barlow_projector',

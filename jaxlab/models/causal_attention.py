@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxlab.models.attention import attention_scores, softmax, weighted_values
 from jaxlab.models.intercept import HookPoint
 
 Array = jax.Array
@@ -112,7 +113,7 @@ def attend(
   query = HookPoint(name='query')(query)
   key = HookPoint(name='key')(key)
   value = HookPoint(name='value')(value)
-  batch, time, heads, width = query.shape
+  time = query.shape[1]
   if context is None:
     mask = jnp.tril(jnp.ones((1, time, time), bool))
   else:
@@ -120,15 +121,10 @@ def attend(
     if context.slot is not None:
       key = _append(module, 'cached_key', key, context.slot)
       value = _append(module, 'cached_value', value, context.slot)
-  kv_heads = key.shape[2]
-  query = query.reshape(batch, time, kv_heads, heads // kv_heads, width) * width**-0.5
-  scores = jnp.einsum('bqhgd,bkhd->bhgqk', query, key)
-  scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-  weights = jax.nn.softmax(scores).astype(value.dtype).reshape(batch, heads, time, key.shape[1])
-  weights = HookPoint(name='softmax')(weights)
-  weights = weights.reshape(batch, kv_heads, heads // kv_heads, time, key.shape[1])
-  return jnp.einsum('bhgqk,bkhd->bqhgd', weights, value).reshape(batch, time, heads * width)
+  scores = attention_scores(query, key)
+  scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
+  weights = HookPoint(name='softmax')(softmax(scores).astype(value.dtype))
+  return weighted_values(weights, value)
 
 
 def empty_cache(

@@ -16,8 +16,10 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from jaxlab.models.anatomy import anatomy
 from jaxlab.models.architectures import create
 from jaxlab.models.gpt2 import GPT2
+from jaxlab.models.intercept import any_of
 from jaxlab.models.llama import Llama
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.vit import ViT, stack_blocks, unstack_blocks
@@ -261,7 +263,8 @@ def load_pretrained(name: str, **overrides: Any) -> tuple[nn.Module, PyTree]:
   if isinstance(model, GPT2 | Llama):
     return model, from_torch(model, _read_repository(tag))
   state_dict = read_state_dict(_download(f'timm/{architecture}.{tag}', 'model.safetensors'))
-  head = r'(fc|head|head_dist|classifier)\..*'
+  heads = anatomy(create(architecture, num_classes=1)).head
+  head = rf'({any_of(path.replace("/", ".") for path in heads)})\..*'
   has_head = any(
     re.fullmatch(head, name) for name in state_dict
   )  # self-supervised weights have none

@@ -14,6 +14,7 @@ from jaxlab.models import causal_attention
 from jaxlab.models.causal_attention import Context, attend, positions_of
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.vit import flat_dot_general
 
 Array = jax.Array
@@ -199,8 +200,8 @@ def _dense(
   )
 
 
-def _layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
-  return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+def _layer_norm(epsilon: float, dtype: Any, name: str) -> LayerNorm:
+  return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
 
 def _drop(x: Array, rate: float) -> Array:

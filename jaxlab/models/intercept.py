@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,37 @@ def path_string(path: Sequence[str]) -> str:
   return '/'.join(path)
 
 
+def any_of(paths: Iterable[str]) -> str:
+  """Returns the regular expression that matches exactly these paths.
+
+  >>> any_of(['layer1_0', 'layer1_1'])
+  'layer1_0|layer1_1'
+  """
+  return '|'.join(map(re.escape, paths))
+
+
+def check_linen(model: Any) -> None:
+  """Raises ValueError unless `model` is a Linen module; says how to bridge one of flax NNX."""
+  if isinstance(model, nn.Module):
+    return
+  if isinstance(model, type) and issubclass(model, nn.Module):
+    raise ValueError(
+      f'model is the class {model.__name__}: pass an instance, {model.__name__}(...).'
+    )
+  from flax import nnx  # not loaded by Linen; whoever has a module of it has loaded it
+
+  name = type(model).__name__
+  if isinstance(model, nnx.Module):
+    raise ValueError(
+      f'model is a flax NNX module, {name}; expected a Linen module, around whose named parts this library '
+      f'works. Bridge it: `flax.nnx.bridge.to_linen({name}, ...)` with the arguments of its constructor, '
+      f"and variables {{'params': nnx.to_pure_dict(nnx.state(model, nnx.Param))}}. The bridged module "
+      f'has one path. For hooks on its blocks, bridge each within a Linen module: '
+      f"`nnx.bridge.to_linen(Block, ..., name='blocks_0')(x)`."
+    )
+  raise ValueError(f'model must be a Linen module, got {name}.')
+
+
 @contextlib.contextmanager
 def intercepting(hooks: Sequence[Hook], prefix: str | None = None) -> Iterator[None]:
   """Runs Linen calls inside the context under `hooks`; the first hook of the list is the innermost.
@@ -199,7 +230,12 @@ def apply(
 
   With `prefix` the `model` is a part of a larger one, cut out: `prefix` is its path there, hook patterns
   are those of the larger model, and patterns without a match are ignored.
+
+  Raises:
+    ValueError: if `model` is no Linen module (the message says how to bridge one of NNX), or a pattern
+      matches nothing.
   """
+  check_linen(model)
   with intercepting(hooks, prefix):
     return model.apply(variables, *args, **kwargs)
 
@@ -208,7 +244,11 @@ def module_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
   """Returns the paths of all modules that `model(*args, **kwargs)` calls, in order of first call.
 
   Traces abstractly: no memory, no computation. Arguments may be `jax.ShapeDtypeStruct`s.
+
+  Raises:
+    ValueError: if `model` is no Linen module.
   """
+  check_linen(model)
   paths: dict[str, None] = {}
 
   def record(next_fun, args, kwargs, context):
@@ -226,25 +266,46 @@ def capture(
   variables: Mapping[str, PyTree],
   patterns: Sequence[str],
   *args: Any,
+  hooks: Sequence[Hook] = (),
   **kwargs: Any,
-) -> tuple[Any, dict[str, Array]]:
+) -> tuple[Any, dict[str, Any]]:
   """Returns the model's output and the outputs of the modules that match `patterns`, by path.
 
-  With blocks under `nn.scan` a captured value has the blocks' axis in front.
-  """
+  `hooks` work as in `apply`. Capturing is outside of all of them: a captured value is what the module hands
+  on, quantized, compensated or replaced, and captured modules within a block that a hook drops are not
+  called. Gradients flow through captured values, so that losses can be made of them.
 
-  def keep(site: Site, y: Array) -> Array:
-    site.write('output', y)
+  With blocks under `nn.scan` a captured value has the blocks' axis in front. Of a module that is called
+  several times, the last call's output is returned.
+
+  Args:
+    model: any Linen module.
+    variables: its variables, and the arrays that `hooks` read.
+    patterns: regular expressions over whole paths.
+    *args: passed to the model.
+    hooks: as for `apply`; what they write comes back with `mutable=`.
+    **kwargs: passed to `apply`. With `mutable` the first result is the pair of output and state.
+
+  Raises:
+    ValueError: if `model` is no Linen module, or a pattern of `patterns` or `hooks` matches nothing.
+  """
+  if isinstance(patterns, str):
+    raise ValueError(f'patterns is a list of regular expressions; got the string {patterns!r}.')
+
+  def keep(site: Site, y: Any) -> Any:
+    # No module is called `.output`, and in a tuple a returned dict is no part of the tree of paths.
+    site.write('.output', (y,))
     return y
 
-  mutable = kwargs.pop('mutable', [])
-  mutable = [mutable] if isinstance(mutable, str) else list(mutable)
-  hooks = [Hook(pattern, output=keep, collection='captures') for pattern in patterns]
-  out, state = apply(model, variables, *args, hooks=hooks, mutable=[*mutable, 'captures'], **kwargs)
+  wanted = kwargs.pop('mutable', False)
+  names = [wanted] if isinstance(wanted, str) else wanted or ()
+  mutable = True if wanted is True else [*names, 'captures']
+  keeping = [Hook(pattern, output=keep, collection='captures') for pattern in patterns]
+  out, state = apply(model, variables, *args, hooks=[*hooks, *keeping], mutable=mutable, **kwargs)
   state = dict(state)
   flat = traverse_util.flatten_dict(dict(state.pop('captures', {})), sep='/')
-  captured = {path.removesuffix('output').rstrip('/'): value for path, value in flat.items()}
-  return ((out, state) if mutable else out), captured
+  captured = {path.removesuffix('.output').rstrip('/'): y for path, (y,) in flat.items()}
+  return ((out, state) if wanted else out), captured
 
 
 def map_matching(

@@ -19,17 +19,6 @@ from jaxlab.models.resnet import check_images, square_conv
 
 Array = jax.Array
 
-# (regular expression of a convolution, its batch norm), for `quantizers.fold_batch_norms`.
-BATCH_NORM_PAIRS = (
-  (r'conv_stem', r'bn1'),
-  (r'conv_head', r'bn2'),
-  (r'(blocks_0_\d+)/conv_dw', r'\1/bn1'),
-  (r'(blocks_0_\d+)/conv_pw', r'\1/bn2'),
-  (r'(blocks_[1-9]\d*_\d+)/conv_pw', r'\1/bn1'),
-  (r'(blocks_[1-9]\d*_\d+)/conv_dw', r'\1/bn2'),
-  (r'(.*)/conv_pwl', r'\1/bn3'),
-)
-
 
 def scale_channels(channels: int, multiplier: float, divisor: int = 8) -> int:
   """Returns `channels * multiplier`, rounded half up to a multiple of `divisor`, at least `divisor`.

@@ -1,5 +1,6 @@
-"""Batch normalization with PyTorch's running statistics."""
+"""Batch normalization with PyTorch's running statistics, and layer normalization."""
 
+import functools
 from typing import Any
 
 import jax
@@ -131,3 +132,70 @@ class BatchNorm(nn.Module):
       running_mean.value = keep * running_mean.value + (1 - keep) * mean
       running_var.value = keep * running_var.value + (1 - keep) * unbiased
     return y.astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def layer_normalize(x: Array, scale: Array, bias: Array, epsilon: float = 1e-5) -> Array:
+  """Normalizes each vector of channels by its own mean and biased variance.
+
+  `y = (x - mean) / sqrt(variance + epsilon) * scale + bias`, statistics over the last axis. The variance is
+  taken in a second pass, which survives outlier channels.
+
+  The derivative is given, `dy = scale dh + h dscale + dbias` with `h` the normalized input and
+  `dh = (dx - mean(dx) - h mean(h dx)) / sqrt(variance + epsilon)`, which is its own transpose: autodiff's has
+  sums of its own for the mean and the variance, and takes twice the time.
+
+  Args:
+    x: `[..., channels]`.
+    scale: `[channels]`.
+    bias: `[channels]`.
+    epsilon: added to the variance.
+
+  Returns:
+    `y` like `x`, in at least float32.
+  """
+  return _normalize_layer(x, scale, bias, epsilon)[0]
+
+
+@layer_normalize.defjvp
+def _layer_normalize_jvp(epsilon, primals, tangents):
+  x, scale, bias = primals
+  dx, dscale, dbias = tangents
+  y, h, inverse = _normalize_layer(x, scale, bias, epsilon)
+  dx = dx.astype(h.dtype)
+  dh = dx - jnp.mean(dx, -1, keepdims=True) - h * jnp.mean(h * dx, -1, keepdims=True)
+  dh = dh * inverse
+  return y, (dh * scale + h * dscale + dbias).astype(y.dtype)
+
+
+def _normalize_layer(
+  x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, Array, Array]:
+  """Returns `(y, normalized x, 1 / deviation)` of `layer_normalize`."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  centered = x - jnp.mean(x, -1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centered), -1, keepdims=True) + epsilon)
+  return centered * (inverse * scale) + bias, centered * inverse, inverse
+
+
+class LayerNorm(nn.Module):
+  """Layer normalization of `[..., channels]`, `layer_normalize` with trainable `scale` and `bias`.
+
+  The function and the parameters of `nn.LayerNorm(use_fast_variance=False)`; its gradient takes less time.
+
+  Attributes:
+    epsilon: added to the variance.
+    dtype: of the output; statistics are in at least float32. None: as the input and parameters.
+  """
+
+  epsilon: float = 1e-5
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    """Returns `x` normalized over its last axis."""
+    shape = (x.shape[-1],)
+    scale = self.param('scale', nn.initializers.ones, shape)
+    bias = self.param('bias', nn.initializers.zeros, shape)
+    dtype = self.dtype or jnp.result_type(x, scale, bias)
+    return layer_normalize(x, scale, bias, self.epsilon).astype(dtype)

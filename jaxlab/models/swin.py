@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlab.models.attention import attention_scores, softmax, weighted_values
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.resnet import check_images
-from jaxlab.models.vit import Mlp, draw_survival
+from jaxlab.models.vit import Mlp, draw_survival, flat_dot_general
 
 Array = jax.Array
 Size = tuple[int, int]
@@ -92,12 +94,11 @@ class WindowAttention(nn.Module):
     windows, tokens, width = x.shape
     qkv = _dense(3 * width, self.dtype, 'qkv', self.qkv_bias)(x)
     qkv = qkv.reshape(windows, tokens, 3, self.num_heads, width // self.num_heads)
-    query = HookPoint(name='query')(qkv[:, :, 0])
-    key = HookPoint(name='key')(qkv[:, :, 1])
-    value = HookPoint(name='value')(qkv[:, :, 2])
-    query = query * (query.shape[-1] ** -0.5)
-    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key)
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    query, key, value = (
+      HookPoint(name=name)(part[:, :, 0])
+      for name, part in zip(('query', 'key', 'value'), jnp.split(qkv, 3, axis=2), strict=True)
+    )
+    scores = attention_scores(query, key)
     scores = scores + self._bias().astype(scores.dtype)
     if regions is not None:
       # Compared on the device: the constant is one number a token, not one a pair.
@@ -106,9 +107,8 @@ class WindowAttention(nn.Module):
       mask = jnp.where(apart, -100, 0).astype(scores.dtype)
       by_window = scores.reshape(-1, len(regions), *scores.shape[1:]) + mask[:, None]
       scores = by_window.reshape(scores.shape)
-    weights = HookPoint(name='softmax')(jax.nn.softmax(scores).astype(value.dtype))
-    y = jnp.einsum('bhqk,bkhd->bqhd', weights, value).reshape(windows, tokens, width)
-    return _dense(width, self.dtype, 'proj')(y)
+    weights = HookPoint(name='softmax')(softmax(scores).astype(value.dtype))
+    return _dense(width, self.dtype, 'proj')(weighted_values(weights, value))
 
   def _bias(self) -> Array:
     rows = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
@@ -268,7 +268,7 @@ class Swin(nn.Module):
   """A Swin transformer over float images `[batch, height, width, channels]`.
 
   `patch_embed`; stages `layers_i` of twice the channels and half the size each, with `downsample` at their
-  start and `blocks_j`; `norm`; mean over positions; `head/fc`.
+  start and `blocks_j`; `norm`; mean over positions `avgpool`; `head/fc`.
 
   Where a stage's feature map is no larger than the window, the window shrinks to it (each side by itself) and
   is not shifted, as in timm. A feature map that windows or 2 x 2 neighborhoods do not divide is filled with
@@ -380,7 +380,7 @@ class Swin(nn.Module):
       )
       x = stage(x, None if survival is None else survival[first : first + depth])
       first += depth
-    x = jnp.mean(_layer_norm(self.dtype, 'norm')(x), (1, 2))
+    x = HookPoint(name='avgpool')(jnp.mean(_layer_norm(self.dtype, 'norm')(x), (1, 2)))
     return x if self.num_classes is None else Head(self.num_classes, self.dtype, name='head')(x)
 
 
@@ -390,9 +390,16 @@ def _pair(size: int | Sequence[int]) -> Size:
 
 def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
   """Returns timm's Linear: normal weights of deviation 0.02, biases from 0."""
-  return nn.Dense(features, use_bias=use_bias, kernel_init=vit_normal, dtype=dtype, name=name)
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    kernel_init=vit_normal,
+    dtype=dtype,
+    dot_general=flat_dot_general,
+    name=name,
+  )
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+def _layer_norm(dtype: Any, name: str) -> LayerNorm:
   """Returns Swin's LayerNorm; the two-pass variance survives outlier channels."""
-  return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+  return LayerNorm(epsilon=1e-5, dtype=dtype, name=name)

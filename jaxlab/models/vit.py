@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlab.models.attention import attention_scores, softmax, weighted_values
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.resnet import check_images
 
@@ -40,15 +42,13 @@ class Attention(nn.Module):
     dense = _dense(self.dtype)
     qkv = dense(3 * width, use_bias=self.qkv_bias, name='qkv')(x)
     qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-    query = HookPoint(name='query')(qkv[:, :, 0])
-    key = HookPoint(name='key')(qkv[:, :, 1])
-    value = HookPoint(name='value')(qkv[:, :, 2])
-    query = query * (query.shape[-1] ** -0.5)
-    scores = jnp.einsum('bqhd,bkhd->bhqk', query, key)
-    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
-    weights = HookPoint(name='softmax')(weights.astype(value.dtype))
-    y = jnp.einsum('bhqk,bkhd->bqhd', weights, value).reshape(batch, tokens, width)
-    return dense(width, name='proj')(y)
+    query, key, value = (
+      HookPoint(name=name)(part[:, :, 0])
+      for name, part in zip(('query', 'key', 'value'), jnp.split(qkv, 3, axis=2), strict=True)
+    )
+    weights = softmax(attention_scores(query, key)).astype(value.dtype)
+    weights = HookPoint(name='softmax')(weights)
+    return dense(width, name='proj')(weighted_values(weights, value))
 
 
 class Mlp(nn.Module):
@@ -119,8 +119,9 @@ class ViT(nn.Module):
   """A vision transformer over float images `[batch, height, width, channels]`.
 
   Patches in raster order behind the class token (and the distillation token), plus `pos_embed`; `blocks_i`;
-  `norm`; pooling; `head`. With `distilled` a second classifier `head_dist` reads the distillation token: in
-  training both logits are returned as a pair, otherwise their mean.
+  `norm`; pooling `pool`; `head`. With `distilled` a second classifier `head_dist` reads the distillation
+  token (`pool` is the pair of both tokens): in training both logits are returned as a pair, otherwise their
+  mean.
 
   Attributes:
     patch_size: side of a patch in pixels.
@@ -218,9 +219,11 @@ class ViT(nn.Module):
     x = _layer_norm(self.dtype, 'norm')(x)
 
     if self.distilled:
-      pooled = (x[:, 0], x[:, 1])
+      pooled = x[:, 0], x[:, 1]
     else:
-      pooled = (x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1),)
+      pooled = x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1)
+    pooled = HookPoint(name='pool')(pooled)
+    pooled = pooled if self.distilled else (pooled,)
     if self.num_classes is None:
       return sum(pooled) / len(pooled)
     dense = _dense(self.dtype)
@@ -342,11 +345,22 @@ def flat_dot_general(
   return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+@jax.custom_jvp
 def gelu(x: Array) -> Array:
   """Returns the exact GELU `x / 2 * (1 + erf(x / sqrt(2)))`; erf is faster on a CPU than erfc."""
   return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  # Written from -x, it is no common subexpression of the forward pass: erf again takes less time than storing
+  # and reading it.
+  share = 0.5 * (1 - jax.lax.erf(x * -np.sqrt(0.5).astype(x.dtype)))
+  density = np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x * x)
+  return gelu(x), dx * (share + x * density)
+
+
+def _layer_norm(dtype: Any, name: str) -> LayerNorm:
   """Returns timm's LayerNorm of ViTs; the two-pass variance survives outlier channels."""
-  return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, dtype=dtype, name=name)
+  return LayerNorm(epsilon=1e-6, dtype=dtype, name=name)

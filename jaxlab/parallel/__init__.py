@@ -7,8 +7,14 @@ compiles for a pod that is not there.
 
 from jaxlab.parallel.hosts import initialize, is_primary
 from jaxlab.parallel.mesh import batch_sharding, check_batch_size, make_mesh, replicated
-from jaxlab.parallel.partition import fsdp_shardings, fsdp_spec, state_shardings, tree_paths
-from jaxlab.parallel.program import ShardedProgram, shard_program
+from jaxlab.parallel.partition import (
+  fsdp_shardings,
+  fsdp_spec,
+  program_shardings,
+  state_shardings,
+  tree_paths,
+)
+from jaxlab.parallel.program import ShardedProgram, place, shard_program
 
 __all__ = [
   'ShardedProgram',
@@ -19,6 +25,8 @@ __all__ = [
   'initialize',
   'is_primary',
   'make_mesh',
+  'place',
+  'program_shardings',
   'replicated',
   'shard_program',
   'state_shardings',

@@ -83,7 +83,7 @@ def lower_step(program: Any, mesh: Mesh) -> jax.stages.Lowered:
     ValueError: if the batch or a partition rule does not fit the mesh.
   """
   sharded = shard_program(program, mesh)
-  return sharded.step.lower(sharded.state, sharded.batch)
+  return sharded.step.lower(sharded.state, sharded.frozen, sharded.batch)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -77,6 +77,16 @@ def state_shardings(
     ValueError: if a pattern matches nothing, or a spec cannot apply to an array that it decides on:
       more entries than dimensions, an unknown axis, or a size that the axes do not divide.
   """
+  return program_shardings(state, {}, mesh, rules, fsdp_min_size=fsdp_min_size)[0]
+
+
+def program_shardings(
+  state: PyTree, frozen: PyTree, mesh: Mesh, rules: Rules = (), *, fsdp_min_size: int = 2**18
+) -> tuple[PyTree, PyTree]:
+  """Returns the shardings of a train state, and of the arrays that its steps read and do not change.
+
+  Both as `state_shardings` has it: what follows no parameter is matched by `frozen/teacher/...`.
+  """
   shapes = {path: tuple(leaf.shape) for path, leaf in tree_paths(state.params)}
   unused = {pattern for pattern, _ in rules}
 
@@ -90,7 +100,8 @@ def state_shardings(
 
   params = {path: decide(path, shape) for path, shape in shapes.items()}
   specs, others = [], []
-  for path, leaf in tree_paths(state):
+  paths = tree_paths(state) + [(f'frozen/{path}', leaf) for path, leaf in tree_paths(frozen)]
+  for path, leaf in paths:
     followed = _followed(path, tuple(leaf.shape), shapes)
     if followed is None:
       others.append(path)
@@ -102,7 +113,7 @@ def state_shardings(
       f'paths, such as {", ".join(known[:8])}.'
     )
   shardings = [NamedSharding(mesh, spec) for spec in specs]
-  return jax.tree.unflatten(jax.tree.structure(state), shardings)
+  return jax.tree.unflatten(jax.tree.structure((state, frozen)), shardings)
 
 
 def _followed(path: str, shape: tuple[int, ...], params: dict[str, tuple[int, ...]]) -> str | None:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlab.parallel.mesh import batch_sharding, check_batch_size, replicated
-from jaxlab.parallel.partition import state_shardings
+from jaxlab.parallel.partition import program_shardings, tree_paths
 
 PyTree = Any
 
@@ -17,16 +17,18 @@ class ShardedProgram(NamedTuple):
 
   Attributes:
     init: `key -> state`, jitted: every device makes its own part of the state, none makes the whole.
-    step: `(state, batch) -> (state, metrics)`, jitted; the state passed in is donated (gone after the
-      call), metrics are replicated.
+    step: `(state, frozen, batch) -> (state, metrics)`, jitted; the state passed in is donated (gone after
+      the call), metrics are replicated.
     state: the state as `jax.ShapeDtypeStruct`s that carry their shardings.
     batch: the global batch, likewise.
+    frozen: what no step changes, likewise.
   """
 
   init: Callable[[jax.Array], PyTree]
-  step: Callable[[PyTree, PyTree], tuple[PyTree, dict[str, jax.Array]]]
+  step: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, dict[str, jax.Array]]]
   state: PyTree
   batch: PyTree
+  frozen: PyTree
 
 
 def shard_program(program: Any, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> ShardedProgram:
@@ -36,7 +38,7 @@ def shard_program(program: Any, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> Sh
   `program.step` is the average over the global batch, wherever its parts lie.
 
   Args:
-    program: has `init`, `step`, `batch`, `rules`.
+    program: has `init`, `step`, `batch`, `rules`, `frozen`.
     mesh: from `make_mesh`.
     fsdp_min_size: see `state_shardings`.
 
@@ -46,19 +48,49 @@ def shard_program(program: Any, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> Sh
   for size in {leaf.shape[0] for leaf in jax.tree.leaves(program.batch)}:
     check_batch_size(size, mesh)
   state = jax.eval_shape(program.init, jax.random.key(0))
-  shardings = state_shardings(state, mesh, program.rules, fsdp_min_size=fsdp_min_size)
+  shardings, frozen = program_shardings(
+    state, program.frozen, mesh, program.rules, fsdp_min_size=fsdp_min_size
+  )
   over_batch, whole = batch_sharding(mesh), replicated(mesh)
   return ShardedProgram(
     init=jax.jit(program.init, out_shardings=shardings),
     step=jax.jit(
       program.step,
-      in_shardings=(shardings, over_batch),
+      in_shardings=(shardings, frozen, over_batch),
       out_shardings=(shardings, whole),
       donate_argnums=0,
     ),
     state=jax.tree.map(_abstract, state, shardings),
     batch=jax.tree.map(lambda leaf: _abstract(leaf, over_batch), program.batch),
+    frozen=jax.tree.map(_abstract, program.frozen, frozen),
   )
+
+
+def place(values: PyTree, like: PyTree, what: str = 'arrays') -> PyTree:
+  """Returns `values` laid out as `like` says, `jax.ShapeDtypeStruct`s with shardings.
+
+  Args:
+    values: arrays, equal in all processes.
+    like: such as `ShardedProgram.frozen`.
+    what: how the caller calls them, for the message.
+
+  Raises:
+    ValueError: for values of other paths, shapes or types; all are listed.
+  """
+
+  def described(tree: PyTree) -> dict[str, str]:
+    return {path: f'{leaf.dtype}{list(leaf.shape)}' for path, leaf in tree_paths(tree)}
+
+  given, wanted = described(values), described(like)
+  if given != wanted:
+    lines = [
+      f'  {path}: {wanted.get(path, "nothing")} wanted, {given.get(path, "nothing")} given'
+      for path in sorted({*given, *wanted})
+      if given.get(path) != wanted.get(path)
+    ]
+    raise ValueError(f'The {what} do not fit the program:\n' + '\n'.join(lines))
+  values = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(values))
+  return jax.tree.map(lambda leaf, own: jax.device_put(leaf, own.sharding), values, like)
 
 
 def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -28,7 +28,6 @@ from jaxlab.quantizers.execution import (
   save_integer_network,
 )
 from jaxlab.quantizers.folding import (
-  RESNET_PAIRS,
   fold_batch_norm,
   fold_batch_norms,
 )
@@ -154,7 +153,6 @@ __all__ = [
   'EDGES',
   'MAX_BITS',
   'MIN_BITS',
-  'RESNET_PAIRS',
   'AffineParams',
   'AffineQuantizer',
   'BitPolicy',

@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen as nn
 
-from jaxlab.models.intercept import Hook, Site, apply
-from jaxlab.quantizers import operands
-from jaxlab.quantizers.compensation.parts import (
+from jaxlab.models.anatomy import anatomy
+from jaxlab.models.blockwise import (
   Part,
-  Skeleton,
   array_leaves,
-  find_parts,
+  find_blocks,
   reach_with_state,
   relative,
   slice_variables,
 )
-from jaxlab.quantizers.compensation.stream import block_pattern
+from jaxlab.models.intercept import Hook, Site, any_of, apply
+from jaxlab.quantizers import operands
 from jaxlab.quantizers.input_ranges import input_constants, search_hook
 from jaxlab.quantizers.operands import COLLECTION, Plan
 from jaxlab.quantizers.policy import Bits
@@ -109,22 +108,20 @@ class _Network(NamedTuple):
 def _cut(model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple) -> _Network | None:
   """Returns the model in blocks, for equal arguments the same objects; None if it has no blocks in a row."""
   variables, x = shapes.tree()
-  call = ((x,), dict(kwargs))
-  root = Part('', model, Skeleton.of(call))
+  pattern = _block_pattern(model)
   places: dict[str, int] = {}
   finished: list[str] = []
 
   def place(site: Site, visit: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     places.setdefault(site.path, len(finished))
     out = visit(*args, **kwargs)
-    if pattern_of.fullmatch(site.path):
+    if re.fullmatch(pattern, site.path):
       finished.append(site.path)
     return out
 
   try:
-    pattern = block_pattern(model, (x,), dict(kwargs), None)
-    pattern_of = re.compile(pattern)
-    blocks = find_parts(root, variables, array_leaves(call), [Hook('.*', call=place)], pattern)
+    everywhere = [Hook('.*', call=place)]
+    root, blocks = find_blocks(model, variables, (x,), dict(kwargs), everywhere, pattern)
   except ValueError:  # no blocks, or nested, shared or stacked ones
     return None
   inside, outside = [], [[] for _ in range(len(blocks) + 1)]
@@ -135,6 +132,18 @@ def _cut(model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple) -> _Net
   for path, kind in rest.items():
     outside[places[path]].append((path, kind))
   return _Network(root, tuple(blocks), tuple(inside), tuple(map(tuple, outside)))
+
+
+def _block_pattern(model: nn.Module) -> str:
+  """Returns the pattern of the blocks, for a model without an anatomy of the usual names of blocks.
+
+  Where it cuts changes what is compiled, never a result.
+  """
+  try:
+    paths = anatomy(model).block_paths
+  except (TypeError, ValueError):
+    paths = ()
+  return any_of(paths) if paths else r'(.*/)?(blocks?|layers?|h|features|stages?)(\d*_\d+)+'
 
 
 def _by_blocks(

@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from jaxlab.models.intercept import raise_unmatched
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.intercept import any_of, raise_unmatched
 
 Array = jax.Array
 PyTree = Any
-
-# Convolution -> batch norm of `jaxlab.models.resnet`: stem, blocks, projection shortcuts.
-RESNET_PAIRS = ((r'(.*)conv(\d+)', r'\1bn\2'), (r'(.*)downsample_0', r'\1downsample_1'))
 
 
 def fold_batch_norm(
@@ -66,7 +64,7 @@ def fold_batch_norm(
 def fold_batch_norms(
   params: PyTree,
   batch_stats: PyTree,
-  pairs: Sequence[tuple[str, str]] = RESNET_PAIRS,
+  pairs: Anatomy | Sequence[tuple[str, str]],
   *,
   epsilon: float = 1e-5,
 ) -> tuple[PyTree, PyTree]:
@@ -80,9 +78,10 @@ def fold_batch_norms(
   Args:
     params: the model's parameters.
     batch_stats: its running statistics.
-    pairs: `(pattern, template)`: modules with a `kernel` whose whole path matches the pattern are folded
-      with the norm at the path that the template expands to (`re.Match.expand`). A norm that follows no
-      such module is left as it is.
+    pairs: `models.anatomy(model)`: every batch norm that directly follows a layer is folded into it. Or
+      `(pattern, template)`: modules with a `kernel` whose whole path matches the pattern are folded with
+      the norm at the path that the template expands to (`re.Match.expand`). Other norms are left as they
+      are.
     epsilon: of the model's batch norms.
 
   Raises:
@@ -91,6 +90,9 @@ def fold_batch_norms(
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   stats = traverse_util.flatten_dict(dict(batch_stats), sep='/')
+  if isinstance(pairs, Anatomy):
+    normalized = [n for n in pairs.norms if n.layer is not None and f'{n.path}/mean' in stats]
+    pairs = [(any_of([norm.layer]), norm.path) for norm in normalized]
   for path, norm in norm_of_kernels(flat, stats, pairs).items():
     kernel, bias = fold_batch_norm(
       flat[f'{path}/kernel'],

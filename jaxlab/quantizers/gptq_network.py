@@ -15,23 +15,22 @@ from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlab.models.intercept import Hook, Site
-from jaxlab.quantizers import operands
-from jaxlab.quantizers.affine import AffineQuantizer
-from jaxlab.quantizers.calibration import calibrate_inputs
-from jaxlab.quantizers.compensation.parts import (
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import (
   Part,
   Programs,
-  Skeleton,
-  any_of,
   array_leaves,
-  find_parts,
+  find_blocks,
   park,
   relative,
   restore,
   slice_variables,
 )
-from jaxlab.quantizers.compensation.stream import Stream, block_pattern
+from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.quantizers import operands
+from jaxlab.quantizers.affine import AffineQuantizer
+from jaxlab.quantizers.calibration import calibrate_inputs
 from jaxlab.quantizers.gptq import (
   GPTQKernel,
   HessianState,
@@ -56,6 +55,7 @@ def gptq_ptq(
   policy: BitPolicy,
   *,
   blocks: str | None = None,
+  anatomy: Anatomy | None = None,
   programs: Programs | None = None,
   options: Mapping[str, Any] = {},
   **kwargs: Any,
@@ -76,7 +76,8 @@ def gptq_ptq(
     variables: its float variables.
     batches: calibration inputs `[batch, ...]` of one shape: 128 sequences of 2048 tokens in GPTQ.
     policy: bit-widths, 2 to 8. Only weights: `BitPolicy(weights=[(r'.*/(mlp|attn)/.*', 4)], activations=[])`.
-    blocks: regular expression of the blocks' paths; None: the names that our models use.
+    blocks: regular expression of the blocks' paths; None: the blocks of the anatomy.
+    anatomy: the names of the model's parts; None: `models.anatomy(model)`.
     programs: compiled functions of earlier calls, as in `compensate`.
     options: of `gptq_kernel`: `group_size`, `symmetric`, `mse`, `act_order`, `damping`, ...
     **kwargs: passed to the model, e.g. `train=False`.
@@ -86,19 +87,16 @@ def gptq_ptq(
     `group` `[in]`; such a layer runs in float (`integer_network` says so), its codes are `gptq_array`'s.
 
   Raises:
-    ValueError: if there is no batch, a rule names nothing, blocks are nested, shared or stacked, a kernel to
-      be quantized belongs to a grouped convolution, or weights, inputs or Hessians are not finite.
+    ValueError: if there is no batch, the model's parts are not known, a rule names nothing, blocks are
+      nested, shared or stacked, a kernel to be quantized belongs to a grouped convolution, or weights,
+      inputs or Hessians are not finite.
   """
   batches = list(batches)
   if not batches:
     raise ValueError('batches is empty: GPTQ needs at least one calibration batch.')
   todo = operands.plan(model, variables, batches[0], policy, **kwargs)
   inputs = [(batch,) for batch in batches]
-  root = Part('', model, Skeleton.of((inputs[0], kwargs)))
-  pattern = block_pattern(model, inputs[0], kwargs, blocks)
-  parts = find_parts(root, variables, array_leaves((inputs[0], kwargs)), (), pattern)
-  if not parts:
-    raise ValueError(f'No module matches the block pattern {pattern!r}.')
+  root, parts = find_blocks(model, variables, inputs[0], kwargs, (), blocks, anatomy)
   programs = Programs() if programs is None else programs
   params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
   constants: dict[str, dict[str, Array]] = {}

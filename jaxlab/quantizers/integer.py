@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer, quantize
+from jaxlab.quantizers.exact_sums import conv_sums, dot_sums
 from jaxlab.tracing import is_concrete
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def integer_dot(
 ) -> Array:
   """Returns the int32 accumulator `sum_i (q_x[..., i] - z_x)(q_w[i, o] - z_w[o])`: `[..., out]`.
 
-  Computed as `q_x q_w - z_x sum_in q_w` (and, with `z_w`, `- z_w sum_in (q_x - z_x)`), the dot in int8.
+  Computed as `q_x q_w - z_x sum_in q_w` (and, with `z_w`, `- z_w sum_in (q_x - z_x)`), the dot in int8 (on a
+  CPU in float32, exactly: `exact_sums`).
 
   Args:
     x: int8 or uint8 codes `[..., in]`.
@@ -55,13 +57,12 @@ def integer_dot(
   _check_sum(kernel.shape[0], x, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
   kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
-  numbers = (((x.ndim - 1,), (0,)), ((), ()))
-  acc = jax.lax.dot_general(x, kernel, numbers, preferred_element_type=jnp.int32)
+  sums = dot_sums(x, kernel, of_x=kernel_zero_point is not None)
   x_zero_point = jnp.reshape(x_zero_point, ())
-  acc = acc - x_zero_point * jnp.sum(kernel, 0, dtype=jnp.int32)
+  acc = sums.products - x_zero_point * sums.kernel
   if kernel_zero_point is not None:
-    rows = jnp.sum(x, -1, dtype=jnp.int32) - x.shape[-1] * x_zero_point
-    acc = acc - rows[..., None] * jnp.reshape(kernel_zero_point, -1)
+    rows = sums.x - x.shape[-1] * x_zero_point
+    acc = acc - rows * jnp.reshape(kernel_zero_point, -1)
   return acc
 
 
@@ -114,24 +115,13 @@ def integer_conv(
   edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
   x_zero_point = jnp.reshape(x_zero_point, ())
   x = jax.lax.pad(x, x_zero_point.astype(jnp.int8), edges)
-  acc = jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    strides,
-    'VALID',
-    rhs_dilation=dilation,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=groups,
-    preferred_element_type=jnp.int32,
-  )
-  acc = acc - x_zero_point * jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32)
-  if kernel_zero_point is not None:
-    sums = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
-    window, steps, spread = ((1, *pair, 1) for pair in (kernel.shape[:2], strides, dilation))
-    sums = jax.lax.reduce_window(
-      sums, jnp.int32(0), jax.lax.add, window, steps, 'VALID', window_dilation=spread
-    )
-    rows = jnp.repeat(sums - inputs * x_zero_point, kernel.shape[-1] // groups, -1)
+  of_x = kernel_zero_point is not None
+  sums = conv_sums(x, kernel, strides=strides, dilation=dilation, groups=groups, of_x=of_x)
+  acc = sums.products - x_zero_point * sums.kernel
+  if of_x:
+    rows = sums.x - inputs * x_zero_point
+    if groups > 1:
+      rows = jnp.repeat(rows, kernel.shape[-1] // groups, -1)
     acc = acc - rows * jnp.reshape(kernel_zero_point, -1)
   return acc
 

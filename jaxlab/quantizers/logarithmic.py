@@ -20,6 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxlab.quantizers.affine import Bits, check_bits
 from jaxlab.quantizers.quantiles import select_quantiles
@@ -174,7 +175,7 @@ def _log2_codes(x: Array, bits: Bits) -> Array:
 
 @functools.partial(jax.jit, static_argnames='dtype')
 def _log2_values(codes: Array, bits: Bits, dtype: jnp.dtype) -> Array:
-  return jnp.where(codes >= _zero_code(bits), 0, jnp.ldexp(jnp.ones((), dtype), -codes))
+  return jnp.where(codes >= _zero_code(bits), 0, _power_of_half(codes, dtype))
 
 
 @jax.custom_jvp
@@ -209,8 +210,24 @@ def _log_sqrt2_codes(x: Array, scale: Array, bits: Bits) -> Array:
 
 def _shift_and_parity(codes: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
   """Returns `2^(-ceil(q/2))`, exactly, and `sqrt(2)` for odd codes, 1 for even."""
-  parity = jnp.where(codes % 2 == 1, jnp.sqrt(jnp.asarray(2, dtype)), 1)
-  return jnp.ldexp(jnp.ones((), dtype), -((codes + 1) // 2)), parity
+  parity = jnp.where(codes & 1 == 1, jnp.sqrt(jnp.asarray(2, dtype)), 1)
+  return _power_of_half((codes + 1) >> 1, dtype), parity
+
+
+def _power_of_half(exponent: Array, dtype: jnp.dtype) -> Array:
+  """Returns `2^-exponent` for int32 exponents, exactly: put together from bits, where `ldexp` calls `pow`.
+
+  As the product of two powers, so that what is not a normal number rounds as the hardware does.
+  """
+  info = jnp.finfo(dtype)
+  integer = jnp.dtype(f'int{info.bits}')
+
+  def power(exponent: Array) -> Array:
+    bits = (-jnp.clip(exponent, info.minexp + 1, -info.minexp) - info.minexp + 1).astype(integer)
+    return lax.bitcast_convert_type(bits << info.nmant, dtype)
+
+  half = exponent >> 1
+  return power(half) * power(exponent - half)
 
 
 @functools.partial(jax.jit, static_argnames='dtype')

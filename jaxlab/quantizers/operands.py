@@ -26,7 +26,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, HookPoint, Site, apply
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.intercept import Hook, HookPoint, Site, any_of, apply
 from jaxlab.quantizers import affine
 from jaxlab.quantizers.affine import AffineParams, AffineQuantizer
 from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize
@@ -47,8 +48,13 @@ MIN_BITS, MAX_BITS = 2, 8
 SMALL = 2**19  # values of a kernel that may be searched together with others
 LENGTHS = 8  # largest ratio of lengths in one such search
 
-# The first and the last layer of the networks of `jaxlab.models`.
-EDGES = r'patch_embed/proj|head|head_dist|head/fc|conv1|fc|conv_stem|classifier|lm_head'
+# The first and last layers of all networks of `jaxlab.models`: their `anatomy(model).edges`.
+EDGES = any_of(
+  [
+    *('conv1', 'conv_stem', 'patch_embed/proj', 'fc0'),
+    *('fc', 'linear', 'classifier', 'head', 'head_dist', 'head/fc', 'lm_head'),
+  ]
+)
 AFFINE_POINTS = r'(.*/)?(query|key|value)'
 LOGARITHMIC_POINTS = r'(.*/)?softmax'
 
@@ -103,16 +109,29 @@ def fake_quantize_operand(x: Array, constants: Mapping[str, Array]) -> Array:
 
 
 def edge_policy(
-  weight_bits: Bits, activation_bits: Bits, *, edges: str | None = EDGES, edge_bits: Bits = 8
+  weight_bits: Bits,
+  activation_bits: Bits,
+  *,
+  edges: str | Anatomy | None = EDGES,
+  edge_bits: Bits = 8,
 ) -> BitPolicy:
   """Returns the policy `(weight_bits, activation_bits)`, with `edge_bits` for both at modules `edges`.
 
-  Patch embedding or stem and the classifier at 8/8 are QwT's exceptions; `edges=None` makes none.
+  Patch embedding or stem and the classifier at 8/8 are QwT's exceptions.
+
+  Args:
+    weight_bits: of kernels.
+    activation_bits: of inputs (or outputs, as the method reads the policy).
+    edges: `models.anatomy(model)`, whose `edges` are the exceptions; or their pattern, by default what they
+      are called in the networks of this library; None makes none.
+    edge_bits: of both at the exceptions.
 
   >>> policy = edge_policy(4, 4)
   >>> policy.weight_bits('head'), policy.weight_bits('blocks_0/mlp/fc1')
   (8, 4)
   """
+  if isinstance(edges, Anatomy):
+    edges = any_of(edges.edges) or None
   first = () if edges is None else ((edges, edge_bits),)
   return BitPolicy((*first, ('.*', weight_bits)), (*first, ('.*', activation_bits)))
 

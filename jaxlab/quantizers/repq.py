@@ -15,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from jaxlab.models.anatomy import anatomy as anatomy_of
+from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import raise_unmatched
 from jaxlab.quantizers import operands
 from jaxlab.quantizers.calibration import calibrate_inputs
@@ -25,16 +27,6 @@ from jaxlab.tracing import is_concrete
 Array = jax.Array
 PyTree = Any
 Pairs = Sequence[tuple[str, str]]
-
-# LayerNorm and the layer that it feeds, as paths below a common parent: ViT and Swin blocks, Swin's patch
-# merging, GPT-2.
-PAIRS: Pairs = (
-  ('norm1', 'attention/qkv'),
-  ('norm2', 'mlp/fc1'),
-  ('norm', 'reduction'),
-  ('ln_1', 'attn/c_attn'),
-  ('ln_2', 'mlp/c_fc'),
-)
 
 
 class Reparametrized(NamedTuple):
@@ -118,14 +110,13 @@ def reparametrize(
   )
 
 
-def norm_dense_pairs(params: PyTree, pairs: Pairs | None = None) -> tuple[tuple[str, str], ...]:
+def norm_dense_pairs(params: PyTree, pairs: Pairs) -> tuple[tuple[str, str], ...]:
   """Returns the paths of all (LayerNorm, dense layer) in `params` that `pairs` names.
 
   Args:
     params: parameter tree.
     pairs: (norm, dense) as regular expressions of paths below a common parent, e.g.
-      `('norm1', 'attention/qkv')`; each must name something. None: those of `PAIRS` that are
-      there and whose norm has a bias (an RMSNorm is left alone).
+      `('norm1', 'attention/qkv')`; each must name something.
 
   Raises:
     ValueError: if one of `pairs` matches nothing, or names a norm without bias.
@@ -133,7 +124,7 @@ def norm_dense_pairs(params: PyTree, pairs: Pairs | None = None) -> tuple[tuple[
   >>> import numpy as np
   >>> norm = {'scale': np.ones(2), 'bias': np.zeros(2)}
   >>> fc1 = {'kernel': np.ones((2, 3)), 'bias': np.zeros(3)}
-  >>> norm_dense_pairs({'blocks_0': {'norm2': norm, 'mlp': {'fc1': fc1}}})
+  >>> norm_dense_pairs({'blocks_0': {'norm2': norm, 'mlp': {'fc1': fc1}}}, [('norm2', 'mlp/fc1')])
   (('blocks_0/norm2', 'blocks_0/mlp/fc1'),)
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
@@ -144,7 +135,7 @@ def norm_dense_pairs(params: PyTree, pairs: Pairs | None = None) -> tuple[tuple[
     path.removesuffix('kernel').rstrip('/') for path in flat if path.split('/')[-1] == 'kernel'
   ]
   found = []
-  for norm_pattern, dense_pattern in PAIRS if pairs is None else pairs:
+  for norm_pattern, dense_pattern in pairs:
     matches = []
     for dense in denses:
       if match := re.fullmatch(rf'(?P<parent>(.*/)?)({dense_pattern})', dense):
@@ -154,16 +145,27 @@ def norm_dense_pairs(params: PyTree, pairs: Pairs | None = None) -> tuple[tuple[
           for norm in sorted(norms)
           if norm.startswith(parent) and re.fullmatch(norm_pattern, norm[len(parent) :])
         ]
-    biased = [pair for pair in matches if f'{pair[0]}/bias' in flat]
-    if pairs is not None and not matches:
+    if not matches:
       raise_unmatched([norm_pattern, dense_pattern], [*norms, *denses], 'pair', 'norm and layer')
-    if pairs is not None and len(biased) < len(matches):
-      raise ValueError(
-        f'The norm {next(p[0] for p in matches if p not in biased)!r} has no bias (RMSNorm): it cannot '
-        f'take the shift. Leave it out of the pairs; its layer then keeps one range a tensor.'
-      )
-    found += biased
+    for norm, _ in matches:
+      if f'{norm}/bias' not in flat:
+        raise ValueError(
+          f'The norm {norm!r} has no bias (RMSNorm): it cannot take the shift. Leave it out of the pairs; '
+          f'its layer then keeps one range a tensor.'
+        )
+    found += matches
   return tuple(found)
+
+
+def layer_norm_pairs(anatomy: Anatomy, params: PyTree) -> tuple[tuple[str, str], ...]:
+  """Returns the norms with a bias (an RMSNorm is left alone) and their readers, but for the head."""
+  flat = traverse_util.flatten_dict(dict(params), sep='/')
+  return tuple(
+    (norm.path, reader)
+    for norm in anatomy.norms
+    for reader in norm.readers
+    if f'{norm.path}/bias' in flat and reader not in anatomy.head
+  )
 
 
 def repq(
@@ -173,6 +175,7 @@ def repq(
   policy: BitPolicy,
   *,
   pairs: Pairs | None = None,
+  anatomy: Anatomy | None = None,
   **kwargs: Any,
 ) -> Quantized:
   """Post-training quantization of a transformer by RepQ-ViT, with QwT's range search.
@@ -195,17 +198,22 @@ def repq(
     policy: bit-widths, 2 to 8, e.g. `edge_policy(4, 4)`; its `activations` rules are over the layers whose
       input is quantized and the hook points above. Bits may be traced.
     pairs: see `norm_dense_pairs`; `()` reparametrizes nothing. Nothing else than the layers paired with
-      it may read a paired norm's output.
+      it may read a paired norm's output. None: the LayerNorms of the anatomy and their readers, but for the
+      head.
+    anatomy: the names of the model's parts; None: `models.anatomy(model)`. Read without `pairs`.
     **kwargs: passed to the model, e.g. `train=False`; hashable.
 
   Returns:
     `Quantized`; its `float_variables` are the reparametrized ones, equal to `variables` as a function.
 
   Raises:
-    ValueError: if a rule or a pair names nothing, bits are outside 2 to 8, blocks are stacked (all
-      before any work), or weights or calibration data are not finite.
+    ValueError: if the model's parts are not known, a rule or a pair names nothing, bits are outside 2 to 8,
+      blocks are stacked (all before any work), or weights or calibration data are not finite.
   """
-  found = norm_dense_pairs(variables['params'], pairs)
+  if pairs is None:
+    found = layer_norm_pairs(anatomy_of(model) if anatomy is None else anatomy, variables['params'])
+  else:
+    found = norm_dense_pairs(variables['params'], pairs)
   denses = [dense for _, dense in found]
   todo = operands.plan(model, variables, x, policy, per_channel=denses, **kwargs)
   found = tuple(pair for pair in found if pair[1] in todo.input_bits)

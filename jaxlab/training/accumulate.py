@@ -26,7 +26,7 @@ def accumulate_gradients(
   Args:
     loss_fn: `(params, model_state, batch) -> (loss, (model_state, metrics))`; a mean over examples.
     params: what to differentiate by.
-    model_state: collections that the model changes, e.g. batch statistics; may be `{}`.
+    model_state: what goes from each microbatch to the next, e.g. batch statistics; any pytree.
     batch: arrays with the examples along axis 0.
     num_microbatches: static; 1 is plain `value_and_grad`. A sharded batch needs
       `num_microbatches * data * fsdp` to divide its size.

@@ -23,6 +23,7 @@ from jaxlab.parallel import is_primary, tree_paths
 PyTree = Any
 CONFIG = 'config.json'
 FOLDER = 'checkpoints'
+FORMAT = 2  # of what a checkpoint holds; one of another number is refused
 
 
 class Checkpoints:
@@ -33,6 +34,7 @@ class Checkpoints:
     workdir: epath.PathLike,
     *,
     config: Mapping[str, Any] | None = None,
+    frozen: PyTree = None,
     keep: int = 2,
     best_metric: str | None = None,
     best_mode: str = 'max',
@@ -42,6 +44,7 @@ class Checkpoints:
     Args:
       workdir: the run's directory; local, or a bucket's (`gs://...`).
       config: the run's settings, JSON-able; kept as `<workdir>/config.json` and in each checkpoint.
+      frozen: arrays that the run reads and does not change; a checkpoint holds their checksums.
       keep: how many of the newest to keep; more than one, so that there is one to fall back to.
       best_metric: name among the metrics given to `save`: the best by it is kept as well.
       best_mode: whether more (`max`) or less (`min`) of it is better.
@@ -59,6 +62,7 @@ class Checkpoints:
       raise ValueError(f'keep={keep}: at least one checkpoint must be kept.')
     self.workdir = epath.Path(workdir if '://' in str(workdir) else os.path.abspath(workdir))
     self._config = None if config is None else _plain(config)
+    self._frozen = checksums(frozen)
     self._claim_workdir()
     self._best_mode = best_mode
     worst = -math.inf if best_mode == 'max' else math.inf
@@ -107,10 +111,10 @@ class Checkpoints:
 
     if step in self._manager.all_steps():
       return
-    finite, checksums = _inspect(state)
-    if not finite:
+    if not _finite(state.params):
       raise FloatingPointError(f'A parameter is not finite after step {step}. {self.last_good()}')
-    run = {'position': position, 'config': self._config, 'checksums': checksums}
+    run = {'position': position, 'config': self._config, 'format': FORMAT}
+    run |= {'checksums': checksums(state), 'frozen': self._frozen}
     self._manager.save(
       step,
       args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run)),
@@ -131,8 +135,8 @@ class Checkpoints:
       `(step, state, position)`, or None if there is no checkpoint.
 
     Raises:
-      ValueError: if the checkpoint is of another architecture (all differing arrays are listed) or of
-        another config, or if all checkpoints are damaged.
+      ValueError: if the checkpoint is of another architecture (all differing arrays are listed), of another
+        config, of other frozen arrays or of another version's format, or if all checkpoints are damaged.
     """
     steps = self.steps if step is None else [step]
     damage: dict[int, str] = {}
@@ -201,6 +205,14 @@ class Checkpoints:
 
     try:
       run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+    except Exception as error:
+      return None, _one_line(error)
+    if run.get('format') != FORMAT:
+      raise ValueError(
+        f'{self._path(step)} has format {run.get("format", 1)} of checkpoints, this version reads '
+        f'{FORMAT}: start anew in another workdir, or go on with the version that wrote it.'
+      )
+    try:
       item = ocp.StandardCheckpointHandler().metadata(self._path(step) / 'state').tree
       saved = {path: tuple(leaf.shape) for path, leaf in tree_paths(item) if leaf is not None}
       if len(saved) != len(run['checksums']):
@@ -208,6 +220,11 @@ class Checkpoints:
     except Exception as error:
       return None, _one_line(error)
     self._check_config(run['config'])
+    if run['frozen'] != self._frozen:
+      raise ValueError(
+        f'{self._path(step)}: the run was started with other frozen arrays (a teacher, a backbone) '
+        'than those given now. Use another workdir, or the arrays it was started with.'
+      )
     wanted = {path: tuple(leaf.shape) for path, leaf in tree_paths(state)}
     if wanted != saved:
       lines = [f'  {line}' for line in _tree_difference(saved, wanted)]
@@ -220,8 +237,7 @@ class Checkpoints:
       ).state
     except Exception as error:
       return None, _one_line(error)
-    _, checksums = _inspect(restored)
-    pairs = zip(wanted, checksums, run['checksums'], strict=True)
+    pairs = zip(wanted, checksums(restored), run['checksums'], strict=True)
     if wrong := [path for path, found, written in pairs if found != written]:
       return None, f'checksums of {len(wrong)} array(s) differ: {", ".join(wrong[:3])}'
     return (restored, run['position']), ''
@@ -285,29 +301,34 @@ def _tree_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
   ]
 
 
-def _inspect(state: PyTree) -> tuple[bool, list[int]]:
-  """Returns whether all parameters are finite, and a checksum of every array.
+def checksums(tree: PyTree) -> list[int]:
+  """Returns a checksum of every array of a pytree, in the tree's order.
 
-  The checksum is the sum of the array's bits in words of at most 32 bits, modulo 2**32: exact, so that it
-  does not depend on the mesh, and changed by any single wrong word. Each process reads the shards that it
-  holds the first copy of.
+  The sum of the array's bits in words of at most 32 bits, modulo 2**32: exact, so that it does not
+  depend on the mesh, and changed by any single wrong word. Each process reads the shards that it holds
+  the first copy of.
   """
-  jax.tree.map(lambda leaf: leaf.copy_to_host_async(), state)
-
-  def shards(leaf: jax.Array) -> Iterator[np.ndarray]:
-    return (np.asarray(s.data) for s in leaf.addressable_shards if s.replica_id == 0)
+  tree = jax.tree.map(jnp.asarray, tree)
+  jax.tree.map(lambda leaf: leaf.copy_to_host_async(), tree)
 
   def checksum(leaf: jax.Array) -> int:
     words = f'u{min(leaf.dtype.itemsize, 4)}'
-    flat = (np.ascontiguousarray(shard).reshape(-1).view(words) for shard in shards(leaf))
+    flat = (np.ascontiguousarray(shard).reshape(-1).view(words) for shard in _shards(leaf))
     return sum(int(part.sum(dtype=np.uint64)) for part in flat) % 2**32
 
-  floating = [x for x in jax.tree.leaves(state.params) if jnp.issubdtype(x.dtype, jnp.floating)]
-  finite = all(np.isfinite(shard).all() for leaf in floating for shard in shards(leaf))
-  checksums = np.array([checksum(leaf) for leaf in jax.tree.leaves(state)], np.uint32)
+  found = np.array([checksum(leaf) for leaf in jax.tree.leaves(tree)], np.uint32)
   if jax.process_count() > 1:
-    checksums = multihost_utils.process_allgather(checksums).sum(axis=0, dtype=np.uint32)
-  return _all_processes(finite), checksums.tolist()
+    found = multihost_utils.process_allgather(found).sum(axis=0, dtype=np.uint32)
+  return found.tolist()
+
+
+def _finite(params: PyTree) -> bool:
+  floating = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+  return _all_processes(all(np.isfinite(s).all() for leaf in floating for s in _shards(leaf)))
+
+
+def _shards(leaf: jax.Array) -> Iterator[np.ndarray]:
+  return (np.asarray(s.data) for s in leaf.addressable_shards if s.replica_id == 0)
 
 
 def _all_processes(success: bool) -> bool:

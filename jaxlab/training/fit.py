@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlab.data.pipeline import prefetch_to_device
-from jaxlab.parallel import batch_sharding, is_primary, make_mesh, shard_program
+from jaxlab.parallel import batch_sharding, is_primary, make_mesh, place, shard_program
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.feed import DataIterator, Declared
 from jaxlab.training.metrics import MetricWriter, Progress
 from jaxlab.training.state import Program, TrainState
+
+PyTree = Any
 
 # Steps that may be under way on the device while the host prepares the next: enough to keep it busy,
 # few enough that their batches fit into its memory and that SIGTERM is answered at once.
@@ -31,6 +34,8 @@ def fit(
   *,
   num_steps: int,
   key: jax.Array,
+  frozen: PyTree = None,
+  begin: Callable[[TrainState], TrainState] | None = None,
   mesh: Mesh | None = None,
   workdir: str | None = None,
   config: Mapping[str, Any] | None = None,
@@ -50,13 +55,15 @@ def fit(
   where it logs, evaluates or saves.
 
   Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for
-  bit; on another mesh it goes on from the same state. SIGTERM saves and exits with status 0.
+  bit; on another mesh it goes on from the same state. SIGTERM and Ctrl-C save and exit with status 0.
 
   Args:
     program: the pure functions, see `Program`.
     data: endless iterator of this process's part of each batch, see `DataIterator`.
     num_steps: the step to end at.
     key: draws the initial state.
+    frozen: the values of `program.frozen`. A `workdir` that was started with others is refused.
+    begin: applied to the drawn state, e.g. to put a trained network's variables in.
     mesh: from `make_mesh`; all devices along `data` if None.
     workdir: for checkpoints (`checkpoints/`), the config and metrics (`metrics.jsonl`, TensorBoard); with
       None nothing is written and nothing survives.
@@ -66,31 +73,41 @@ def fit(
     keep: how many of the newest checkpoints to keep.
     evaluate: `state -> {name: number}`, called in all processes every `eval_every` steps and at the end.
     eval_every: None for the end only.
-    best_metric: a name in what `evaluate` returns: the best state by it is kept as well.
+    best_metric: a name in what `evaluate` returns: the best state by it is kept as well, and returned.
     best_mode: `max` or `min`.
     description: the run's name on the screen.
 
   Returns:
-    The final state, and the rows of metrics (`{'step': ..., 'loss': ..., ...}`) from step 1 on.
+    The final state (with `best_metric` the best one), and the rows of metrics (`{'step': ..., 'loss': ...,
+    ...}`) from step 1 on.
 
   Raises:
-    ValueError: before the first step, if config, mesh, batch, rules or `workdir` do not fit together.
+    ValueError: before the first step, if config, mesh, batch, rules, `frozen` or `workdir` do not fit
+      together.
     FloatingPointError: if the loss (the metric `loss`) or a parameter is not finite; names the step and
       the last good checkpoint. Such a state is never saved.
-    SystemExit: with status 0, after SIGTERM.
+    SystemExit: with status 0, after SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
   """
   for name, every in {'log_every': log_every, 'checkpoint_every': checkpoint_every}.items():
     if every < 1:
       raise ValueError(f'{name}={every}, expected a positive number of steps.')
   if best_metric and not evaluate:
     raise ValueError(f'best_metric={best_metric!r} needs evaluate=, which returns it.')
+  if best_metric and workdir is None:
+    raise ValueError(f'best_metric={best_metric!r} needs a workdir, where the best state is kept.')
   mesh = make_mesh() if mesh is None else mesh
   sharded = shard_program(program, mesh)
+  frozen = place({} if frozen is None else frozen, sharded.frozen, 'frozen arrays')
   with contextlib.ExitStack() as stack:
     checkpoints, start, state = None, 0, None
     if workdir is not None:
       checkpoints = Checkpoints(
-        workdir, config=config, keep=keep, best_metric=best_metric, best_mode=best_mode
+        workdir,
+        config=config,
+        frozen=frozen,
+        keep=keep,
+        best_metric=best_metric,
+        best_mode=best_mode,
       )
       stack.callback(checkpoints.close)
       if (restored := checkpoints.restore(sharded.state)) is not None:
@@ -98,10 +115,15 @@ def fit(
         data.set_state(position)
     if state is None:
       state = sharded.init(key)
+      if begin is not None:
+        # Steps donate their state: whoever gave these arrays keeps his own.
+        state = jax.tree.map(jnp.copy, place(begin(state), sharded.state, 'initial state'))
     writer = MetricWriter(workdir if is_primary() else None, start)
     stack.callback(writer.close)
     progress = stack.enter_context(Progress(description, start, num_steps, visible=is_primary()))
-    if start:
+    if start >= num_steps:
+      progress.say(f'{description}: finished before, at step {start}, in {workdir}')
+    elif start:
       progress.say(f'{description}: going on from step {start} in {workdir}')
     terminated = stack.enter_context(_termination(checkpoints is not None))
 
@@ -112,7 +134,7 @@ def fit(
     )
     for step in range(start + 1, num_steps + 1):
       batch, position = _next(batches, step, num_steps)
-      state, metrics = sharded.step(state, batch)
+      state, metrics = sharded.step(state, frozen, batch)
       window.append(metrics)
       if len(ahead) == _STEPS_AHEAD:
         jax.block_until_ready(ahead[0])
@@ -140,9 +162,12 @@ def fit(
         writer.flush()
       if stop and not last:
         checkpoints.wait()
-        progress.say(f'{description}: SIGTERM, saved step {step}; the same command goes on from it')
+        progress.say(f'{description}: stopped, saved step {step}; the same command goes on from it')
         raise SystemExit(0)
     jax.block_until_ready(state)
+    if best_metric:
+      checkpoints.wait()
+      state = checkpoints.restore(sharded.state, checkpoints.best_step)[1]
     return state, writer.rows
 
 
@@ -170,21 +195,28 @@ def _means(
 
 @contextlib.contextmanager
 def _termination(catch: bool) -> Iterator[Callable[[int], bool]]:
-  """Yields `step -> whether to save and stop after it`, true once SIGTERM has come.
+  """Yields `step -> whether to save and stop after it`, true once SIGTERM or Ctrl-C has come.
 
-  Several processes must stop after the same step: there, jax's preemption service listens to the signal
-  and agrees on one. A single process catches the signal itself, if it is the main thread's.
+  Several processes must stop after the same step: there, jax's preemption service listens to SIGTERM
+  and agrees on one. A single process catches the signals itself, if they are the main thread's.
   """
   if catch and jax.process_count() > 1:
     yield multihost_utils.reached_preemption_sync_point
     return
   received: list[int] = []
-  previous = None
+  previous = {}
+
+  def receive(number: int, _: Any) -> None:
+    if received and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    received.append(number)
+
   if catch:
     with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
-      previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+      for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, receive)
   try:
     yield lambda step: bool(received)
   finally:
-    if previous is not None:
-      signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+      signal.signal(number, handler)

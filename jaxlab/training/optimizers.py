@@ -134,6 +134,45 @@ def make_optimizer(
   return optax.GradientTransformation(init, optimizer.update)
 
 
+def by_path(
+  groups: Sequence[tuple[str, optax.GradientTransformation]],
+) -> optax.GradientTransformation:
+  """Returns the optimizer that updates each parameter by the first of `groups` that matches its path.
+
+  Args:
+    groups: pairs (pattern, optimizer), e.g. `[('head/.*', sgd), ('.*', adamw)]`. Clipping and other joint
+      quantities of an optimizer are those of its own group.
+
+  Raises:
+    ValueError: from `init`, if a pattern matches no parameter, or none matches a parameter.
+  """
+  names = {f'{index}: {pattern}': pattern for index, (pattern, _) in enumerate(groups)}
+  optimizers = {name: optimizer for name, (_, optimizer) in zip(names, groups)}
+  pairs = [(pattern, name) for name, pattern in names.items()]
+
+  def labels(params: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: _first_match(pairs, path, leaf, default=''), params
+    )
+
+  chosen = optax.partition(optimizers, labels)
+
+  def init(params: PyTree) -> optax.OptState:
+    _require_matches('groups', list(names.values()), params)
+    left = [
+      _path_string(path)
+      for path, name in jax.tree_util.tree_leaves_with_path(labels(params))
+      if not name
+    ]
+    if left:
+      raise ValueError(
+        f'groups: no pattern matches {len(left)} parameter(s), such as {", ".join(left[:8])}.'
+      )
+    return chosen.init(params)
+
+  return optax.GradientTransformation(init, chosen.update)
+
+
 def _sgd(decay, momentum: float = 0.9, nesterov: bool = False):
   return [decay, _trace(momentum, nesterov)]
 

@@ -7,6 +7,7 @@ import flax
 import jax
 
 PyTree = Any
+Rules = Sequence[tuple[str, Any]]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -18,6 +19,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: the optimizer's state.
     model_state: the model's other collections, e.g. `{'batch_stats': ...}`.
     extra: what a method carries from step to step: a momentum teacher, a queue, label estimates.
+    key: raw data of the run's base keys (`jax.random.key_data`); steps draw from them folded with `step`.
   """
 
   step: jax.Array
@@ -25,6 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
   opt_state: PyTree
   model_state: PyTree = flax.struct.field(default_factory=dict)
   extra: PyTree = flax.struct.field(default_factory=dict)
+  key: PyTree = flax.struct.field(default_factory=dict)
 
 
 class Program(flax.struct.PyTreeNode):
@@ -32,15 +35,18 @@ class Program(flax.struct.PyTreeNode):
 
   Attributes:
     init: `key -> state`, jit-able; draws all initial values.
-    step: `(state, batch) -> (state, metrics)`, pure and jit-able; metrics are scalars by name.
-      Randomness comes from `fold_in(key, state.step)`, so a resumed run draws what it would have drawn.
+    step: `(state, frozen, batch) -> (state, metrics)`, pure and jit-able; metrics are scalars by name.
+      Randomness comes from keys folded with `state.step`, so a resumed run draws what it would have drawn.
     batch: the *global* batch as `jax.ShapeDtypeStruct`s.
     rules: partition rules of the parameters, see `jaxlab.parallel.partition`.
+    frozen: what steps read and none changes (a teacher, a backbone), as `jax.ShapeDtypeStruct`s. Its values
+      are given to `fit`; no checkpoint holds them.
   """
 
   init: Callable[[jax.Array], TrainState] = flax.struct.field(pytree_node=False)
-  step: Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]] = flax.struct.field(
-    pytree_node=False
+  step: Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]] = (
+    flax.struct.field(pytree_node=False)
   )
   batch: PyTree
-  rules: Sequence[tuple[str, Any]] = flax.struct.field(pytree_node=False, default=())
+  rules: Rules = flax.struct.field(pytree_node=False, default=())
+  frozen: PyTree = flax.struct.field(default_factory=dict)

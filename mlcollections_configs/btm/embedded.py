@@ -1,7 +1,5 @@
 """BTM on long-tailed digits (ratio 50) with a perceptron: six subsets of at most 5 images a class; a minute.
 
-  python -m experiments.btm
-
 A subset has 44 images; at batch 16 an epoch of the fine-tuning is two steps and leaves 12 images out, other
 ones each time. Second stages: a class-balanced classifier (cRT), and MiSLAS' label-aware smoothing with
 learnable weight scaling, each over the network of the first stage and over the merged one.
@@ -9,25 +7,33 @@ learnable weight scaling, each over the network of the first stage and over the 
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs import long_tail
-from mlcollections_configs.long_tail import claim
-
-SCALED = dict(head='scaled', fresh=('head/scale',), frozen=('backbone/.*',))
-
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = long_tail.base()
-  long_tail.set_digits(config, ratio=50.0)
-  fine_tuning = long_tail.recipe(60, 16, 0.02, 5e-4)
-  second = long_tail.recipe(30, 32, 0.1, 5e-4, 'cosine_per_epoch')
-  long_tail.set_stages(
-    config,
-    first_stages(long_tail.digits_recipe(), fine_tuning, cap=5)
-    | classifier_stages(long_tail.digits_recipe(epochs=30))
-    | second_stages(second, factor=0.2, head=0.3, tail=0.0),
+  """Returns the settings."""
+  config = ConfigDict()
+
+  # 8x8 digits, 100 images of the first class down to 2 of the last; 70 test images a class are drawn first.
+  config.data = dict(
+    name='digits',
+    mean=0.0,
+    std=1.0,
+    imbalance=dict(kind='split', max_count=100, ratio=50.0, test_per_class=70),
   )
-  config.merged = dict(of='balanced', count=6, vmapped=True, recompute_batch_stats=False)
+  config.groups = dict(many=50, few=20)
+  config.model = dict(name='mlp', hidden=(64, 64))
+
+  sgd = dict(name='sgd', momentum=0.9, weight_decay=5e-4)
+  cosine, stairs = dict(name='cosine', base=0.1), dict(name='cosine_per_epoch', base=0.1)
+  config.network = dict(epochs=60, batch_size=32, optimizer=sgd, schedule=cosine)
+  config.fine_tuning = dict(
+    epochs=60, batch_size=16, optimizer=sgd, schedule=dict(name='cosine', base=0.02)
+  )
+  config.merging = dict(count=6, cap=5, vmapped=True)
+  config.crt = dict(epochs=30, batch_size=32, optimizer=sgd, schedule=cosine)
+  config.second = dict(epochs=30, batch_size=32, optimizer=sgd | scaling(0.2), schedule=stairs)
+  config.smoothing = dict(head=0.3, tail=0.0)
+  config.runs = ('stage1', 'balanced', 'crt_stage1', 'crt_merged', 'las_stage1', 'las_merged')
+
   config.pictured = ('CE', 'merged', 'merged + cRT')
   config.claims = (
     claim(
@@ -39,53 +45,11 @@ def get_config() -> ConfigDict:
   return config
 
 
-def first_stages(
-  first: dict, fine_tuning: dict, *, cap: int, mixup: float = 0.0, **options
-) -> dict:
-  """Returns the long-tailed training and the balanced fine-tuning of all that it trains.
-
-  `options` are of both, but for those that say where the long-tailed training starts from.
-  """
-  title = 'CE + mixup' if mixup else 'CE'
-  start = {k: options.pop(k) for k in ('pretrained', 'fresh') if k in options}
-  return dict(
-    stage1=long_tail.stage(title, 'baseline', mixup=mixup, **first, **start, **options),
-    balanced=long_tail.stage(
-      'balanced', 'reference', mixup=mixup, cap=cap, start='stage1', **fine_tuning, **options
-    ),
-  )
+def scaling(factor: float) -> dict:
+  """Returns the learning rate of MiSLAS' classifier, `factor` times that of the classes' factors."""
+  return dict(lr_multipliers=(('head/(kernel|bias)', factor),))
 
 
-def classifier_stages(recipe: dict) -> dict:
-  """Returns class-balanced re-training of the classifier (cRT) over both networks."""
-  options = dict(sampler='class_balanced', **recipe, **long_tail.CLASSIFIER)
-  return dict(
-    crt_stage1=long_tail.stage('CE + cRT', 'reference', start='stage1', **options),
-    crt_merged=long_tail.stage('merged + cRT', 'reference', start='merged', **options),
-  )
-
-
-def second_stages(
-  recipe: dict,
-  *,
-  factor: float,
-  head: float,
-  tail: float,
-  mixup: float = 0.0,
-  eval_mode: tuple[str, ...] = (),
-) -> dict:
-  """Returns MiSLAS' second stage over both networks.
-
-  Label-aware smoothing, class-aware sampling, and learnable weight scaling: the classes' factors learn at the
-  given rate, the classifier at `factor` times that. Batch statistics of the frozen backbone go on adapting,
-  but for those of `eval_mode`.
-  """
-  loss = dict(name='label_aware_smoothing', head=head, tail=tail, shape='concave')
-  recipe = dict(recipe, optimizer=dict(recipe['optimizer']))
-  recipe['optimizer']['lr_multipliers'] = (('head/(kernel|bias)', factor),)
-  options = dict(loss=loss, sampler='class_aware', mixup=mixup, **recipe, **SCALED)
-  options['eval_mode'] = eval_mode
-  return dict(
-    las_stage1=long_tail.stage('CE + LAS', 'reference', start='stage1', **options),
-    las_merged=long_tail.stage('merged + LAS', 'reference', start='merged', **options),
-  )
+def claim(statement: str, metric: str, baseline: str, method: str, margin: float) -> dict:
+  """Returns the claim that `metric` of row `method` is at least `margin` above that of `baseline`."""
+  return dict(statement=statement, metric=metric, baseline=baseline, method=method, margin=margin)

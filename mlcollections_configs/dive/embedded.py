@@ -1,24 +1,39 @@
 """DiVE on long-tailed digits (ratio 30) with a perceptron; a minute on a CPU.
 
-  python -m experiments.dive
-
 Temperature 2 with power 0.5 are the constants of the published CIFAR settings; next to them temperature 3
 without the power step, for both distillations.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs import long_tail
-from mlcollections_configs.long_tail import claim
-
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = long_tail.base()
-  long_tail.set_digits(config, ratio=30.0)
-  recipe = long_tail.digits_recipe()
-  long_tail.set_stages(config, stages(recipe) | stages_at_three(recipe))
-  config.virtual = virtual()
+  """Returns the settings."""
+  config = ConfigDict()
+
+  # 8x8 digits, 100 images of the first class down to 3 of the last; 70 test images a class are drawn first.
+  config.data = dict(
+    name='digits',
+    mean=0.0,
+    std=1.0,
+    imbalance=dict(kind='split', max_count=100, ratio=30.0, test_per_class=70),
+  )
+  config.groups = dict(many=50, few=20)
+  config.model = dict(name='mlp', hidden=(64, 64))
+
+  config.network = dict(
+    epochs=60,
+    batch_size=32,
+    optimizer=dict(name='sgd', momentum=0.9, weight_decay=5e-4),
+    schedule=dict(name='cosine', base=0.1),
+  )
+  config.students = students(temperature=2.0, power=0.5) | dict(
+    kd_3=dict(title='KD (3)', loss='kd', temperature=3.0, alpha=0.5),
+    dive_3=dict(title='DiVE (3, 1)', loss='dive', temperature=3.0, power=1.0, alpha=0.5),
+  )
+  config.runs = ('ce', 'bsce', 'kd', 'dive', 'kd_3', 'dive_3')
+  config.virtual = dict(teachers=('ce', 'bsce'), temperatures=(1.0, 2.0, 3.0, 4.0, 6.0))
+
   config.pictured = ('CE', 'KD', 'BSCE', 'DiVE')
   three = 'temperature 3 on both sides'
   config.claims = (
@@ -36,28 +51,14 @@ def get_config() -> ConfigDict:
   return config
 
 
-def virtual() -> dict:
-  """Returns whose virtual examples are counted, and at which temperatures."""
-  return dict(teachers=('ce', 'bsce'), temperatures=(1.0, 2.0, 3.0, 4.0, 6.0))
-
-
-def stages(recipe: dict, temperature: float = 2.0, power: float = 0.5, alpha: float = 0.5) -> dict:
-  """Returns two teachers and their students, all of one recipe."""
-  kd = dict(name='distillation', temperature=temperature, alpha=alpha)
-  dive = dict(name='dive', temperature=temperature, power=power, alpha=alpha)
+def students(temperature: float, power: float) -> dict:
+  """Returns the students of both teachers."""
   return dict(
-    ce=long_tail.stage('CE', 'baseline', **recipe),
-    bsce=long_tail.stage('BSCE', 'baseline', loss='balanced_softmax', **recipe),
-    kd=long_tail.stage('KD', 'baseline', loss=kd, teacher='ce', **recipe),
-    dive=long_tail.stage('DiVE', 'method', loss=dive, teacher='bsce', **recipe),
+    kd=dict(title='KD', loss='kd', temperature=temperature, alpha=0.5),
+    dive=dict(title='DiVE', loss='dive', temperature=temperature, power=power, alpha=0.5),
   )
 
 
-def stages_at_three(recipe: dict) -> dict:
-  """Returns both students at temperature 3, DiVE without its power step."""
-  kd = dict(name='distillation', temperature=3.0, alpha=0.5)
-  dive = dict(name='dive', temperature=3.0, power=1.0, alpha=0.5)
-  return dict(
-    kd_3=long_tail.stage('KD (3)', 'baseline', loss=kd, teacher='ce', **recipe),
-    dive_3=long_tail.stage('DiVE (3, 1)', 'method', loss=dive, teacher='bsce', **recipe),
-  )
+def claim(statement: str, metric: str, baseline: str, method: str, margin: float) -> dict:
+  """Returns the claim that `metric` of row `method` is at least `margin` above that of `baseline`."""
+  return dict(statement=statement, metric=metric, baseline=baseline, method=method, margin=margin)

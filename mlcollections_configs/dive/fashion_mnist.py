@@ -1,21 +1,24 @@
 """DiVE on long-tailed Fashion-MNIST (500 to 5 images a class) with a small residual network.
 
-  python -m experiments.dive --config=mlcollections_configs/dive/fashion_mnist.py
-
 Needs the data set on disk (Debian's package `dataset-fashion-mnist`) or prepared by TFDS.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs import long_tail
 from mlcollections_configs.dive import embedded
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
+  """Returns the settings."""
   config = embedded.get_config()
-  long_tail.set_fashion_mnist(config)
+  config.data = dict(
+    name='fashion_mnist', imbalance=dict(kind='exponential', max_count=500, ratio=100.0)
+  )
+  config.groups = dict(many=100, few=20)
   config.augment = dict(kind='pad_crop', padding=2, flip=False)
-  long_tail.set_stages(config, embedded.stages(long_tail.recipe(40, 64, 0.1, 5e-4)))
+  config.model = dict(name='cifar_resnet18', stage_sizes=(1, 1, 1), strides=(2, 2, 2), width=16)
+  config.network.update(epochs=40, batch_size=64)
+  config.students = embedded.students(temperature=2.0, power=0.5)
+  config.runs = ('ce', 'bsce', 'kd', 'dive')
   config.claims = tuple(c for c in config.claims if '3' not in c['method'])
   return config

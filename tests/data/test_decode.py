@@ -2,6 +2,8 @@ import io
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from jaxlab import data
@@ -42,6 +44,70 @@ def test_evaluation_rule_is_resize_of_the_shorter_side_and_center_crop(shape):
   assert result['label'] == 1
   same = data.DecodeImage(size=28, resize=32)({'image': image})['image']
   np.testing.assert_array_equal(same, result['image'])
+
+
+def _resize_then_cut(image, size, resize, interpolation):
+  height, width = image.shape[:2]
+  if width <= height:
+    height, width = int(resize * height / width), resize
+  else:
+    height, width = resize, int(resize * width / height)
+  kind = Image.Resampling[interpolation.upper()]
+  picture = (
+    Image.fromarray(image).resize((width, image.shape[0]), kind).resize((width, height), kind)
+  )
+  top, left = round((height - size) / 2), round((width - size) / 2)
+  return np.asarray(picture)[top : top + size, left : left + size]
+
+
+_SHAPES = st.tuples(st.integers(20, 200), st.integers(20, 200))
+_CUTS = st.tuples(st.integers(1, 64), st.integers(0, 40)).map(lambda cut: (cut[0], sum(cut)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=_SHAPES, cut=_CUTS, interpolation=st.sampled_from(['bilinear', 'bicubic']))
+@example(shape=(375, 500), cut=(224, 256), interpolation='bilinear')
+@example(shape=(500, 375), cut=(224, 256), interpolation='bicubic')
+@example(shape=(500, 500), cut=(224, 256), interpolation='bilinear')
+@example(shape=(95, 21), cut=(10, 13), interpolation='bilinear')
+@example(shape=(21, 20), cut=(20, 40), interpolation='bilinear')
+@example(shape=(333, 500), cut=(256, 256), interpolation='bicubic')
+def test_what_is_not_resized_leaves_the_pixels_as_they_are(shape, cut, interpolation):
+  image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+  expected = _resize_then_cut(image, *cut, interpolation)
+  transform = data.DecodeImage(*cut, interpolation=interpolation)
+  np.testing.assert_array_equal(transform({'image': image})['image'], expected)
+  draft = data.DecodeImage(*cut, interpolation=interpolation, draft=True)({'image': image})['image']
+  # Each pass rounds; bicubic weights beyond 0..1 can carry the first one's gray level to two.
+  assert np.abs(draft.astype(int) - expected).max() <= 2
+
+
+def test_draft_mode_moves_few_pixels_of_an_image_that_is_not_reduced():
+  image = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+  exact = data.DecodeImage(224, 256)({'image': image})['image']
+  draft = data.DecodeImage(224, 256, draft=True)({'image': image})['image']
+  assert (draft != exact).mean() < 0.01
+
+
+def test_only_what_is_kept_is_resized(monkeypatch):
+  made = []
+  resize = Image.Image.resize
+
+  def spy(picture, size, *args, **options):
+    made.append(size)
+    return resize(picture, size, *args, **options)
+
+  monkeypatch.setattr(Image.Image, 'resize', spy)
+  image = _photo(375, 500)
+  for transform in (data.DecodeImage(224, 256), data.DecodeImage(224, 256, draft=True)):
+    assert transform({'image': image})['image'].shape == (224, 224, 3)
+  assert made == [(341, 335), (224, 224), (224, 335), (224, 224)]
+
+
+def test_decoded_images_can_be_written_to():
+  jpeg = _encode(_photo(60, 80), 'JPEG')
+  assert data.decode_image(jpeg).flags.writeable
+  assert data.DecodeImage(28, 32)({'image': jpeg})['image'].flags.writeable
 
 
 def test_draft_mode_gives_nearly_the_same_pixels():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
 
-from experiments import acsr, aot, episode_files, episodes, launcher, networks, training
+from experiments import acsr, episode_files, episodes, launcher, networks, training
+from experiments.tools import aot
 from jaxlab import data, models, parallel
 from jaxlab.data.few_shot import sample_episodes
 from jaxlab.losses.stability import acsr_loss

@@ -5,7 +5,7 @@ import types
 import pytest
 from small_program import make_program
 
-from experiments import aot
+from experiments.tools import aot
 from jaxlab.parallel import aot as library
 from jaxlab.parallel import make_mesh
 

@@ -50,7 +50,7 @@ def test_every_setting_builds_and_traces(path):
       continue
     program = networks.program(own)
     state = jax.eval_shape(program.init, jax.random.key(0))
-    new, metrics = jax.eval_shape(program.step, state, program.batch)
+    new, metrics = jax.eval_shape(program.step, state, {}, program.batch)
     assert jax.tree.structure(new) == jax.tree.structure(state) and metrics['loss'].shape == ()
 
 

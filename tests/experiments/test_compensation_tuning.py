@@ -169,5 +169,5 @@ def test_the_training_of_imagenet_traces():
     section, model, quantizers.operand_hooks(), ({**trained, **master}, frozen), 10
   )
   state = jax.eval_shape(program.init, jax.random.key(0))
-  new, metrics = jax.eval_shape(program.step, state, program.batch)
+  new, metrics = jax.eval_shape(program.step, state, {}, program.batch)
   assert jax.tree.structure(new) == jax.tree.structure(state) and metrics['loss'].shape == ()

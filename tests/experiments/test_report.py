@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from experiments import report
+from experiments.tools import report
 
 
 def write(folder, seed, baseline, method, **changes):

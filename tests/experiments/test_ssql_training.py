@@ -51,7 +51,7 @@ def test_every_setting_builds_and_traces(path):
     config.model.backbone.stage_sizes = (1,) * len(config.model.backbone.get('stage_sizes', '1234'))
   program = ssql.program(config)
   state = jax.eval_shape(program.init, jax.random.key(0))
-  new, metrics = jax.eval_shape(program.step, state, program.batch)
+  new, metrics = jax.eval_shape(program.step, state, {}, program.batch)
   assert jax.tree.structure(new) == jax.tree.structure(state)
   assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
     lambda a: (a.shape, a.dtype), state
@@ -72,7 +72,7 @@ def test_a_step_serves_all_drawn_bits_with_one_compilation(base):
     bits = ssql.draw_bits(jax.random.fold_in(jax.random.key(3), state.step), config, 'ssql')
     drawn.add(tuple(int(b) for b in bits))
     before = state
-    state, metrics = step(state, random_batch(config))
+    state, metrics = step(state, {}, random_batch(config))
     assert np.isfinite(metrics['loss'])
   assert len(drawn) > 1 and step._cache_size() == 1
   assert int(state.step) == 4
@@ -130,7 +130,7 @@ def test_the_step_is_the_same_on_one_and_on_eight_devices():
     (*plain, batch),
     (sharded.init, sharded.step, jax.device_put(batch, parallel.batch_sharding(mesh))),
   ):
-    state, metrics = step(init(jax.random.key(0)), placed)
+    state, metrics = step(init(jax.random.key(0)), {}, placed)
     results.append(jax.device_get((metrics['loss'], state.params, state.model_state)))
   np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-4)
   # Wider than float32's rounding: a sum that is rounded differently can move an output over the edge

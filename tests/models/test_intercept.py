@@ -173,6 +173,107 @@ def test_capture_returns_outputs_by_path_and_keeps_other_state():
   assert_close(y, captured['avgpool'] @ fc['kernel'] + fc['bias'], 1e-5)
 
 
+def test_what_is_captured_has_passed_all_hooks(net):
+  """Capturing is outermost: the value is what the module hands on, whatever the hooks and their order."""
+  model, variables, x = net
+  params = variables['params']
+  plus, times = (
+    Hook('dense0', output=lambda site, y: y + 1),
+    Hook('dense0', output=lambda site, y: 10 * y),
+  )
+  _, captured = capture(model, variables, ['dense0', 'dense1'], x, hooks=[plus, times])
+  raw = x @ params['dense0']['kernel'] + params['dense0']['bias']
+  assert_close(captured['dense0'], 10 * (raw + 1), 1e-6)
+  y, captured = capture(model, variables, ['dense0', 'dense1'], x, hooks=[times, plus])
+  assert_close(captured['dense0'], 10 * raw + 1, 1e-6)
+  h = np.maximum(10 * raw + 1, 0)
+  expected = h @ params['dense1']['kernel'] + params['dense1']['bias']
+  assert_close(captured['dense1'], expected, 1e-6)
+  assert_close(y, captured['dense1'], 1e-7)
+  hooks = [Hook('dense1', input=lambda site, h: 0 * h)]
+  y, captured = capture(model, variables, ['dense1'], x, hooks=hooks)
+  assert_close(captured['dense1'], np.broadcast_to(params['dense1']['bias'], (5, 2)), 1e-7)
+
+
+def test_capture_under_hooks_is_jitted_differentiated_and_gives_back_what_they_write(net):
+  model, variables, x = net
+  hooks = [
+    Hook('dense0', output=scale_by_site),
+    Hook('dense0', output=record_sum, collection='seen'),
+  ]
+
+  def loss(arrays, params):
+    given = {'params': params, 'hooks': arrays}
+    (y, state), captured = capture(model, given, ['dense0'], x, hooks=hooks, mutable=['seen'])
+    return jnp.sum(captured['dense0'] ** 2) + 0 * jnp.sum(y), (captured, state)
+
+  arrays = {'dense0': {'scale': jnp.float32(1.5)}}
+  run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  (value, (captured, state)), (by_scale, by_params) = jax.jit(run)(arrays, variables['params'])
+  kernel, bias = variables['params']['dense0']['kernel'], variables['params']['dense0']['bias']
+  scaled = 1.5 * (x @ kernel + bias)
+  assert_close(captured['dense0'], scaled, 1e-6)
+  assert set(state) == {'seen'}
+  assert_close(state['seen']['dense0']['sum'], scaled.sum(), 1e-4, 1e-4)
+  assert_close(by_scale['dense0']['scale'], 2 * np.sum(scaled**2) / 1.5, 1e-5)
+  assert_close(by_params['dense0']['kernel'], 2 * 1.5 * x.T @ scaled, 1e-5)
+  np.testing.assert_array_equal(by_params['dense1']['kernel'], 0)
+  (eager, _), _ = run(arrays, variables['params'])
+  assert_close(eager, value, 1e-6)
+
+
+def test_modules_in_a_dropped_block_are_not_captured():
+  model = ResNet(**RESNET)
+  x = random_images((2, 6, 6, 3))
+  variables = random_variables(model, x)
+  hooks = [Hook('layer1_1', call=lambda site, call, *args: args[0])]
+  run = lambda patterns: capture(model, variables, patterns, x, hooks=hooks)  # noqa: E731
+  _, captured = run([r'layer1_\d'])
+  np.testing.assert_array_equal(captured['layer1_1'], captured['layer1_0'])
+  with pytest.raises(ValueError, match=r"'layer1_1/conv1'\. Closest .*layer1_0/conv1"):
+    run(['layer1_1/conv1'])
+  with pytest.raises(ValueError, match="hook pattern 'layer9'"):
+    capture(model, variables, ['fc'], x, hooks=[Hook('layer9', output=lambda s, y: y)])
+  with pytest.raises(ValueError, match=r"patterns is a list .* got the string 'avgpool'"):
+    run('avgpool')
+
+
+class Output(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return {'x': x, 'more': (x + 1, None)}
+
+
+class Structured(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    found = Output(name='output')(x)
+    return nn.Dense(2, name='dense')(found['x'] + found['more'][0])
+
+
+def test_structures_are_captured_as_they_are_returned():
+  x = random_images((3, 4))
+  model = Structured()
+  variables = random_variables(model, x)
+  y, captured = jax.jit(lambda v: capture(model, v, ['output', ''], x))(variables)
+  assert jax.tree.structure(captured['output']) == jax.tree.structure({'x': 0, 'more': (0, None)})
+  assert_close(captured['output']['more'][0], x + 1, 1e-7)
+  np.testing.assert_array_equal(captured[''], y)
+
+
+@pytest.mark.parametrize(
+  ('mutable', 'names'), [('batch_stats', {'batch_stats'}), (True, {'batch_stats', 'params'})]
+)
+def test_capture_passes_on_what_is_mutable(mutable, names):
+  model, x = ResNet(**RESNET), random_images((2, 6, 6, 3))
+  variables = random_variables(model, x)
+  run = jax.jit(lambda v: capture(model, v, ['avgpool'], x, True, mutable=mutable))
+  (_, state), captured = run(variables)
+  assert set(state) == names and set(captured) == {'avgpool'}
+  y, _ = jax.jit(lambda v: capture(model, v, ['avgpool'], x, mutable=False))(variables)
+  assert y.shape == (2, 3)
+
+
 def pairs(model, x, hooks):
   """Jitted value, gradient of the site arrays and of the parameters, and what the hooks wrote."""
 

@@ -1,5 +1,3 @@
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from random_variables import run, run_capture
 
 from jaxlab.models import abstract_variables, create, from_torch, module_paths, to_torch
 from jaxlab.models.mobilenetv2 import (
-  BATCH_NORM_PAIRS,
   InvertedResidual,
   MobileNetV2,
   scale_channels,
@@ -67,19 +64,6 @@ def test_modules_carry_timms_names_and_hook_points():
     *(path for name, own in blocks for path in (name, *(f'{name}/{part}' for part in own))),
     *('conv_head', 'bn2', 'relu2', 'avgpool', 'classifier'),
   ]
-
-
-def test_every_convolution_has_the_norm_behind_it_as_its_pair():
-  paths = module_paths(MobileNetV2(**{**TINY, 'stage_sizes': (2, 1)}), images())
-  convs = [i for i, path in enumerate(paths) if 'conv_' in path]
-  assert len(convs) == 2 + 2 * 2 + 3
-  for index in convs:
-    norms = [
-      re.sub(pattern, norm, paths[index])
-      for pattern, norm in BATCH_NORM_PAIRS
-      if re.fullmatch(pattern, paths[index])
-    ]
-    assert norms == [paths[index + 1]]
 
 
 def test_block_is_a_shortcut_around_clipped_and_linear_layers():

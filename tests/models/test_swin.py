@@ -180,7 +180,7 @@ def test_modules_carry_timms_names_and_hook_points():
     *('layers_0', 'layers_0/blocks_0', *(f'layers_0/blocks_0/{name}' for name in block)),
     *('layers_1', *(f'layers_1/{name}' for name in merging)),
     *('layers_1/blocks_0', *(f'layers_1/blocks_0/{name}' for name in block)),
-    *('norm', 'head', 'head/fc'),
+    *('norm', 'avgpool', 'head', 'head/fc'),
   ]
 
 

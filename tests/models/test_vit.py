@@ -84,7 +84,7 @@ def test_modules_carry_timms_names_and_hook_points():
   assert paths == [
     *('patch_embed', 'patch_embed/proj', 'blocks_0'),
     *(f'blocks_0/{name}' for name in block),
-    *('norm', 'head', 'head_dist'),
+    *('norm', 'pool', 'head', 'head_dist'),
   ]
 
 

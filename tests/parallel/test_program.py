@@ -13,7 +13,7 @@ def run(initial, mesh, rules=(), steps=3):
   for _ in range(steps):
     batch = {name: x for name, x in next(data).items() if name in sharded.batch}
     batch = jax.device_put(batch, jax.tree.map(lambda x: x.sharding, sharded.batch))
-    state, metrics = sharded.step(state, batch)
+    state, metrics = sharded.step(state, {}, batch)
     losses.append(float(metrics['loss']))
   assert sharded.step._cache_size() == 1
   return jax.device_get(state), losses

@@ -10,9 +10,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 from quantizers.reference_vit import nhwc, vit_of
 
-from jaxlab.models import Hook, ResNet, ViT, apply
+from jaxlab.models import (
+  Anatomy,
+  Block,
+  Branch,
+  Hook,
+  MobileNetV2,
+  ResNet,
+  Swin,
+  ViT,
+  apply,
+  blockwise,
+)
 from jaxlab.quantizers import BitPolicy, ptq
-from jaxlab.quantizers.compensation import fits, parts, walk
+from jaxlab.quantizers.compensation import fits, walk
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
 from jaxlab.quantizers.compensation.driver import COLLECTION, compensate, compensation_hook
 from jaxlab.quantizers.compensation.methods import NBC, QwT, QwTv2
@@ -106,6 +117,9 @@ class Merging(nn.Module):
     return nn.Dense(3, name='head')(x.mean(1))
 
 
+MERGING = Anatomy(['embed'], [f'blocks_{i}' for i in range(4)], head=['head'])
+
+
 class Masked(nn.Module):
   @nn.compact
   def __call__(self, x, mask, scale):
@@ -135,7 +149,7 @@ def test_anything_between_blocks_and_their_other_arguments_are_followed():
   params = jax.tree.map(lambda a: jnp.round(4 * a) / 4, variables['params'])
   quantized = ({'params': params}, variables, ())
   batches = [(batch, 0.5) for batch in x.reshape(4, 8, 4, 8)]
-  result = compensate(model, quantized, batches, **FLOAT)
+  result = compensate(model, quantized, batches, anatomy=MERGING, **FLOAT)
   assert result.report.paths == ('blocks_0', 'blocks_1', 'blocks_2', 'blocks_3')
   done = []
   for path in result.report.paths:
@@ -179,15 +193,17 @@ def test_blocks_of_one_shape_are_compiled_once(method):
 def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
   model, _, quantized = small_vit()
   peaks = []
-  restore = parts.Parked.restore
+  restore = blockwise.Parked.restore
 
   def watched(self):
     array = restore(self)
     peaks[-1] = max(peaks[-1], sum(a.nbytes for a in jax.live_arrays()))
     return array
 
-  monkeypatch.setattr(parts.Parked, 'restore', watched)
-  monkeypatch.setattr(parts, 'to_host', np.array)  # on a CPU, it would share the device's memory
+  monkeypatch.setattr(blockwise.Parked, 'restore', watched)
+  monkeypatch.setattr(
+    blockwise, 'to_host', np.array
+  )  # on a CPU, it would share the device's memory
   for count in (2, 8):
     peaks.append(0)
     compensate(model, quantized, iter([BATCHES[0]] * count), **FLOAT)
@@ -333,8 +349,54 @@ def test_bad_arguments_raise():
     run([X[:1]])
 
 
+def test_a_network_of_unknown_parts_is_named_by_an_anatomy_or_refused():
+  model, x = Merging(), random_images((8, 4, 8))
+  variables = random_variables(model, x)
+  run = functools.partial(compensate, model, (variables, variables, ()), [x], **FLOAT)
+  with pytest.raises(ValueError, match=r'parts of Merging are not known .*anatomy='):
+    run()
+  with pytest.raises(ValueError, match=r"block pattern 'blocks_7'\. Closest .*blocks_"):
+    run(anatomy=Anatomy(blocks=['blocks_0', 'blocks_7']))
+  with pytest.raises(ValueError, match='names no blocks: give blocks='):
+    run(anatomy=Anatomy())
+  with pytest.raises(
+    ValueError, match=r"No layer of 'blocks_0' .*it has fc\. .*tells the branches"
+  ):
+    run(QwTv2('branch'), anatomy=MERGING)
+  blocks = [Block(path, [Branch('mlp', [f'{path}/fc'], path)]) for path in MERGING.block_paths]
+  result = run(QwTv2('branch'), anatomy=Anatomy(blocks=blocks))
+  assert result.report.paths == tuple(f'blocks_{i}/fc' for i in range(4))
+  result = run(blocks='blocks_[01]')
+  assert result.report.paths == ('blocks_0', 'blocks_1')
+
+
+@pytest.mark.parametrize(
+  ('model', 'blocks', 'expected'),
+  [
+    (
+      MobileNetV2((1, 1), (4, 4), (2, 1), 2, 4, 4),
+      None,
+      ['blocks_0_0/conv_pw', 'blocks_1_0/conv_pwl'],
+    ),
+    (
+      Swin(2, 8, 2, 4, (1, 1), (1, 1)),
+      r'layers_1/.*_0|.*/downsample',
+      ['layers_1/downsample/reduction']
+      + [f'layers_1/blocks_0/{layer}' for layer in ('attention/proj', 'mlp/fc2')],
+    ),
+  ],
+  ids=['mobilenet', 'swin'],
+)
+def test_branches_end_where_the_anatomy_says(model, blocks, expected):
+  variables = random_variables(model, X[:8])
+  params = jax.tree.map(lambda a: np.round(4 * a) / 4, variables['params'])
+  quantized = ({**variables, 'params': params}, variables, ())
+  result = compensate(model, quantized, [X[:8]], QwTv2('branch'), blocks=blocks, **FLOAT)
+  assert list(result.report.paths) == expected
+
+
 def test_stacked_blocks_are_refused():
   model = ViT(**VIT, depth=2, scan=True)
   variables = random_variables(model, X)
   with pytest.raises(ValueError, match='stacked'):
-    compensate(model, (variables, variables, ()), BATCHES, blocks='blocks')
+    compensate(model, (variables, variables, ()), BATCHES)

@@ -7,6 +7,7 @@ from flax import traverse_util
 from golden_vectors import assert_close, golden
 
 from jaxlab import models
+from jaxlab.models import Anatomy, Norm
 from jaxlab.models.normalization import BatchNorm
 from jaxlab.quantizers import folding
 
@@ -49,7 +50,7 @@ def test_a_folded_resnet_keeps_tree_and_output():
     norms = params if name == 'bn1' else params[name]
     for norm in [k for k in norms if k.startswith('bn') or k == 'downsample_1']:
       norms[norm] = randomized(norms[norm], 10 + i)
-  folded, folded_stats = folding.fold_batch_norms(params, stats)
+  folded, folded_stats = folding.fold_batch_norms(params, stats, models.anatomy(model))
   assert jax.tree.structure(folded) == jax.tree.structure(params)
   assert jax.tree.map(jnp.shape, folded_stats) == jax.tree.map(jnp.shape, stats)
   forward = jax.jit(model.apply)
@@ -62,6 +63,32 @@ def test_a_folded_resnet_keeps_tree_and_output():
     assert constant == 0 or np.float32(value[0]) + np.float32(1e-5) == 1
   assert np.array_equal(folded['fc']['kernel'], params['fc']['kernel'])
   assert not np.allclose(folded['conv1']['kernel'], params['conv1']['kernel'])
+
+
+@pytest.mark.parametrize(
+  'model',
+  [
+    models.MobileNetV2((1, 2), (8, 8), (1, 1), 2, 8, 8, num_classes=3),
+    models.WideResNet((1, 1), (4, 8), (1, 2), 4, num_classes=3),
+    models.Encoder(
+      models.ResNet((1,), 'bottleneck', 4, num_classes=None),
+      models.MLPHead((4, 3), last_norm='plain'),
+    ),
+  ],
+  ids=['mobilenet', 'wide', 'encoder'],
+)
+def test_every_batch_norm_behind_a_layer_is_folded(model):
+  x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+  variables = randomized(jax.jit(model.init)(jax.random.key(1), x), 2)
+  anatomy = models.anatomy(model)
+  folded, stats = folding.fold_batch_norms(variables['params'], variables['batch_stats'], anatomy)
+  forward = jax.jit(model.apply)
+  expected = forward(variables, x)
+  actual = forward({'params': folded, 'batch_stats': stats}, x)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
+  variances = traverse_util.flatten_dict(stats, sep='/')
+  for norm in anatomy.norms:
+    assert np.all(variances[f'{norm.path}/var'] == np.float32(1 - 1e-5)) == bool(norm.layer)
 
 
 class Linear(nn.Module):
@@ -109,7 +136,11 @@ STATS = {'bn1': {'mean': jnp.zeros(3), 'var': jnp.ones(3)}}
 @pytest.mark.parametrize(
   ('make', 'match'),
   [
-    (lambda: folding.fold_batch_norms(PARAMS, STATS), r'convolution pattern'),
+    (lambda: folding.fold_batch_norms(PARAMS, STATS, [('conv', 'bn1')]), r'convolution pattern'),
+    (
+      lambda: folding.fold_batch_norms(PARAMS, STATS, Anatomy(norms=[Norm('bn1', 'fc3')])),
+      "convolution pattern 'fc3'. Closest",
+    ),
     (lambda: folding.fold_batch_norms(PARAMS, STATS, [(r'fc(\d)', r'bn\1')]), "'bn2', which has"),
     (lambda: folding.fold_batch_norms(PARAMS, STATS, [(r'fc\d', 'bn1')]), 'and another module'),
     (

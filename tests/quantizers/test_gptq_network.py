@@ -9,10 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 
 from jaxlab import models
-from jaxlab.models import ResNet, apply
+from jaxlab.models import ResNet, apply, blockwise
 from jaxlab.parallel import batch_sharding, fsdp_shardings, make_mesh
 from jaxlab.quantizers import BitPolicy
-from jaxlab.quantizers.compensation import parts
 from jaxlab.quantizers.compensation.driver import compensate
 from jaxlab.quantizers.execution import integer_network
 from jaxlab.quantizers.gptq import (
@@ -30,7 +29,7 @@ LLAMA = {
 TOKENS = np.random.default_rng(0).integers(0, 11, (16, 12)).astype(np.int32)
 BATCHES = list(TOKENS.reshape(2, 8, 12))
 WEIGHTS = BitPolicy(weights=[('layers_.*', 3)])
-PROGRAMS = parts.Programs()
+PROGRAMS = blockwise.Programs()
 
 
 @functools.cache
@@ -177,6 +176,7 @@ def test_blocks_of_one_shape_share_their_compilation():
     ([], WEIGHTS, {}, 'batches is empty'),
     (BATCHES, BitPolicy([('layer1.*', 4)]), {}, 'layer1'),
     (BATCHES, BitPolicy([('layers_.*', 4)]), {'blocks': 'h_.*'}, "'h_.*'"),
+    (BATCHES, WEIGHTS, {'anatomy': models.Anatomy(blocks=['h_0', 'layers_0'])}, "pattern 'h_0'"),
     (BATCHES, WEIGHTS, {'options': {'damping': -1}}, 'layers_0/.*damping=-1'),
   ],
 )

@@ -7,6 +7,7 @@ from flax import traverse_util
 from golden_vectors import assert_close, golden
 from models.random_variables import random_images, random_variables
 
+from jaxlab import models
 from jaxlab.models import HookPoint, ResNet, apply
 from jaxlab.models.intercept import Hook
 from jaxlab.quantizers import operands
@@ -82,6 +83,30 @@ def constants_of(quantized):
 @pytest.fixture(scope='module')
 def quantized():
   return percentile_ptq(NET, VARIABLES, X, POLICY)
+
+
+def test_edges_are_those_of_every_network_and_of_an_anatomy():
+  networks = [
+    ResNet((1,), num_classes=2),
+    models.WideResNet((1,), (4,), num_classes=2),
+    models.MobileNetV2((1,), num_classes=2),
+    models.ViT(num_classes=2, distilled=True),
+    models.Swin(num_classes=2),
+    models.GPT2(),
+    models.Llama(),
+    models.MLP(num_classes=2),
+  ]
+  edges = {path for model in networks for path in models.anatomy(model).edges}
+  assert set(operands.EDGES.split('|')) == edges
+  encoder = models.Encoder(ResNet((1,)), models.MLPHead((4, 2)))
+  policy = edge_policy(4, 3, edges=models.anatomy(encoder))
+  for path in ('backbone/conv1', 'projector/fc0', 'projector/fc1'):
+    assert policy.weight_bits(path) == policy.activation_bits(path) == 8
+  inside = 'backbone/layer1_0/conv1'
+  assert (policy.weight_bits(inside), policy.activation_bits(inside)) == (4, 3)
+  tied = models.anatomy(models.GPT2())
+  assert edge_policy(4, 3, edges=tied) == edge_policy(4, 3, edges=None)
+  assert edge_policy(4, 3, edges=tied, edge_bits=6).weight_bits('lm_head') == 4
 
 
 def test_kernels_have_codes_per_output_channel_and_norms_stay(quantized):

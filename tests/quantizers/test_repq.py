@@ -9,13 +9,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 from quantizers.reference_vit import nhwc, vit_of
 
-from jaxlab.models import Hook, ViT, apply
+from jaxlab.models import GPT2, Anatomy, Hook, Llama, Norm, Swin, ViT, anatomy, apply
 from jaxlab.models.checkpoints import torch_name
 from jaxlab.models.vit import Block, stack_blocks
 from jaxlab.quantizers import calibration, operands
 from jaxlab.quantizers.operands import Quantized, edge_policy
 from jaxlab.quantizers.policy import BitPolicy
-from jaxlab.quantizers.repq import norm_dense_pairs, reparametrize, repq
+from jaxlab.quantizers.repq import layer_norm_pairs, norm_dense_pairs, reparametrize, repq
 
 VIT = ViT(patch_size=4, image_size=8, width=12, depth=2, num_heads=2, num_classes=5)
 X = random_images((16, 8, 8, 3))
@@ -173,6 +173,9 @@ class Normed(nn.Module):
     return nn.Dense(4, use_bias=False, name='reduction')(self.norm(name='norm')(x))
 
 
+NORMED = Anatomy(norms=[Norm('norm', readers=['reduction'])])
+
+
 def normed(norm=nn.LayerNorm):
   """A network of norm and layer, its variables, a batch, and the policy that quantizes it."""
   model = Normed(norm)
@@ -182,12 +185,12 @@ def normed(norm=nn.LayerNorm):
 
 def test_the_whole_is_one_jittable_function_also_of_a_sharded_batch():
   model, variables, x, policy = normed()
-  expected = repq(model, variables, x, policy)
+  expected = repq(model, variables, x, policy, anatomy=NORMED)
   mesh = Mesh(np.asarray(jax.devices()), ('data',))
   batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
   on_mesh = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-  whole = jax.jit(lambda v, x: repq(model, v, x, policy)[:2])(on_mesh, batch)
-  for actual in (whole, repq(model, on_mesh, batch, policy)[:2]):
+  whole = jax.jit(lambda v, x: repq(model, v, x, policy, anatomy=NORMED)[:2])(on_mesh, batch)
+  for actual in (whole, repq(model, on_mesh, batch, policy, anatomy=NORMED)[:2]):
     assert jax.tree.structure(actual) == jax.tree.structure(expected[:2])
     for leaf, own in zip(jax.tree.leaves(actual), jax.tree.leaves(expected[:2])):
       assert_close(leaf, own, 1e-5, atol=1e-6)
@@ -196,7 +199,7 @@ def test_the_whole_is_one_jittable_function_also_of_a_sharded_batch():
 def test_bfloat16_networks_are_quantized_alike():
   model, variables, x, policy = normed()
   half, x_half = jax.tree.map(jnp.bfloat16, variables), x.astype(jnp.bfloat16)
-  low = repq(model, half, x_half, policy)
+  low = repq(model, half, x_half, policy, anatomy=NORMED)
   constants = traverse_util.flatten_dict(low.variables['quantization']['reduction'], sep='/')
   assert constants.pop('bias').dtype == jnp.bfloat16
   assert all(array.dtype == jnp.float32 for array in constants.values())
@@ -211,7 +214,7 @@ def test_a_constant_channel_survives_the_whole():
   model, variables, x, policy = normed()
   variables['params']['norm']['scale'][2] = 0
   variables['params']['norm']['bias'][2] = 50.1
-  new = repq(model, variables, x, policy)
+  new = repq(model, variables, x, policy, anatomy=NORMED)
   expected = run(model, variables, x, ())
   assert new.variables['params']['norm']['bias'][2] == 0
   assert_close(run(model, new.float_variables, x, new.hooks), expected, 1e-5)
@@ -221,7 +224,7 @@ def test_a_constant_channel_survives_the_whole():
 
 def test_a_layer_without_bias_is_given_one_by_the_hooks():
   model, variables, x, policy = normed()
-  new = repq(model, variables, x, policy)
+  new = repq(model, variables, x, policy, anatomy=NORMED)
   assert set(new.variables['params']['reduction']) == {'kernel'}
   assert np.any(new.variables['quantization']['reduction']['bias'] != 0)
   expected = run(model, variables, x, ())
@@ -237,14 +240,15 @@ def test_merging_channels_beats_one_range_a_tensor():
   expected = apply(model, variables, x)
   errors = []
   for pairs in (None, ()):
-    new = repq(model, variables, x, BitPolicy([], [('reduction', 4)]), pairs=pairs)
+    policy = BitPolicy([], [('reduction', 4)])
+    new = repq(model, variables, x, policy, pairs=pairs, anatomy=NORMED)
     errors.append(np.std(apply(model, new.variables, x, hooks=new.hooks) - expected))
   assert errors[0] < 0.3 * errors[1]
 
 
 def test_an_rms_norm_is_left_alone():
   model, variables, x, policy = normed(nn.RMSNorm)
-  new = repq(model, variables, x, policy)
+  new = repq(model, variables, x, policy, anatomy=NORMED)
   assert new.variables['quantization']['reduction']['input']['scale'].shape == ()
   chosen = [('norm', 'reduction')]
   with pytest.raises(ValueError, match=r"norm 'norm' has no bias .RMSNorm"):
@@ -255,19 +259,43 @@ def test_an_rms_norm_is_left_alone():
 
 def test_pairs_are_found_by_paths_below_a_parent():
   params = VARIABLES['params']
-  expected = [
-    (f'blocks_{i}/{n}', f'blocks_{i}/{d}')
-    for i in (0, 1)
-    for n, d in (('norm1', 'attention/qkv'), ('norm2', 'mlp/fc1'))
-  ]
-  assert sorted(norm_dense_pairs(params)) == sorted(expected)
+  pairs = [('norm1', 'attention/qkv'), ('norm2', 'mlp/fc1')]
+  expected = [(f'blocks_{i}/{n}', f'blocks_{i}/{d}') for n, d in pairs for i in (0, 1)]
+  assert norm_dense_pairs(params, pairs) == tuple(expected)
   assert norm_dense_pairs(params, [('norm', 'head')]) == (('norm', 'head'),)
   assert norm_dense_pairs(params, []) == ()
-  norm = {'scale': np.ones(2), 'bias': np.zeros(2)}
-  gpt = {
-    'h_0': {'ln_1': norm, 'attn': {f'c_{n}': {'kernel': np.ones((2, 2))} for n in ('attn', 'proj')}}
-  }
-  assert norm_dense_pairs(gpt) == (('h_0/ln_1', 'h_0/attn/c_attn'),)
+
+
+@pytest.mark.parametrize(
+  ('model', 'x', 'expected'),
+  [
+    (VIT, X, [('norm1', 'attention/qkv'), ('norm2', 'mlp/fc1')]),
+    (
+      Swin(2, 8, 2, 4, (1, 1), (1, 1)),
+      X[:, :8, :8],
+      [('norm1', 'attention/qkv'), ('norm2', 'mlp/fc1'), ('norm', 'reduction')],
+    ),
+    (
+      GPT2(7, 4, 4, 1, 1, tied=False),
+      np.ones((1, 4), np.int32),
+      [('ln_1', 'attn/c_attn'), ('ln_2', 'mlp/c_fc')],
+    ),
+    (Llama(7, 4, 1, 1, hidden=4), np.ones((1, 4), np.int32), []),
+  ],
+  ids=['vit', 'swin', 'gpt2', 'llama'],
+)
+def test_the_norms_of_blocks_and_transitions_are_reparametrized(model, x, expected):
+  """Those that are LayerNorms; the final one, which the head reads, is not."""
+  params = jax.eval_shape(model.init, jax.random.key(0), x)['params']
+  found = layer_norm_pairs(anatomy(model), params)
+  assert sorted(found) == sorted(norm_dense_pairs(params, expected))
+  assert len(found) == len(set(found))
+
+
+def test_a_network_of_unknown_parts_is_not_guessed():
+  model, variables, x, policy = normed()
+  with pytest.raises(ValueError, match=r'parts of Normed are not known .*anatomy='):
+    repq(model, variables, x, policy)
 
 
 @pytest.mark.parametrize(

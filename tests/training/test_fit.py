@@ -67,7 +67,7 @@ def test_killed_and_terminated_run_ends_bit_for_bit_the_same(tmp_path, uninterru
   process = start(*arguments)
   text = signal_after(process, signal.SIGTERM, tmp_path, random.randint(17, 25))
   assert process.returncode == 0, text
-  assert 'SIGTERM, saved step' in text
+  assert 'stopped, saved step' in text
   stopped = max(int(path.name) for path in (tmp_path / 'checkpoints').glob('[0-9]*'))
   assert 17 <= stopped < 40
 
@@ -139,12 +139,13 @@ def test_finished_run_is_returned_without_a_step(tmp_path):
 
 
 @pytest.mark.parametrize('mode, kept', [('max', 2), ('min', 4)])
-def test_best_state_is_kept_beside_the_last(tmp_path, mode, kept):
+def test_best_state_is_kept_beside_the_last_and_returned(tmp_path, mode, kept):
   scores = {2: 0.9, 4: 0.1, 6: 0.3, 8: 0.5}
-  run(
+  state, _ = run(
     8, tmp_path, keep=1, checkpoint_every=100, eval_every=2, best_metric='top1', best_mode=mode,
     evaluate=lambda state: {'top1': scores[int(state.step)]},
   )  # fmt: skip
+  assert state.step == kept
   assert sorted(os.listdir(tmp_path / 'checkpoints')) == [str(kept), '8']
   assert [row['top1'] for row in read_metrics(tmp_path) if 'top1' in row] == [*scores.values()]
 
@@ -161,6 +162,11 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path):
   with pytest.raises(FloatingPointError, match=r'parameter is not finite after step 1'):
     run(2, tmp_path, program=make_program(learning_rate=np.inf), checkpoint_every=1)
   assert os.listdir(tmp_path / 'checkpoints') == []
+
+
+def test_a_best_metric_that_is_not_evaluated_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"not in evaluate.*'top5'"):
+    run(1, tmp_path, best_metric='top1', evaluate=lambda state: {'top5': 1.0})
 
 
 class Spoiled(Data):
@@ -197,7 +203,7 @@ def test_data_that_ends_too_early_is_an_error():
     ({'log_every': 0}, 'log_every=0'),
     ({'checkpoint_every': -1}, 'checkpoint_every=-1'),
     ({'best_metric': 'top1'}, 'needs evaluate'),
-    ({'best_metric': 'top1', 'evaluate': lambda s: {'top5': 1.0}}, r"not in evaluate.*'top5'"),
+    ({'best_metric': 'top1', 'evaluate': lambda s: {'top1': 1.0}}, 'needs a workdir'),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(options, message):

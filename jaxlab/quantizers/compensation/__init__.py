@@ -4,6 +4,7 @@
 arrays.
 """
 
+from jaxlab.models.blockwise import Programs
 from jaxlab.quantizers.compensation.bipolar import (
   BipolarCompensation,
   apply_nbc,
@@ -42,7 +43,6 @@ from jaxlab.quantizers.compensation.linear import (
 )
 from jaxlab.quantizers.compensation.linear_apply import apply_linear_compensation
 from jaxlab.quantizers.compensation.methods import NBC, Method, QwT, QwTv2
-from jaxlab.quantizers.compensation.parts import Programs
 
 __all__ = [
   'NBC',

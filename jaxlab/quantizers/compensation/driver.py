@@ -14,18 +14,14 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, module_paths, raise_unmatched
+from jaxlab.models.anatomy import anatomy as anatomy_of
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import Programs, find_blocks
+from jaxlab.models.intercept import Hook
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
-from jaxlab.quantizers.compensation.methods import Method, QwT
-from jaxlab.quantizers.compensation.parts import (
-  Part,
-  Programs,
-  Skeleton,
-  array_leaves,
-  find_parts,
-)
+from jaxlab.quantizers.compensation.methods import Method, QwT, QwTv2
 from jaxlab.quantizers.compensation.recalibration import with_constants
-from jaxlab.quantizers.compensation.stream import Stream, block_pattern
 from jaxlab.quantizers.compensation.walk import BlockWalk
 
 Array = jax.Array
@@ -76,6 +72,7 @@ def compensate(
   method: Method | None = None,
   *,
   blocks: str | None = None,
+  anatomy: Anatomy | None = None,
   start_block: int = 0,
   target: Literal['local', 'global'] = 'local',
   dtype: Any = jnp.float16,
@@ -95,7 +92,9 @@ def compensate(
       variables of the same network with the quantizers off.
     batches: calibration inputs of one shape; a tuple is several arguments. No labels. Iterated once.
     method: `QwT`, `QwTv2` or `NBC`; None: `QwT()`.
-    blocks: regular expression of the blocks' paths; None: the names that our models use.
+    blocks: regular expression of the blocks' paths; None: the blocks of the anatomy.
+    anatomy: the names of the model's parts; None: `models.anatomy(model)`. Read without `blocks`, and by
+      `QwTv2('branch')`.
     start_block: blocks before this one are left as they are.
     target: what the quantized block's output is compared with: the float block on the same, quantized
       network's input (`'local'`, as in QwT's code), or the float network's activation there (`'global'`).
@@ -108,8 +107,9 @@ def compensate(
     **kwargs: passed to the model, e.g. `train=False`.
 
   Raises:
-    ValueError: if there is no batch, no block matches, blocks are nested, shared or stacked, `start_block`
-      is out of range, shapes do not fit the method, or activations are not finite.
+    ValueError: if there is no batch, the model's parts are not known, no block matches, blocks are nested,
+      shared or stacked, `start_block` is out of range, shapes do not fit the method, or activations are not
+      finite.
 
   Warns:
     RuntimeWarning: if a fit has fewer rows than unknowns.
@@ -122,15 +122,12 @@ def compensate(
   inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
   if not inputs:
     raise ValueError('batches is empty: the compensation needs at least one calibration batch.')
-  root = Part('', model, Skeleton.of((inputs[0], kwargs)))
-  pattern = block_pattern(model, inputs[0], kwargs, blocks)
-  parts = find_parts(root, variables, array_leaves((inputs[0], kwargs)), hooks, pattern)
-  if not parts:
-    raise_unmatched([pattern], module_paths(model, *inputs[0], **kwargs), 'block pattern', 'module')
+  root, parts = find_blocks(model, variables, inputs[0], kwargs, hooks, blocks, anatomy)
   if not 0 <= start_block < len(parts):
     raise ValueError(f'start_block={start_block} is not one of the {len(parts)} blocks.')
   parts = parts[start_block:]
 
+  ends = _branch_ends(model, method, anatomy)
   programs = Programs() if programs is None else programs
   networks = [Stream(root, parts, variables, hooks, inputs, kwargs, programs)]
   if target == 'global':
@@ -140,7 +137,9 @@ def compensate(
   for index, block in enumerate(parts):
     for network in networks:
       network.advance(index)
-    walk = BlockWalk(block, method, variables, float_variables, hooks, float_hooks, dtype, programs)
+    walk = BlockWalk(
+      block, method, variables, float_variables, hooks, float_hooks, dtype, programs, ends
+    )
     fitted, outputs = walk.run(networks)
     arrays |= fitted
     entries += walk.entries
@@ -152,3 +151,14 @@ def compensate(
   tree = traverse_util.unflatten_dict(flat, sep='/')
   hook = compensation_hook(list(arrays), dtype)
   return Compensated({**variables, COLLECTION: tree}, (*hooks, hook), report)
+
+
+def _branch_ends(model: nn.Module, method: Method, anatomy: Anatomy | None) -> dict[str, list[str]]:
+  """Returns the last layer of each branch, by block, if the method compensates there."""
+  if not isinstance(method, QwTv2) or method.granularity != 'branch' or method.modules:
+    return {}
+  parts = anatomy_of(model) if anatomy is None else anatomy
+  return {
+    block.path: [branch.layers[-1] for branch in block.branches]
+    for block in (*parts.blocks, *parts.transitions)
+  }

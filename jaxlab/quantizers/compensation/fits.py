@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlab.models.blockwise import Parked, Programs
 from jaxlab.quantizers.compensation import bipolar, bipolar_scales, channel_affine, conv, linear
 from jaxlab.quantizers.compensation.methods import NBC, Method, QwT, QwTv2
-from jaxlab.quantizers.compensation.parts import Parked, Programs
 
 Array = jax.Array
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlab.models.intercept import Hook, Site
+from jaxlab.models.blockwise import array_leaves
+from jaxlab.models.intercept import Hook, Site, any_of
 from jaxlab.quantizers.compensation.bipolar import BipolarCompensation, apply_nbc
 from jaxlab.quantizers.compensation.channel_affine import ChannelAffine, apply_channel_affine
 from jaxlab.quantizers.compensation.linear import LinearCompensation
 from jaxlab.quantizers.compensation.linear_apply import apply_linear_compensation
-from jaxlab.quantizers.compensation.parts import any_of, array_leaves
 
 Array = jax.Array
 COLLECTION = 'compensation'

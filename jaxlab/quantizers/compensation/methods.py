@@ -5,7 +5,6 @@ from typing import Literal
 
 from jaxlab.quantizers.compensation.bipolar_scales import SCALE_FACTORS
 
-LINEAR_NAMES = r'proj|fc2|c_proj|o_proj|down_proj|linear_conv'  # the last of a residual branch
 Kind = Literal['auto', 'linear', 'conv']
 
 
@@ -35,8 +34,8 @@ class QwTv2:
 
   Attributes:
     granularity: `'linear'`: every layer with a kernel inside the blocks; `'branch'`: the last of each
-      residual branch (`proj`, `fc2`, `conv3` or else `conv2`, ...); `'block'`: the block's output, which
-      cannot be folded.
+      residual branch, as the network's anatomy names them; `'block'`: the block's output, which cannot be
+      folded.
     modules: regular expression over the paths seen from the block, in place of the granularity's choice.
     eps: relative variance below which a channel is constant.
     clip: keep |gamma| in [1/16, 16].

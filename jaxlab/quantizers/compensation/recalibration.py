@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from flax import traverse_util
 
+from jaxlab.models.blockwise import Part, relative
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
-from jaxlab.quantizers.compensation.parts import Part, relative
 from jaxlab.quantizers.input_ranges import recalibration_hook
 from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
 

@@ -9,16 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, Site
-from jaxlab.quantizers.compensation import fits
-from jaxlab.quantizers.compensation.cost import compensation_cost
-from jaxlab.quantizers.compensation.hook import apply_arrays
-from jaxlab.quantizers.compensation.methods import LINEAR_NAMES, Method, QwTv2
-from jaxlab.quantizers.compensation.parts import (
+from jaxlab.models.block_stream import Stream
+from jaxlab.models.blockwise import (
   CAPTURES,
   Part,
   Programs,
-  any_of,
   array_leaves,
   find_parts,
   park,
@@ -27,12 +22,16 @@ from jaxlab.quantizers.compensation.parts import (
   restore,
   slice_variables,
 )
+from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.quantizers.compensation import fits
+from jaxlab.quantizers.compensation.cost import compensation_cost
+from jaxlab.quantizers.compensation.hook import apply_arrays
+from jaxlab.quantizers.compensation.methods import Method, QwTv2
 from jaxlab.quantizers.compensation.recalibration import (
   quantized_inputs,
   recalibrate,
   with_constants,
 )
-from jaxlab.quantizers.compensation.stream import Stream
 
 Array = jax.Array
 PyTree = Any
@@ -56,7 +55,9 @@ class BlockWalk:
     float_hooks: Sequence[Hook],
     dtype: Any,
     programs: Programs,
+    branch_ends: Mapping[str, Sequence[str]] = {},
   ):
+    self.branch_ends = branch_ends
     self.block, self.method, self.dtype, self.programs = block, method, dtype, programs
     self.hooks, self.float_hooks = hooks, float_hooks
     self.quantized = slice_variables(variables, block.path)
@@ -79,14 +80,13 @@ class BlockWalk:
     if method.modules:
       chosen = [path for path in layers if re.fullmatch(method.modules, path)]
     elif method.granularity == 'branch':
-      last = 'conv3' if 'conv3' in layers else 'conv2'
-      names = rf'{LINEAR_NAMES}|{last}'
-      chosen = [path for path in layers if re.fullmatch(rf'(.*/)?({names})', path)]
+      chosen = [relative(path, block.path) for path in self.branch_ends.get(block.path, ())]
     else:
       chosen = layers
     if not chosen:
       raise ValueError(
-        f'No layer of {block.path!r} is one to compensate; it has {", ".join(layers)}. Give modules=.'
+        f'No layer of {block.path!r} is one to compensate; it has {", ".join(layers)}. Give modules=, or an '
+        f'anatomy that tells the branches of the block.'
       )
     pattern = any_of([f'{block.path}/{path}' for path in chosen])
     return find_parts(block, self.quantized, block.call.array_shapes, self.hooks, pattern)

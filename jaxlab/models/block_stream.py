@@ -1,46 +1,14 @@
 """Calibration data on their way through the blocks of a network, one block after another."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from jaxlab.models.intercept import Hook, module_paths
-from jaxlab.quantizers.compensation.parts import (
-  Part,
-  Programs,
-  array_leaves,
-  park,
-  reach,
-  restore,
-)
+from jaxlab.models.blockwise import Part, Programs, array_leaves, park, reach, restore
+from jaxlab.models.intercept import Hook
 
 PyTree = Any
-# Blocks of our models; the first that names anything is taken.
-BLOCKS = (
-  r'(.*/)?blocks(_\d+)+',
-  r'(.*/)?layer\d+_\d+',
-  r'(.*/)?h_\d+',
-  r'(.*/)?layers_\d+',
-  r'(.*/)?features_\d+',
-)
-
-
-def block_pattern(model: nn.Module, inputs: tuple, kwargs: dict, blocks: str | None) -> str:
-  """Returns `blocks`, or the pattern of `BLOCKS` that names modules of `model`.
-
-  Raises:
-    ValueError: if none does.
-  """
-  if blocks is not None:
-    return blocks
-  paths = module_paths(model, *inputs, **kwargs)
-  for pattern in BLOCKS:
-    if any(re.fullmatch(pattern, path) for path in paths):
-      return pattern
-  raise ValueError(f'No module is named like a block ({", ".join(BLOCKS)}): give blocks=.')
 
 
 class Stream:

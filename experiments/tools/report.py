@@ -1,6 +1,6 @@
 """Collects the results of runs over seeds: a Markdown table, the claims, and a picture.
 
-  python -m experiments.report runs/ssql/embedded [more directories ...] [--picture=FILE.png]
+  python -m experiments report runs/ssql/embedded [more directories ...] [--picture=FILE.png]
 
 A directory is searched for `results.json` files. Runs of one paper and setting are seeds of one experiment
 and must share their configuration but for the seed. A claim holds when the mean over seeds of
@@ -156,7 +156,7 @@ def picture(groups: dict[tuple[str, str], list[Run]], path: pathlib.Path) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Prints the report of the directories given on the command line."""
-  parser = argparse.ArgumentParser(prog='python -m experiments.report', description=__doc__)
+  parser = argparse.ArgumentParser(prog='python -m experiments report', description=__doc__)
   parser.add_argument('directories', nargs='+')
   parser.add_argument('--picture', type=pathlib.Path, help='also draw a picture into this file')
   options = parser.parse_args(arguments)
@@ -169,7 +169,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
   if options.picture:
     picture(groups, options.picture)
     print(f'Picture: {options.picture}')
-
-
-if __name__ == '__main__':
-  main()

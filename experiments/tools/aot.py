@@ -1,13 +1,14 @@
 """Compiles an experiment's programs, such as its train step, for a TPU pod, on a machine without one.
 
-  python -m experiments.aot --config=mlcollections_configs/ssql/imagenet_resnet50.py --topology=v5e:4x4
+  python -m experiments aot --config=gml/imagenet_lt --topology=v5e:4x4
 
 prints HBM and FLOPs per chip, the collectives with the bytes of their results on one chip, and whether the
 step fits. The mesh is that of the config (`config.mesh`, `data=-1` takes the remaining chips) unless `--mesh`
-says otherwise. Needs the TPU compiler: pip install 'jaxlab[tpu]'.
+says otherwise. Needs the TPU compiler: pip install libtpu.
 """
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -21,9 +22,9 @@ from typing import Any
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   """Returns the command line's options; `overrides` are the `--config.key=value`."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.aot', description=__doc__.split('\n')[0], allow_abbrev=False
+    prog='python -m experiments aot', description=__doc__.split('\n')[0], allow_abbrev=False
   )
-  parser.add_argument('--config', required=True, help='mlcollections_configs/<paper>/<setting>.py')
+  parser.add_argument('--config', required=True, help='<paper>/<setting>, or a file')
   parser.add_argument('--topology', default='v5e:4x4', help='v5e:16x16, v6e:4x4, v5p:4x4x4, ...')
   parser.add_argument('--mesh', default='', help='data=-1,fsdp=4,tensor=1')
   parser.add_argument('--json', help='write the report to this file as well')
@@ -36,25 +37,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def lower(config: Any, mesh: Any) -> dict[str, Any]:
-  """Returns the lowered programs of `experiments.<paper>` by name (the paper: the config file's folder).
-
-  That is what `lower(config, mesh)` of the module gives, or the train step of its `program(config)`.
+  """Returns the lowered programs of `experiments.<paper>` by name, for nominal facts.
 
   Raises:
-    ValueError: if there is no such experiment, or it has neither.
+    ValueError: if there is no such experiment, or its settings cannot be.
   """
-  from jaxlab.parallel import aot
-
   if importlib.util.find_spec(f'experiments.{config.paper}') is None:
     raise ValueError(f'there is no experiments/{config.paper}.py for this config.')
   module = importlib.import_module(f'experiments.{config.paper}')
   if hasattr(module, 'lower'):
     return module.lower(config, mesh)
-  if not hasattr(module, 'program'):
-    raise ValueError(
-      f'experiments/{config.paper}.py has no `program(config)` or `lower(config, mesh)` to compile.'
-    )
-  return {'step': aot.lower_step(module.program(config), mesh)}
+  if not hasattr(module, 'Settings'):
+    from jaxlab.parallel import aot
+
+    return {'step': aot.lower_step(module.program(config), mesh)}
+  return {name: item.lower(mesh) for name, item in module.programs(config).items()}
+
+
+def load(path: str, overrides: list[str]) -> Any:
+  """Returns the settings of `<paper>/<setting>`, or of a file in a paper's folder."""
+  from experiments.harness import launcher
+
+  paper = pathlib.Path(path).resolve().parent.name if path.endswith('.py') else path.split('/')[0]
+  found = importlib.util.find_spec(f'experiments.{paper}')
+  if found and hasattr(importlib.import_module(f'experiments.{paper}'), 'Settings'):
+    config = launcher.load(paper, path if path.endswith('.py') else path.split('/')[-1], overrides)
+    launcher.check(config)
+    return config
+  from experiments.launcher import load_config, override
+
+  config = load_config(path)
+  override(config, overrides)
+  return config
 
 
 def mesh_sizes(text: str, config: Any) -> dict[str, int]:
@@ -64,7 +78,9 @@ def mesh_sizes(text: str, config: Any) -> dict[str, int]:
   {'data': -1, 'fsdp': 4}
   """
   if not text:
-    return {name: int(size) for name, size in dict(config.get('mesh', {})).items()}
+    own = config.mesh if hasattr(config, 'mesh') else {}
+    own = dataclasses.asdict(own) if dataclasses.is_dataclass(own) else dict(own)
+    return {name: int(size) for name, size in own.items()}
   sizes = dict(part.partition('=')[::2] for part in text.split(','))
   for name, size in sizes.items():
     if name not in ('data', 'fsdp', 'tensor') or not size.lstrip('-').isdigit():
@@ -108,11 +124,9 @@ def show(found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
   """Compiles, prints, and returns the report."""
   options = parse(arguments)
-  from experiments.launcher import load_config, override
   from jaxlab.parallel import aot
 
-  config = load_config(options.config)
-  override(config, options.overrides)
+  config = load(options.config, options.overrides)
   mesh = aot.tpu_topology_mesh(options.topology, **mesh_sizes(options.mesh, config))
   programs = {}
   for name, lowered in lower(config, mesh).items():
@@ -147,9 +161,10 @@ def _environment() -> None:
   )
 
 
-if __name__ == '__main__':
+def command(arguments: list[str] | None = None) -> None:
+  """Runs `main` from the command line; errors end it with one line."""
   _environment()
   try:
-    main()
+    main(arguments)
   except (ValueError, ModuleNotFoundError, MemoryError) as error:
-    sys.exit(f'experiments.aot: {error}')
+    sys.exit(f'experiments aot: {error}')

@@ -8,7 +8,6 @@ next part is given; under `jit` everything else is dead code.
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.models.anatomy import anatomy as anatomy_of
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.intercept import Hook, Site, any_of, apply, module_paths, raise_unmatched
 
 Array = jax.Array
 PyTree = Any
@@ -109,9 +110,45 @@ def relative(path: str, root: str) -> str:
   return path.removeprefix(root).removeprefix('/')
 
 
-def any_of(paths: Sequence[str]) -> str:
-  """Returns the regular expression that matches exactly these paths."""
-  return '|'.join(re.escape(path) for path in paths)
+def find_blocks(
+  model: nn.Module,
+  variables: PyTree,
+  args: tuple,
+  kwargs: dict[str, Any],
+  hooks: Sequence[Hook],
+  blocks: str | None = None,
+  anatomy: Anatomy | None = None,
+) -> tuple[Part, list[Part]]:
+  """Returns the model as a part, and its blocks in order of execution.
+
+  Traces abstractly: no computation.
+
+  Args:
+    model: any Linen module.
+    variables: its variables.
+    args: its positional arguments, arrays or shapes.
+    kwargs: its keyword arguments.
+    hooks: of the model.
+    blocks: regular expression of the blocks' paths; None: the blocks of `anatomy`.
+    anatomy: of the model; None: what `models.anatomy` says.
+
+  Raises:
+    ValueError: if the model is unknown, no module or not every block is there, or blocks are nested, called
+      twice or stacked.
+  """
+  wanted = ()
+  if blocks is None:
+    wanted = (anatomy_of(model) if anatomy is None else anatomy).block_paths
+    if not wanted:
+      raise ValueError(f'The anatomy of {type(model).__name__} names no blocks: give blocks=.')
+  pattern = any_of(wanted) if blocks is None else blocks
+  root = Part('', model, Skeleton.of((args, kwargs)))
+  parts = find_parts(root, variables, array_leaves((args, kwargs)), hooks, pattern)
+  missing = sorted(set(wanted) - {part.path for part in parts})
+  if missing or not parts:
+    paths = module_paths(model, *args, **kwargs)
+    raise_unmatched(missing or [pattern], paths, 'block pattern', 'module')
+  return root, parts
 
 
 def find_parts(
@@ -252,7 +289,8 @@ class Programs:
   """Jitted functions, of which those that lower to the same program share one compilation.
 
   `programs(fn, *args)` returns a jitted function equivalent to `fn` for such arguments: twelve blocks of one
-  shape are traced twelve times, but compiled once.
+  shape are traced twelve times, but compiled once. Functions of other arguments (in number, structure, shapes
+  or dtypes, also where a function does not read them) share nothing.
   """
 
   def __init__(self):
@@ -266,7 +304,9 @@ class Programs:
     digest = hashlib.sha256(lowered.as_text().encode())
     for constant in traced.jaxpr.consts:
       digest.update(np.asarray(constant).tobytes())
-    key = (digest.digest(), jax.tree.structure(args), jax.tree.structure(lowered.out_info))
+    # The text leaves out arguments that are not read; called with others, a function would be traced anew.
+    given = tuple(jax.tree.leaves(lowered.in_avals))
+    key = (digest.digest(), jax.tree.structure(args), given, jax.tree.structure(lowered.out_info))
     return self._by_key.setdefault(key, jitted)
 
 

@@ -1,0 +1,236 @@
+"""Data of a setting: what is known of public data sets, and how records are loaded and read."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+
+from experiments.harness.sections import Mesh
+from experiments.harness.settings import free
+from jaxlab import data, parallel
+
+_IMAGENET = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+# Constants of public data sets; a setting may name others.
+KNOWN: dict[str, dict[str, Any]] = {
+  'digits': {'num_classes': 10, 'train_size': 1297, 'stored_image': (8, 8, 1), 'mean': 0.305, 'std': 0.376},
+  'pasted_digits': {
+    'num_classes': 10, 'train_size': 1297, 'stored_image': (16, 16, 1), 'mean': 0.205, 'std': 0.302,
+  },
+  'fashion_mnist': {
+    'num_classes': 10, 'train_size': 60000, 'stored_image': (28, 28, 1), 'mean': 0.286, 'std': 0.353,
+  },
+  'cifar10': {
+    'num_classes': 10, 'train_size': 50000, 'stored_image': (32, 32, 3), 'num_threads': 8,
+    'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010),
+  },
+  'imagenet2012': {
+    'num_classes': 1000, 'train_size': 1281167, 'stored_image': (256, 256, 3), 'image_size': 224,
+    'test_split': 'validation', 'train_options': {'decode': False}, 'test_options': {'decode': False},
+    'train_decode': {'size': 256, 'draft': True}, 'test_decode': {'size': 224, 'resize': 256},
+    'num_threads': 16, 'num_workers': 16, **_IMAGENET,
+  },
+}  # fmt: skip
+KNOWN['cifar100'] = {**KNOWN['cifar10'], 'num_classes': 100}
+EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images:
+  """A data set of labeled images.
+
+  Attributes:
+    name: see `jaxlab.data.load`. What `KNOWN` says of it need not be named.
+    num_classes: number of labels.
+    train_size: training records, for which the schedule is made; None: not known before they are counted.
+    stored_image: (height, width, channels) of the records that reach the device.
+    image_size: side of the network's view; None: the stored one.
+    dtype: of the records.
+    mean: subtracted, of images in [0, 1].
+    std: divides.
+    train_split: name of the split; likewise `test_split`.
+    train_options: further options of `jaxlab.data.load`; likewise `test_options`.
+    train_decode: options of `jaxlab.data.DecodeImage`; likewise `test_decode`; None: records are arrays.
+    num_threads: that read records.
+    num_workers: processes that do.
+  """
+
+  name: str
+  num_classes: int
+  train_size: int | None = None
+  stored_image: tuple[int, int, int]
+  image_size: int | None = None
+  dtype: Literal['uint8', 'float32'] = 'uint8'
+  mean: float | tuple[float, ...] = 0.0
+  std: float | tuple[float, ...] = 1.0
+  train_split: str = 'train'
+  test_split: str = 'test'
+  train_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  test_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  train_decode: Mapping[str, Any] | None = None
+  test_decode: Mapping[str, Any] | None = None
+  num_threads: int = free(0)
+  num_workers: int = free(0)
+
+  @classmethod
+  def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+    """Puts in what is known of the data set."""
+    return {**KNOWN.get(values.get('name', ''), {}), **values}
+
+  @property
+  def view(self) -> tuple[int, int, int]:
+    """(height, width, channels) of what the network sees."""
+    height, width, channels = self.stored_image
+    return (
+      (height, width, channels) if self.image_size is None else (self.image_size,) * 2 + (channels,)
+    )
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if self.num_classes < 1:
+      yield f'num_classes={self.num_classes}: expected at least 1.'
+    if min(self.view) < 1 or min(self.stored_image) < 1:
+      yield f'stored_image={self.stored_image}, image_size={self.image_size}: expected positive sizes.'
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    return needs(self.name, self.train_options.get('root'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+  """Windows of tokens.
+
+  Attributes:
+    name: see `jaxlab.data.load`.
+    length: tokens that the model reads; records have one more.
+    train_size: training windows, for which the schedule is made.
+    train_split: name of the split; likewise `test_split`.
+    train_options: further options of `jaxlab.data.load`; likewise `test_options`.
+    num_threads: that read records.
+    num_workers: processes that do.
+  """
+
+  name: str
+  length: int
+  train_size: int
+  train_split: str = 'train'
+  test_split: str = 'test'
+  train_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  test_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  num_threads: int = free(0)
+  num_workers: int = free(0)
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    return needs(self.name)
+
+
+def needs(name: str, root: str | None = None) -> str:
+  """Returns where a data set comes from, in a sentence."""
+  if name in EMBEDDED:
+    return f'nothing: {name} come with the package'
+  if name == 'fashion_mnist':
+    return "fashion_mnist on disk (Debian's dataset-fashion-mnist), or by TFDS"
+  if name == 'image_folder':
+    return f'images in one folder a class below {root}'
+  if name == 'tokens':
+    return 'files of tokens'
+  return f'{name}: tfds build {name} --file_format=array_record'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augment:
+  """The augmentation of training images.
+
+  `kind` 'none'; 'pad_crop': zeros around, a random part of the stored size, a random flip (He et al.
+  2016); or 'resized_crop': options of `jaxlab.data.siamese_augment`.
+  """
+
+  kind: Literal['none', 'pad_crop', 'resized_crop'] = 'none'
+  padding: int = 4
+  flip: bool = True
+  scale: tuple[float, float] = (0.08, 1.0)
+  interpolation: Literal['bilinear', 'bicubic'] = 'bilinear'
+  jitter: tuple[float, float, float, float] | None = None
+  jitter_probability: float = 1.0
+  grayscale_probability: float = 0.0
+  blur_probability: float = 0.0
+  blur_kernel: int = 23
+  flip_probability: float = 0.5
+  rand_augment: Mapping[str, Any] | None = None
+  contrast: tuple[float, float] | None = None
+  brightness: tuple[float, float] | None = None
+
+  def crop_options(self) -> dict[str, Any]:
+    """Options of `jaxlab.data.siamese_augment`."""
+    options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return {k: v for k, v in options.items() if k not in ('kind', 'padding', 'flip')}
+
+
+def load(own: Images | Tokens, split: str) -> data.Source:
+  """Returns the `'train'` or `'test'` split, its first records looked at.
+
+  Raises:
+    ValueError: if the data are not what the setting says.
+    FileNotFoundError: if they are not there; the message says how to get them.
+  """
+  source = data.load(own.name, getattr(own, f'{split}_split'), **getattr(own, f'{split}_options'))
+  check_source(own, source, split)
+  return source
+
+
+def check_source(own: Images | Tokens, source: data.Source, split: str = 'train') -> None:
+  """Raises ValueError unless records are what the setting says, and as many."""
+  if split == 'train' and own.train_size is not None:
+    check_size('data.train_size', own.train_size, source)
+  first = data.subset(source, range(2))
+  batch = next(data.epoch_batches(first, 2, transform=reading(own, split)['transform']))
+  if isinstance(own, Tokens):
+    data.check_tokens(batch['tokens'], source.num_classes)
+  else:
+    shape = own.stored_image if split == 'train' else None
+    data.check_batch(batch, num_classes=own.num_classes, image_shape=shape)
+
+
+def check_size(key: str, size: int, source: data.Source) -> None:
+  """Raises ValueError if `source` has not the `size` that the setting's `key` says."""
+  if len(source) != size:
+    raise ValueError(
+      f'{key}={size}, but {len(source)} records were found: set --config.{key}={len(source)}.'
+    )
+
+
+def reading(own: Images | Tokens, split: str) -> dict[str, Any]:
+  """Returns how records of a split are read: options of `make_loader`."""
+  decode = getattr(own, f'{split}_decode', None)
+  return {
+    'transform': data.DecodeImage(**decode) if decode else None,
+    'num_threads': own.num_threads,
+    'num_workers': own.num_workers,
+  }
+
+
+def loader(
+  own: Images | Tokens,
+  source: data.Source,
+  batch_size: int,
+  *,
+  mesh: Mesh,
+  seed: int,
+  **options: Any,
+) -> data.Loader:
+  """Returns the shuffled training batches of this process; `options` are further ones of `make_loader`."""
+  sharding: jax.sharding.NamedSharding = parallel.batch_sharding(mesh.make())
+  index, count = data.process_shard(sharding, batch_size)
+  return data.make_loader(
+    source,
+    batch_size=batch_size,
+    seed=seed,
+    process_index=index,
+    process_count=count,
+    **reading(own, 'train'),
+    **options,
+  )

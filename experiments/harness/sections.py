@@ -1,0 +1,184 @@
+"""Sections that settings are made of: what every experiment has, and the recipe of a training."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import optax
+from jax.sharding import PartitionSpec
+
+from experiments.harness.settings import found_by, free, section
+from jaxlab import parallel
+from jaxlab.training import make_optimizer, make_schedule
+from jaxlab.training.schedules import per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """The device mesh; -1 is the rest."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def make(self) -> jax.sharding.Mesh:
+    """Returns the mesh over all devices."""
+    return parallel.make_mesh(self.data, self.fsdp, self.tensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """That `metric` of row `method` is at least `margin` better than that of row `baseline`."""
+
+  statement: str
+  metric: str
+  baseline: str
+  method: str
+  margin: float = 0.0
+  higher_is_better: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """What the settings of every paper have.
+
+  Attributes:
+    paper: name of the module in `experiments`.
+    setting: name of the settings' file.
+    seed: of all that is drawn.
+    mesh: of the devices.
+    eval_batch_size: of what is only evaluated.
+    log_every: steps between rows of metrics.
+    checkpoint_every: steps between checkpoints.
+    claims: judged at the end.
+    pictured: names of the rows that are drawn; none: all.
+  """
+
+  paper: str = free('')
+  setting: str = free('')
+  seed: int = 0
+  mesh: Mesh = free(default_factory=Mesh)
+  eval_batch_size: int = free(512)
+  log_every: int = free(100)
+  checkpoint_every: int = free(1000)
+  claims: tuple[Claim, ...] = free(())
+  pictured: tuple[str, ...] = free(())
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from found_by('mesh', self.mesh.make)
+    yield from check_batch(self.mesh, self.eval_batch_size, 'eval_batch_size')
+    for name in ('log_every', 'checkpoint_every'):
+      if getattr(self, name) < 1:
+        yield f'{name}={getattr(self, name)}: expected a positive number of steps.'
+
+
+def check_batch(mesh: Mesh, size: int, name: str) -> Iterator[str]:
+  """Yields a problem if a batch does not divide over the devices."""
+  try:
+    parallel.check_batch_size(size, mesh.make(), name)
+  except ValueError as error:
+    yield str(error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """Options of `jaxlab.training.make_optimizer`; None: its default."""
+
+  name: str = 'sgd'
+  weight_decay: float = 0.0
+  momentum: float | None = None
+  nesterov: bool | None = None
+  trust_coefficient: float | None = None
+  betas: tuple[float, float] | None = None
+  eps: float | None = None
+  no_decay: tuple[str, ...] | None = None
+  lr_multipliers: tuple[tuple[str, float], ...] = ()
+  clip_global_norm: float | None = None
+  clip_per_tensor: float | None = None
+
+  def make(
+    self, learning_rate: float | optax.Schedule, frozen: Sequence[str] = ()
+  ) -> optax.GradientTransformation:
+    """Returns the optimizer; `frozen` are patterns of parameters that stay."""
+    options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    given = {name: value for name, value in options.items() if value is not None}
+    return make_optimizer(learning_rate=learning_rate, frozen=tuple(frozen), **given)
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from found_by('name', self.make, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """Options of `jaxlab.training.make_schedule`; a `staircase` changes between epochs alone."""
+
+  base: float
+  name: str = 'cosine'
+  end: float = 0.0
+  warmup_epochs: float = 0.0
+  warmup_start: float = 0.0
+  warmup_inclusive: bool = False
+  milestones: tuple[float, ...] = ()
+  factor: float = 0.1
+  staircase: bool = False
+
+  def make(self, epochs: float, steps_per_epoch: int) -> optax.Schedule:
+    """Returns the learning rate over steps."""
+    options = dataclasses.asdict(self)
+    if options.pop('staircase'):
+      by_epoch = make_schedule(**options, epochs=epochs, steps_per_epoch=1)
+      return per_epoch(by_epoch, steps_per_epoch)
+    return make_schedule(**options, epochs=epochs, steps_per_epoch=steps_per_epoch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How something is trained.
+
+  Attributes:
+    epochs: length.
+    batch_size: of the whole mesh.
+    schedule: of the learning rate.
+    optimizer: with its own options.
+    mixup: alpha; 0: none.
+    microbatches: parts of a batch that gradients are accumulated over.
+    precision: type of the computation; parameters stay in float32.
+    partition: partition rules of parameters, pairs (pattern, axes of the mesh).
+    eval_every: steps between evaluations on the test records; 0: none.
+    best_metric: of the evaluation; the training ends with the variables that were best by it.
+  """
+
+  epochs: int
+  batch_size: int
+  schedule: Schedule
+  optimizer: Optimizer = section(Optimizer)
+  mixup: float = 0.0
+  microbatches: int = 1
+  precision: Literal['float32', 'bfloat16'] = 'float32'
+  partition: tuple[tuple[str, tuple[str | None, ...]], ...] = free(())
+  eval_every: int = free(0)
+  best_metric: str = ''
+
+  @property
+  def program_options(self) -> dict[str, Any]:
+    """Options of `jaxlab.training.make_program`."""
+    return {
+      'microbatches': self.microbatches,
+      'compute_dtype': None if self.precision == 'float32' else self.precision,
+      'rules': tuple((pattern, PartitionSpec(*axes)) for pattern, axes in self.partition),
+    }
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    for name in ('epochs', 'batch_size', 'microbatches'):
+      if getattr(self, name) < 1:
+        yield f'{name}={getattr(self, name)}: expected at least 1.'
+    if self.microbatches > 0 and self.batch_size % self.microbatches:
+      yield f'microbatches={self.microbatches} does not divide batch_size={self.batch_size}.'
+    if self.best_metric and not self.eval_every:
+      yield f'best_metric={self.best_metric!r} needs eval_every, now 0.'
+    if self.epochs > 0:
+      yield from found_by('schedule', self.schedule.make, self.epochs, 10)

@@ -1,0 +1,245 @@
+"""What a network is asked: shapes, inputs, targets and scores of images, tokens, sequences and boxes.
+
+A task turns a batch of records into what a model reads and what it is to say, and judges what it says. Tasks
+are
+hashable: equal ones share compilations.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.harness.data import Augment, Images, Tokens
+from jaxlab import data
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+class Task(Protocol):
+  """What protocols know of a task.
+
+  Attributes:
+    options: keyword arguments of the model in training.
+  """
+
+  options: dict[str, Any]
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+
+  def inputs(self, batch: Batch) -> Any:
+    """Returns what the model reads of a batch in evaluation."""
+
+  def augmented(self, keys: Array, batch: Batch) -> Any:
+    """Returns what the model reads in training; `keys` has one typed key a record."""
+
+  def targets(self, batch: Batch) -> Any:
+    """Returns what the model is to say."""
+
+  def score(self, outputs: Any, targets: Any) -> dict[str, Array]:
+    """Returns values `[batch]` of each record: `loss`, and what else says how good the outputs are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask:
+  """Classification of images: records `image`, `label`, `index`."""
+
+  stored: tuple[int, int, int]
+  view: tuple[int, int, int]
+  dtype: str
+  mean: float | tuple[float, ...]
+  std: float | tuple[float, ...]
+  augment: Augment = dataclasses.field(default=Augment(), compare=False)
+
+  @classmethod
+  def of(cls, own: Images, augment: Augment | None = None) -> 'ImageTask':
+    """Returns the task of a data set."""
+    augment = Augment() if augment is None else augment
+    return cls(own.stored_image, own.view, own.dtype, own.mean, own.std, augment)
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {'train': True}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    index = jax.ShapeDtypeStruct((size,), jnp.int32)
+    image = jax.ShapeDtypeStruct((size, *self.stored), jnp.dtype(self.dtype))
+    return {'image': image, 'label': index, 'index': index}
+
+  def inputs(self, batch: Batch) -> Array:
+    """Returns normalized images, which have the network's size."""
+    return data.normalize(data.to_float(batch['image']), self.mean, self.std)
+
+  def augmented(self, keys: Array, batch: Batch) -> Array:
+    """Returns normalized images under the augmentation."""
+    own = self.augment
+    if own.kind == 'none':
+      return self.inputs(batch)
+    if own.kind == 'resized_crop':
+      crop = data.siamese_augment(self.view[0], **own.crop_options(), mean=self.mean, std=self.std)
+      return data.draw_views(crop, keys, batch['image'], 1)[0]
+    steps = [functools.partial(data.random_crop, padding=own.padding)]
+    if own.flip:
+      steps.append(data.random_flip)
+    images = jax.vmap(data.compose(*steps))(keys, data.to_float(batch['image']))
+    return data.normalize(images, self.mean, self.std)
+
+  def targets(self, batch: Batch) -> Array:
+    """Returns the labels."""
+    return batch['label']
+
+  def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
+    """Returns `loss` and `correct` of each image."""
+    outputs = outputs.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+    return {'loss': loss, 'correct': (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTask:
+  """The next token at every position: records `tokens` `[length + 1]`, `index`."""
+
+  length: int
+
+  @classmethod
+  def of(cls, own: Tokens) -> 'TokenTask':
+    """Returns the task of a data set."""
+    return cls(own.length)
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    return {
+      'tokens': jax.ShapeDtypeStruct((size, self.length + 1), jnp.int32),
+      'index': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+  def inputs(self, batch: Batch) -> Array:
+    """Returns all tokens but the last."""
+    return batch['tokens'][:, :-1]
+
+  def augmented(self, keys: Array, batch: Batch) -> Array:
+    """Returns all tokens but the last."""
+    del keys
+    return self.inputs(batch)
+
+  def targets(self, batch: Batch) -> Array:
+    """Returns each position's next token."""
+    return batch['tokens'][:, 1:]
+
+  def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
+    """Returns `loss` and `correct`, means over the positions of each window."""
+    outputs = outputs.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+    correct = (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
+    return {'loss': jnp.mean(loss, -1), 'correct': jnp.mean(correct, -1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTask:
+  """A label at every position of ragged sequences, padded to one length.
+
+  Records: `sequence` float `[length, channels]`, `mask` bool `[length]` (True at what is there), `label` int
+  `[length]`, `index`. The model reads the pair (sequence, mask); what is padded counts nowhere.
+  """
+
+  length: int
+  channels: int
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {'train': True}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    shape = (size, self.length)
+    return {
+      'sequence': jax.ShapeDtypeStruct((*shape, self.channels), jnp.float32),
+      'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
+      'label': jax.ShapeDtypeStruct(shape, jnp.int32),
+      'index': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+  def inputs(self, batch: Batch) -> tuple[Array, Array]:
+    """Returns sequences, zero where they are padded, and masks."""
+    return jnp.where(batch['mask'][..., None], batch['sequence'], 0), batch['mask']
+
+  def augmented(self, keys: Array, batch: Batch) -> tuple[Array, Array]:
+    """Returns `inputs`."""
+    del keys
+    return self.inputs(batch)
+
+  def targets(self, batch: Batch) -> tuple[Array, Array]:
+    """Returns labels and masks."""
+    return batch['label'], batch['mask']
+
+  def score(self, outputs: Array, targets: tuple[Array, Array]) -> dict[str, Array]:
+    """Returns `loss` and `correct`, means over what is there of each sequence."""
+    labels, mask = targets
+    outputs = outputs.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(mask, labels, 0))
+    correct = (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
+    present = jnp.maximum(jnp.sum(mask, -1), 1)
+    return {
+      'loss': jnp.sum(jnp.where(mask, loss, 0), -1) / present,
+      'correct': jnp.sum(jnp.where(mask, correct, 0), -1) / present,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxTask:
+  """Boxes in images, padded to one number.
+
+  Records: `image`, `boxes` float `[count, 4]`, `label` int `[count]`, `mask` bool `[count]`, `index`.
+  What a detector says and how it is judged is the detector's own: `score` is passed in.
+  """
+
+  stored: tuple[int, int, int]
+  count: int
+  mean: float | tuple[float, ...]
+  std: float | tuple[float, ...]
+  scorer: Any
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {'train': True}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    return {
+      'image': jax.ShapeDtypeStruct((size, *self.stored), jnp.uint8),
+      'boxes': jax.ShapeDtypeStruct((size, self.count, 4), jnp.float32),
+      'label': jax.ShapeDtypeStruct((size, self.count), jnp.int32),
+      'mask': jax.ShapeDtypeStruct((size, self.count), jnp.bool_),
+      'index': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+  def inputs(self, batch: Batch) -> Array:
+    """Returns normalized images."""
+    return data.normalize(data.to_float(batch['image']), self.mean, self.std)
+
+  def augmented(self, keys: Array, batch: Batch) -> Array:
+    """Returns `inputs`: boxes move with what an augmentation moves."""
+    del keys
+    return self.inputs(batch)
+
+  def targets(self, batch: Batch) -> Batch:
+    """Returns boxes, labels and masks."""
+    return {name: batch[name] for name in ('boxes', 'label', 'mask')}
+
+  def score(self, outputs: Any, targets: Batch) -> dict[str, Array]:
+    """Returns what the detector's own function says of each image."""
+    return self.scorer(outputs, targets)

@@ -1,0 +1,1 @@
+"""Programs around the experiments: reports, compilation for pods, measurements of speed, comparisons."""

@@ -1,0 +1,165 @@
+"""Sums of products of 8-bit codes in int32: in integers where there are units for it, in float32 on a CPU.
+
+XLA's CPU backend multiplies arrays of integers tens of times slower than arrays of floats. Sums of integers in
+float32 are exact up to 2^24, in whatever order they are taken: 1024 products of two int8. On a CPU a longer sum is
+cut into parts along its channels, each exact in float32, that are added in int32. The sums of one operand alone,
+which the zero point of the other one multiplies, come from the same product: the kernel gets one more output, with
+ones. What is compiled for a TPU or GPU is one product of integers and plain sums.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxlab.models.convolution import conv_general_dilated
+
+Array = jax.Array
+
+EXACT_TERMS = 2**24 // 128**2
+HIGHEST = lax.Precision.HIGHEST
+
+
+class ExactSums(NamedTuple):
+  """Sums over the contracted axes, all int32.
+
+  Attributes:
+    products: of `x * kernel`, `[..., out]`.
+    kernel: of the kernel, `[out]`.
+    x: of the input, for each group of channels: `[..., groups]`; None if not asked for.
+  """
+
+  products: Array
+  kernel: Array
+  x: Array | None
+
+
+def dot_sums(x: Array, kernel: Array, *, of_x: bool) -> ExactSums:
+  """Returns the sums of a matrix product.
+
+  Args:
+    x: int8 `[..., in]`.
+    kernel: int8 `[in, out]`.
+    of_x: whether those of `x` are needed, `[..., 1]`.
+  """
+  forms = (functools.partial(form, of_x=of_x) for form in (_float_dot, _integer_dot))
+  return lax.platform_dependent(x, kernel, **dict(zip(('cpu', 'default'), forms)))
+
+
+def _integer_dot(x: Array, kernel: Array, of_x: bool) -> ExactSums:
+  numbers = (((x.ndim - 1,), (0,)), ((), ()))
+  return ExactSums(
+    lax.dot_general(x, kernel, numbers, preferred_element_type=jnp.int32),
+    jnp.sum(kernel, 0, dtype=jnp.int32),
+    jnp.sum(x, -1, keepdims=True, dtype=jnp.int32) if of_x else None,
+  )
+
+
+def _float_dot(x: Array, kernel: Array, of_x: bool) -> ExactSums:
+  flat, outputs = x.reshape(-1, x.shape[-1]), kernel.shape[1]
+  total, columns = 0, 0
+  for part in _parts(kernel.shape[0], EXACT_TERMS):
+    matrix = kernel[part].astype(jnp.float32)
+    columns += jnp.sum(matrix, 0).astype(jnp.int32)
+    if of_x:
+      matrix = jnp.pad(matrix, ((0, 0), (0, 1)), constant_values=1)
+    product = jnp.dot(flat[:, part].astype(jnp.float32), matrix, precision=HIGHEST)
+    total += product.astype(jnp.int32)
+  total = jnp.reshape(total, (*x.shape[:-1], outputs + of_x))
+  return _split(total, columns, outputs, of_x)
+
+
+def conv_sums(
+  x: Array,
+  kernel: Array,
+  *,
+  strides: Sequence[int],
+  dilation: Sequence[int],
+  groups: int,
+  of_x: bool,
+) -> ExactSums:
+  """Returns the sums of a convolution without padding, NHWC.
+
+  Args:
+    x: int8 `[batch, height, width, in]`.
+    kernel: int8 `[height, width, in / groups, out]`.
+    strides: of the window.
+    dilation: of the kernel.
+    groups: feature groups.
+    of_x: whether those of `x` are needed.
+  """
+  conv = functools.partial(
+    conv_general_dilated,
+    window_strides=strides,
+    padding='VALID',
+    rhs_dilation=dilation,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    feature_group_count=groups,
+  )
+  integers = functools.partial(
+    _integer_conv, conv, strides=strides, dilation=dilation, groups=groups, of_x=of_x
+  )
+  if math.prod(kernel.shape[:2]) > EXACT_TERMS:
+    return integers(x, kernel)
+  floats = functools.partial(_float_conv, conv, groups=groups, of_x=of_x)
+  return lax.platform_dependent(x, kernel, cpu=floats, default=integers)
+
+
+def _integer_conv(
+  conv: Callable[..., Array],
+  x: Array,
+  kernel: Array,
+  strides: Sequence[int],
+  dilation: Sequence[int],
+  groups: int,
+  of_x: bool,
+) -> ExactSums:
+  windows = None
+  if of_x:
+    windows = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
+    size, steps, spread = ((1, *pair, 1) for pair in (kernel.shape[:2], strides, dilation))
+    windows = lax.reduce_window(
+      windows, jnp.int32(0), lax.add, size, steps, 'VALID', window_dilation=spread
+    )
+  return ExactSums(
+    conv(x, kernel, preferred_element_type=jnp.int32),
+    jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32),
+    windows,
+  )
+
+
+def _float_conv(
+  conv: Callable[..., Array], x: Array, kernel: Array, groups: int, of_x: bool
+) -> ExactSums:
+  grouped = x.reshape(*x.shape[:-1], groups, -1)
+  outputs = kernel.shape[-1] // groups
+  total, columns = 0, 0
+  for part in _parts(kernel.shape[2], EXACT_TERMS // math.prod(kernel.shape[:2])):
+    own = kernel[:, :, part].astype(jnp.float32)
+    columns += jnp.sum(own, (0, 1, 2)).astype(jnp.int32)
+    if of_x:
+      own = own.reshape(*own.shape[:3], groups, outputs)
+      own = jnp.pad(own, ((0, 0),) * 4 + ((0, 1),), constant_values=1)
+      own = own.reshape(*own.shape[:3], -1)
+    images = grouped[..., part].reshape(*x.shape[:-1], -1).astype(jnp.float32)
+    total += conv(images, own, precision=HIGHEST).astype(jnp.int32)
+  if of_x and groups > 1:
+    total = total.reshape(*total.shape[:-1], groups, outputs + 1)
+    products = total[..., :-1].reshape(*total.shape[:-2], -1)
+    return ExactSums(products, columns, total[..., -1])
+  return _split(total, columns, kernel.shape[-1], of_x)
+
+
+def _split(total: Array, columns: Array, outputs: int, of_x: bool) -> ExactSums:
+  return ExactSums(total[..., :outputs], columns, total[..., outputs:] if of_x else None)
+
+
+def _parts(size: int, most: int) -> list[slice]:
+  """Returns slices of about equal length that cover `size` elements, each of at most `most`."""
+  count = max(-(-size // most), 1)
+  bounds = [size * i // count for i in range(count + 1)]
+  return [slice(*pair) for pair in zip(bounds, bounds[1:])]

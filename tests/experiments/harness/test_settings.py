@@ -1,0 +1,130 @@
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pytest
+
+from experiments.harness import settings
+from experiments.harness.settings import fill, free, identity, override, parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  rate: float
+  kind: Literal['a', 'b'] = 'a'
+  where: str = free('here')
+
+  def check(self):
+    if self.rate < 0:
+      yield f'rate={self.rate}: expected >= 0.'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+  inner: Inner
+  maybe: Inner | None = None
+  named: dict[str, Inner] = dataclasses.field(default_factory=dict)
+  names: tuple[str, ...] = ()
+  pair: tuple[int, float] = (1, 2.0)
+  mean: float | tuple[float, ...] = 0.0
+  limit: int | None = None
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  size: int = 3
+
+
+def test_values_become_sections():
+  found = fill(Outer, {'inner': {'rate': 1}, 'named': {'x': {'rate': 2.5}}, 'names': ['p', 'q']})
+  assert found.inner == Inner(1.0) and type(found.inner.rate) is float
+  assert found.named == {'x': Inner(2.5)} and found.names == ('p', 'q') and found.maybe is None
+
+
+def test_all_that_is_wrong_is_said_at_once():
+  values = {
+    'inner': {'rat': 1.0, 'kind': 'c'},
+    'named': {'x': {'rate': 'high'}},
+    'pair': (1,),
+    'size': 2.5,
+    'sise': 3,
+  }
+  with pytest.raises(settings.SettingsError) as caught:
+    fill(Outer, values)
+  expected = (
+    'sise: unknown key; expected size',
+    'inner.rat: unknown key; expected rate',
+    'inner.rate: missing; expected float',
+    "inner.kind='c': expected one of 'a', 'b'",
+    "named.x.rate='high': expected float, got str",
+    'pair=(1,): expected tuple[int, float]',
+    'size=2.5: expected int, got float',
+  )
+  for text in expected:
+    assert text in str(caught.value), text
+  assert len(caught.value.problems) == len(expected)
+
+
+def test_problems_have_full_names():
+  found = fill(Outer, {'inner': {'rate': -1.0}, 'named': {'x': {'rate': -2.0}}})
+  assert list(settings.problems(found)) == [
+    'inner.rate=-1.0: expected >= 0.',
+    'named.x.rate=-2.0: expected >= 0.',
+  ]
+
+
+@pytest.mark.parametrize(
+  ('text', 'kind', 'value'),
+  [
+    ('3', int, 3),
+    ('3', float, 3.0),
+    ('3', str, '3'),
+    ('none', int | None, None),
+    ('none', str | None, None),
+    ('true', bool, True),
+    ('["a","b"]', tuple[str, ...], ('a', 'b')),
+    ('[a,b]', tuple[str, ...], ('a', 'b')),
+    ('a', tuple[str, ...], ('a',)),
+    ('()', tuple[str, ...], ()),
+    ('(1, 2)', tuple[int, float], (1, 2.0)),
+    ('0.5', float | tuple[float, ...], 0.5),
+    ('[0.5,0.25]', float | tuple[float, ...], (0.5, 0.25)),
+    ('a', Literal['a', 'b'], 'a'),
+    ("{'x': [1]}", Mapping[str, Any], {'x': (1,)}),
+  ],
+)
+def test_texts_are_read_by_type(text, kind, value):
+  assert parse(text, kind) == value and type(parse(text, kind)) is type(value)
+
+
+@pytest.mark.parametrize(('text', 'kind'), [('x', int), ('1.5', int), ('c', Literal['a', 'b'])])
+def test_texts_of_another_type_are_refused(text, kind):
+  with pytest.raises(ValueError, match='expected'):
+    parse(text, kind)
+
+
+def test_every_key_can_be_overridden():
+  values = {'inner': {'rate': 1.0}, 'named': {'x': {'rate': 1.0}}, 'options': {'depth': 2}}
+  pairs = ['inner.kind=b', 'named.x.rate=3', 'maybe.rate=2', 'options.width=4', 'limit=5']
+  found = fill(Outer, override(Outer, values, pairs))
+  assert found.inner == Inner(1.0, 'b') and found.named['x'] == Inner(3.0)
+  assert (found.maybe, found.options) == (Inner(2.0), {'depth': 2, 'width': 4})
+  assert found.limit == 5 and values['inner'] == {'rate': 1.0}
+
+
+@pytest.mark.parametrize(
+  ('assignment', 'message'),
+  [
+    ('inner.rat=3', r'--config\.inner\.rat: unknown key\. Did you mean inner\.rate'),
+    ('named.y.rate=3', 'unknown key'),
+    ('size=many', r'--config\.size=many: expected int'),
+    ('size', 'expected --config.key=value'),
+  ],
+)
+def test_a_wrong_override_says_what_was_expected(assignment, message):
+  with pytest.raises(settings.SettingsError, match=message):
+    override(Outer, {'inner': {'rate': 1.0}}, [assignment])
+
+
+def test_the_identity_leaves_out_what_does_not_decide():
+  one = fill(Outer, {'inner': {'rate': 1.0, 'where': 'there'}})
+  other = fill(Outer, {'inner': {'rate': 1.0}})
+  assert identity(one) == identity(other) != identity(dataclasses.replace(one, size=4))
+  assert 'where' not in identity(one)['inner'] and identity(one)['inner']['rate'] == 1.0

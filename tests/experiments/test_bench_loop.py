@@ -1,0 +1,38 @@
+import pytest
+
+from experiments import bench, bench_loop
+
+
+@pytest.fixture
+def small(monkeypatch):
+  full = bench_loop.configuration
+
+  def configuration(size):
+    config = full(size)
+    with config.unlocked():
+      config.model.backbone.update(name='cifar_resnet18', stage_sizes=(1,), strides=(2,), width=8)
+      config.model.projector.update(hidden=8, features=8)
+      config.model.predictor_hidden = 8
+      config.batch_size = 16
+    return config
+
+  monkeypatch.setattr(bench_loop, 'configuration', configuration)
+  monkeypatch.setattr(bench_loop, 'STEPS', {'embedded': 2, 'resnet18': 1})
+
+
+def test_ratios_come_out_of_one_run_and_bits_cause_no_recompilation(small, capsys):
+  found = bench.main(['--models=', '--sizes=embedded', '--repeats=2'])['sizes']['embedded']
+  assert found['recompilations'] == 0
+  assert found['loop_over_bare'] == pytest.approx(
+    found['loop_ssql_seconds_per_step'] / found['bare_ssql_seconds_per_step']
+  )
+  assert found['quantized_over_plain'] == pytest.approx(
+    found['bare_ssql_seconds_per_step'] / found['bare_base_seconds_per_step']
+  )
+  assert min(found.values()) >= 0 and 'loop_over_bare' in capsys.readouterr().out
+
+
+def test_sides_are_timed_in_turns():
+  order = []
+  times = bench_loop.alternate({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 3)
+  assert order == ['a', 'b'] * 3 and set(times) == {'a', 'b'}

@@ -1,0 +1,91 @@
+"""Every paper and every setting: checked without data, and its programs traced."""
+
+import ast
+import importlib
+
+import pytest
+
+from experiments.harness import launcher
+from experiments.harness.settings import assignments, plain
+
+PAPERS = sorted(
+  folder.parent.name
+  for folder in launcher.CONFIGS.glob('*/embedded.py')
+  if hasattr(importlib.import_module(f'experiments.{folder.parent.name}'), 'Settings')
+)
+SETTINGS = [(paper, path.stem) for paper in PAPERS for path in launcher.settings(paper)]
+
+
+def programs(config):
+  return importlib.import_module(f'experiments.{config.paper}').programs(config)
+
+
+@pytest.mark.parametrize(('paper', 'setting'), SETTINGS)
+def test_every_setting_passes_its_checks_without_data(paper, setting, monkeypatch):
+  from jaxlab import data
+
+  for name in ('load', 'ListedImages'):
+    monkeypatch.setattr(data, name, lambda *args, **kwargs: pytest.fail('data are opened'))
+  launcher.check(launcher.load(paper, setting))
+
+
+@pytest.mark.parametrize(('paper', 'setting'), SETTINGS)
+def test_every_setting_has_programs_that_can_be_traced(paper, setting):
+  config = launcher.load(paper, setting)
+  found = programs(config)
+  assert found
+  # What a family's networks have in common is traced with the small one.
+  for name in list(found) if setting == 'embedded' else list(found)[:1]:
+    found[name].trace()
+
+
+@pytest.mark.parametrize(('paper', 'setting'), SETTINGS)
+def test_what_is_printed_can_be_pasted_back(paper, setting):
+  import shlex
+
+  config = launcher.load(paper, setting)
+  pasted = [shlex.split(text)[0].removeprefix('--config.') for text in assignments(config)]
+  pasted = [text for text in pasted if not text.startswith(('paper=', 'setting='))]
+  assert plain(launcher.load(paper, setting, pasted)) == plain(config)
+
+
+@pytest.mark.parametrize('paper', PAPERS)
+def test_programs_lower_for_a_mesh(paper):
+  from jaxlab.parallel import make_mesh
+
+  found = programs(launcher.load(paper, 'embedded'))
+  name, program = next(iter(found.items()))
+  assert program.lower(make_mesh()).as_text(), name
+
+
+def imported(path):
+  """Returns the modules of `experiments` that a file imports."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('experiments'):
+      found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
+  return found
+
+
+def test_imports_point_one_way():
+  folder = launcher.CONFIGS.parent / 'experiments'
+  papers = {f'experiments.{paper}' for paper in PAPERS}
+  for room, closed in (
+    ('harness', ('experiments.protocols',)),
+    ('protocols', ('experiments.tools',)),
+    ('.', ()),
+  ):
+    for path in (folder / room).glob('*.py'):
+      found = imported(path)
+      assert not found & papers, path
+      assert not any(name.startswith(closed) for name in found if closed), path
+  for path in (folder.parent / 'jaxlab').rglob('*.py'):
+    assert not imported(path), path
+
+
+def test_protocols_name_no_paper():
+  folder = launcher.CONFIGS.parent / 'experiments' / 'protocols'
+  for file in folder.glob('*.py'):
+    words = set(file.read_text().lower().replace('.', ' ').replace('`', ' ').split())
+    assert not words & {*PAPERS} - {'gml'}, file
+    assert 'gml' not in words, file
