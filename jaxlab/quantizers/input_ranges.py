@@ -16,7 +16,7 @@ from jaxlab.quantizers.operands import (
   TENSOR,
   affine_constants,
   fake_quantize_operand,
-  finite_or_nan,
+  is_finite,
 )
 from jaxlab.quantizers.policy import Bits
 
@@ -82,7 +82,7 @@ class _InputSearch:
 
 def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
   if kind == 'log_sqrt2':
-    x = finite_or_nan(x)
+    x = jnp.where(is_finite(x), x, jnp.nan)
     scale = jnp.where(jnp.isnan(x.ravel()[0]), jnp.nan, log_sqrt2_scale(x, bits))
     return {'scale': scale, 'bits': jnp.asarray(bits, scale.dtype)}
   constants = affine_constants(TENSOR if kind == 'tensor' else CHANNEL, x, bits)

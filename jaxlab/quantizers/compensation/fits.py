@@ -155,7 +155,7 @@ def _fit_qwt(method: QwT, shapes: Shapes, stats: Any) -> Fitted:
     solved = conv.solve_conv(stats, method.kernel_size, ridge)
   else:
     solved = linear.solve_linear(stats, method.ridge or 0.0)
-    solved = solved._replace(weight=solved.weight[0])
+    solved = solved._replace(weight=jnp.asarray(np.asarray(solved.weight)[0]))
   gated, r2 = linear.gate(solved), float(solved.r2)
   return Fitted({'weight': gated.weight, 'bias': gated.bias}, r2, not r2 > 0)
 

@@ -251,9 +251,12 @@ def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearC
   return solved._replace(weight=solved.weight[0])
 
 
-@jax.jit
 def gate(compensation: LinearCompensation) -> LinearCompensation:
   """Returns `compensation` where its R^2 is positive, else one of zeros; NaN counts as failure."""
-  good = compensation.r2 > 0
-  weight = jnp.where(good, compensation.weight, 0)
-  return LinearCompensation(weight, jnp.where(good, compensation.bias, 0), compensation.r2)
+  weight, bias, r2 = compensation
+  if is_traced(compensation):
+    good = r2 > 0
+    return LinearCompensation(jnp.where(good, weight, 0), jnp.where(good, bias, 0), r2)
+  if not np.asarray(r2) > 0:  # by NumPy: nothing to compile for each shape
+    weight, bias = (jnp.asarray(np.zeros(a.shape, a.dtype)) for a in (weight, bias))
+  return LinearCompensation(weight, bias, r2)
