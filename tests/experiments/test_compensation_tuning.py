@@ -142,7 +142,7 @@ def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
   again = launcher.launch(qwt.run, config, tmp_path / 'run')
   assert again['rows'] == found['rows']
   steps = 1297 // config.qwt.fine_tuning.batch_size
-  assert f'vit 2w3a QwT*: going on from step {steps}' in capsys.readouterr().out
+  assert f'vit 2w3a QwT*: finished before, at step {steps}' in capsys.readouterr().out
   config.calibration.ranges = 10
   with pytest.raises(ValueError, match='ranges'):
     qwt.run(config, tmp_path / 'run')
