@@ -23,7 +23,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from experiments import launcher, networks, post_training, training
-from experiments.bench import alternate
+from experiments.bench_loop import alternate
 from experiments.quantized_features import parse_bits
 from jaxlab import models, quantizers
 from jaxlab.quantizers.execution import integer_network
