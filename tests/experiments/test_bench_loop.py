@@ -21,7 +21,9 @@ def small(monkeypatch):
 
 
 def test_ratios_come_out_of_one_run_and_bits_cause_no_recompilation(small, capsys):
-  found = bench.main(['--models=', '--sizes=embedded', '--repeats=2'])['sizes']['embedded']
+  found = bench.main(['--models=', '--workers=', '--sizes=embedded', '--repeats=2'])['sizes'][
+    'embedded'
+  ]
   assert found['recompilations'] == 0
   assert found['loop_over_bare'] == pytest.approx(
     found['loop_ssql_seconds_per_step'] / found['bare_ssql_seconds_per_step']
