@@ -306,8 +306,8 @@ def _straight_through(
 ) -> Array:
   """Returns `affine_fake_quantize`, and `x` where `skip`.
 
-  Its derivative is in closed form. What sums up to the gradient of the scale are products of arrays that exist
-  anyway, the result and the masked upstream gradient, so that no further array of this size is made.
+  Its derivative is in closed form. What sums up to the gradient of the scale are products of arrays that
+  exist anyway, the result and the masked upstream gradient, so that no further array of this size is made.
   """
   codes = jnp.clip(jnp.round(x / scale) + zero_point, low, high)
   return jnp.where(skip, x, (codes - zero_point) * scale)

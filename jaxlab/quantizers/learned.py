@@ -130,8 +130,8 @@ def _lsq_jvp(primals, tangents):
   out = _lsq(*primals)
   ratio = x / scale
   inside = (ratio >= low) & (ratio <= high)
-  # The step's slope, (x_hat - x) / s inside and x_hat / s outside, as products of arrays that exist anyway: the
-  # result, and the masked upstream gradient.
+  # The step's slope, (x_hat - x) / s inside and x_hat / s outside, as products of arrays that exist anyway:
+  # the result, and the masked upstream gradient.
   share = tangents[1] / scale
   return out, jnp.where(inside, tangents[0] - x * share, 0) + out * share
 
