@@ -5,16 +5,13 @@ from experiments import bench, bench_loop
 
 @pytest.fixture
 def small(monkeypatch):
-  full = bench_loop.configuration
+  from experiments.harness import launcher
 
   def configuration(size):
-    config = full(size)
-    with config.unlocked():
-      config.model.backbone.update(name='cifar_resnet18', stage_sizes=(1,), strides=(2,), width=8)
-      config.model.projector.update(hidden=8, features=8)
-      config.model.predictor_hidden = 8
-      config.batch_size = 16
-    return config
+    del size
+    model = "{'name': 'cifar_resnet18', 'stage_sizes': (1,), 'strides': (2,), 'width': 8}"
+    heads = [f'heads.{name}=8' for name in ('hidden', 'features', 'predictor')]
+    return launcher.load('ssql', 'embedded', [f'model={model}', *heads, 'recipe.batch_size=16'])
 
   monkeypatch.setattr(bench_loop, 'configuration', configuration)
   monkeypatch.setattr(bench_loop, 'STEPS', {'embedded': 2, 'resnet18': 1})
