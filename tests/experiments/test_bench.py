@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_comparison, bench_input, bench_models, bench_side
-from experiments.bench_comparison import Case
+from experiments.tools import bench, bench_comparison, bench_input, bench_models, bench_side
+from experiments.tools.bench_comparison import Case
 from jaxlab import models
 
 TORCH_LACKS = [name for name in ('torch', 'timm') if importlib.util.find_spec(name) is None]
@@ -184,10 +184,8 @@ def test_the_least_leaves_out_the_first_calls():
 
 
 def test_threads_are_bound():
-  program = (
-    'from experiments import bench_side\nbench_side.use_threads(1)\nprint(bench_side.cpu_count())'
-  )
-  root = pathlib.Path(bench.__file__).parent.parent
+  program = 'from experiments.tools import bench_side as b; b.use_threads(1); print(b.cpu_count())'
+  root = pathlib.Path(bench.__file__).parent.parent.parent
   ran = subprocess.run([sys.executable, '-c', program], cwd=root, capture_output=True, text=True)
   assert ran.stdout.split() == ['1'], ran.stderr
 

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments import bench, bench_loop
+from experiments.tools import bench, bench_loop
 
 
 @pytest.fixture

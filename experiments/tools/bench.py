@@ -1,6 +1,6 @@
 """Measures how fast networks train and run, next to PyTorch, and what the loop and calibration cost.
 
-  python -m experiments.bench [--models=resnet18_64,vit_tiny_224] [--torch-python=PATH] [--output=FILE]
+  python -m experiments bench [--models=resnet18_64,vit_tiny_224] [--torch-python=PATH] [--output=FILE]
 
 Networks (`--models`, none with `--models=`): wall time and CPU time of a training step (SGD with momentum)
 and of a forward pass, with all threads and with one; the time to compile the step; the time from the start
@@ -30,13 +30,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import bench_comparison, bench_input, bench_loop, bench_side
+from experiments.tools import bench_comparison, bench_input, bench_loop, bench_side
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """Returns what to measure, checked: `models` and `sizes` are tuples, `threads` numbers or None for all."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.bench',
+    prog='python -m experiments bench',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )

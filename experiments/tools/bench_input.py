@@ -184,7 +184,7 @@ def measure_step(
   """
   import jax
 
-  from experiments import bench_loop
+  from experiments.tools import bench_loop
   from jaxlab import data
 
   if root is None:
