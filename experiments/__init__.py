@@ -1,6 +1,5 @@
 """One module a paper: each composes the library's functions into the paper's experiment."""
 
-import ctypes
 import importlib.util
 import os
 import pathlib
@@ -18,22 +17,6 @@ def _only_cpu() -> bool:
   return not any(map(importlib.util.find_spec, accelerators))
 
 
-def _keep_memory() -> None:
-  """Lets glibc keep what XLA frees, for the next step.
-
-  A compiled step on a CPU allocates its hundreds of megabytes anew at each call; given back to the system in
-  between, they cost a page fault for every 4 kB: a tenth of the step of a vision transformer.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError):  # another C library
-    return
-  trim_threshold, mmap_max, arena_max = -1, -4, -8
-  mallopt(mmap_max, 0)
-  mallopt(trim_threshold, 2**31 - 1)
-  mallopt(arena_max, 1)  # the arenas of other threads hold no more than 64 MB
-
-
 def _prefer_eigen() -> None:
   """Lets XLA's CPU backend compute dots and convolutions by Eigen instead of YNNPACK.
 
@@ -49,4 +32,3 @@ def _prefer_eigen() -> None:
 
 if _only_cpu():
   _prefer_eigen()
-  _keep_memory()
