@@ -24,8 +24,9 @@ from experiments import episodes, launcher, networks, training
 from experiments.episode_files import run_tasks
 from experiments.results import check_claims, measured_claims, print_table, results, row
 from jaxlab import data, models, parallel
-from jaxlab.data.few_shot import sample_episodes
-from jaxlab.data.long_tail import source_labels, subset
+from jaxlab.data.protocols.few_shot import sample_episodes
+from jaxlab.data.sources.source import source_labels
+from jaxlab.data.sources.subset import subset
 from jaxlab.evaluation.episodes import episode_metrics
 from jaxlab.parallel import aot
 

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 
 from experiments import networks, training
 from jaxlab import data, models, parallel
-from jaxlab.data.few_shot import Episode
-from jaxlab.data.long_tail import subset
+from jaxlab.data.protocols.few_shot import Episode
+from jaxlab.data.sources.subset import subset
 from jaxlab.losses.classification import label_smoothing_cross_entropy
 from jaxlab.losses.contrastive import normalize
 from jaxlab.losses.stability import acsr_loss

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from experiments import training
 from experiments.protocols.features import read_features
 from jaxlab import data, losses, models, parallel
-from jaxlab.data.few_shot import few_shot_split
-from jaxlab.data.long_tail import subset
+from jaxlab.data.protocols.few_shot import few_shot_split
+from jaxlab.data.sources.subset import subset
 from jaxlab.training import map_batches
 
 Array = jax.Array

@@ -24,6 +24,9 @@ from experiments.protocols.post_training import Further
 from experiments.protocols.quantized_networks import Fitting, Method
 from jaxlab.quantizers import compensation
 
+# Rows that are trained: title, role, the row that they start from.
+TUNED = {'PTQ*': ('baseline', 'PTQ'), 'QwT*': ('method', 'QwT')}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(quantized_networks.Settings):
@@ -49,18 +52,17 @@ def tuned(config: Settings) -> dict[str, Further]:
   """Returns the rows that are trained: QwT*, and the classifier of the quantized network alone."""
   if config.fine_tuning is None:
     return {}
-  rows = {'PTQ*': ('baseline', 'PTQ'), 'QwT*': ('method', 'QwT')}
   return {
     title: compensation_tuning.row(
       config, config.fine_tuning, role, base, methods(config).get(base)
     )
-    for title, (role, base) in rows.items()
+    for title, (role, base) in TUNED.items()
   }
 
 
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
-  yield from post_training.check(config, methods(config), tuned(config))
+  yield from post_training.check(config, methods(config), TUNED)
   if config.fine_tuning is not None:
     yield from compensation_tuning.check(config, config.fine_tuning)
 

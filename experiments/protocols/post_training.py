@@ -9,7 +9,7 @@ first; then what goes on from one of these networks.
 import pathlib
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,9 +72,9 @@ NONE: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def check(
-  config: Settings, methods: Mapping[str, Method], further: Mapping[str, Further] = NONE
+  config: Settings, methods: Mapping[str, Method], further: Iterable[str] = ()
 ) -> Iterator[str]:
-  """Yields what is wrong with methods and claims."""
+  """Yields what is wrong with methods and claims; `further` names other rows that there may be."""
   for name in config.networks:
     if name in config.network:
       depth = len(models.anatomy(networks.create(config.network[name].model)).blocks)
@@ -232,4 +232,5 @@ def _finish(axes: Any, title: str) -> None:
   axes[0, 0].figure.suptitle(title)
   for axis in axes[0]:
     axis.grid(alpha=0.3, axis='y')
-  axes[0, -1].legend(frameon=False, fontsize=8)
+  if axes[0, -1].get_legend_handles_labels()[0]:
+    axes[0, -1].legend(frameon=False, fontsize=8)

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from experiments.bench_loop import alternate
 from experiments.harness import data as harness_data
 from experiments.harness import launcher, networks
 from experiments.harness.networks import Loaded
 from experiments.protocols import quantized_networks
 from experiments.protocols.quantized_networks import Settings
+from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
 from jaxlab.quantizers.execution import integer_network
 from jaxlab.training import map_batches

@@ -5,10 +5,82 @@ batches and `prefetch_to_device` brings them to the devices. Augmentations are p
 `(key, image) -> image` of single float images, for `jax.vmap` inside of the jitted step.
 """
 
-from jaxlab.data.aligned import (
+from jaxlab.data.pipeline import (
+  Loader,
+  check_batch,
+  epoch_batches,
+  make_loader,
+  prefetch_to_device,
+  process_shard,
+  to_device,
+)
+from jaxlab.data.protocols.few_shot import (
+  Episode,
+  few_shot_split,
+  sample_episode,
+  sample_episodes,
+)
+from jaxlab.data.protocols.long_tail import (
+  balanced_subsets,
+  class_counts,
+  exponential_counts,
+  index_groups,
+  select_imbalanced,
+  shot_groups,
+  split_long_tailed,
+  step_counts,
+  undersample_indices,
+)
+from jaxlab.data.protocols.samplers import (
+  ClassAwareSampler,
+  ClassBalancedSampler,
+  MixedSampler,
+  SquareRootSampler,
+)
+from jaxlab.data.sources.aligned import (
   Aligned,
 )
-from jaxlab.data.augment import (
+from jaxlab.data.sources.catalogue import (
+  Catalogue,
+)
+from jaxlab.data.sources.embedded import (
+  Digits,
+  FashionMNIST,
+)
+from jaxlab.data.sources.image_folder import (
+  ImageFolder,
+)
+from jaxlab.data.sources.listed_images import (
+  ListedImages,
+  read_split_file,
+)
+from jaxlab.data.sources.load import (
+  load,
+)
+from jaxlab.data.sources.scenes import (
+  Scenes,
+  pasted,
+)
+from jaxlab.data.sources.source import (
+  InMemory,
+  Source,
+  check_images,
+  check_labels,
+  in_memory,
+  materialize,
+  source_labels,
+)
+from jaxlab.data.sources.subset import (
+  subset,
+)
+from jaxlab.data.sources.text import (
+  ByteText,
+  check_tokens,
+)
+from jaxlab.data.sources.token_file import (
+  TokenFile,
+)
+from jaxlab.data.transforms.augment import (
   compose,
   deterministic,
   example_keys,
@@ -21,13 +93,13 @@ from jaxlab.data.augment import (
   random_solarize,
   solarize,
 )
-from jaxlab.data.color import (
+from jaxlab.data.transforms.color import (
   draw_color_jitter,
   jitter_colors,
   random_color_jitter,
   random_contrast_brightness,
 )
-from jaxlab.data.crop import (
+from jaxlab.data.transforms.crop import (
   center_crop,
   crop_and_resize,
   draw_erasing,
@@ -38,89 +110,25 @@ from jaxlab.data.crop import (
   random_erasing,
   random_resized_crop,
 )
-from jaxlab.data.datasets import (
-  load,
-)
-from jaxlab.data.decode import (
+from jaxlab.data.transforms.decode import (
   DecodeImage,
   decode_image,
 )
-from jaxlab.data.few_shot import (
-  Episode,
-  few_shot_split,
-  sample_episode,
-  sample_episodes,
-)
-from jaxlab.data.image import (
+from jaxlab.data.transforms.image import (
   CIFAR10_MEAN_STD,
   IMAGENET_MEAN_STD,
   normalize,
   to_float,
 )
-from jaxlab.data.listed_images import (
-  ListedImages,
-  read_split_file,
-)
-from jaxlab.data.long_tail import (
-  balanced_subsets,
-  class_counts,
-  exponential_counts,
-  index_groups,
-  select_imbalanced,
-  shot_groups,
-  source_labels,
-  split_long_tailed,
-  step_counts,
-  subset,
-  undersample_indices,
-)
-from jaxlab.data.mixing import (
+from jaxlab.data.transforms.mixup import (
   mix_images,
   mixup,
   mixup_loss,
 )
-from jaxlab.data.pipeline import (
-  Loader,
-  check_batch,
-  epoch_batches,
-  make_loader,
-  prefetch_to_device,
-  process_shard,
-  to_device,
-)
-from jaxlab.data.randaugment import (
+from jaxlab.data.transforms.randaugment import (
   rand_augment,
 )
-from jaxlab.data.samplers import (
-  ClassAwareSampler,
-  ClassBalancedSampler,
-  MixedSampler,
-  SquareRootSampler,
-)
-from jaxlab.data.scenes import (
-  Scenes,
-  pasted,
-)
-from jaxlab.data.sources import (
-  Catalogue,
-  Digits,
-  FashionMNIST,
-  ImageFolder,
-  InMemory,
-  Source,
-  check_images,
-  check_labels,
-  in_memory,
-  materialize,
-)
-from jaxlab.data.text import (
-  ByteText,
-  check_tokens,
-)
-from jaxlab.data.token_file import (
-  TokenFile,
-)
-from jaxlab.data.views import (
+from jaxlab.data.transforms.views import (
   draw_views,
   siamese_augment,
 )

@@ -11,8 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlab.data.samplers import Sampler, draw_epoch
-from jaxlab.data.sources import InMemory, Record, Source, check_images, check_labels, stack_records
+from jaxlab.data.protocols.samplers import Sampler, draw_epoch
+from jaxlab.data.sources.source import (
+  InMemory,
+  Record,
+  Source,
+  check_images,
+  check_labels,
+  stack_records,
+)
 from jaxlab.parallel.mesh import batch_sharding
 
 Batch = dict[str, Any]

@@ -34,6 +34,7 @@ from jaxlab.quantizers.logarithmic import log_sqrt2_fake_quantize
 from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
 from jaxlab.quantizers.quantiles import quantiles_by_ends, quantiles_of_finite
 from jaxlab.quantizers.ranges import PERCENTILES, best_candidate
+from jaxlab.quantizers.row_sums import has_one_cpu
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -319,9 +320,9 @@ def _quantize_rows(
   return fake_quantize_operand(rows, own), constants
 
 
-def finite_or_nan(x: Array) -> Array:
-  """Returns `x`, or NaN everywhere if it is not finite; what is computed of it waits for the answer."""
-  return jnp.where(jnp.all(jnp.isfinite(x)), x, jnp.nan)
+def is_finite(x: Array) -> Array:
+  """Returns whether all values are finite, a scalar."""
+  return jnp.all(jnp.isfinite(jnp.stack([jnp.min(x), jnp.max(x)])))  # NaN, if there is one
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -331,12 +332,17 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
   A range below 16 units in the last place of its bounds is that of a constant: its scale is 0, which leaves
   values as they are. If `x` is not finite, the scale is NaN.
   """
-  x = finite_or_nan(jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32)))
+  x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+  finite = is_finite(x)
+  if not has_one_cpu():
+    # Then the search waits for the answer. Of two collectives that do not depend on each other, one in a
+    # loop, XLA on CPUs may start either first, on each device another, and they would wait for ever.
+    x = jnp.where(finite, x, jnp.nan)
   axes = affine.reduction_axes(quantizer, x.ndim)
-  shares = tuple([1 - p for p in PERCENTILES] + list(PERCENTILES))
-  bounds = quantiles_of_finite(x, shares, axes)
+  bounds = quantiles_of_finite(x, tuple([1 - p for p in PERCENTILES] + list(PERCENTILES)), axes)
   shape = () if quantizer.granularity == 'tensor' else (-1,)
   minimum, maximum = best_candidate(quantizer, x, bits, bounds, axes)
+  minimum = jnp.where(finite, minimum, jnp.nan)
   return constants_of_range(quantizer, minimum.reshape(shape), maximum.reshape(shape), bits)
 
 

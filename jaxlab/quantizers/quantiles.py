@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.quantizers.row_sums import Rows, rows_of, whole
+from jaxlab.quantizers.row_sums import Rows, has_one_cpu, rows_of, whole
 
 Array = jax.Array
 TAIL = 0.01  # share of the values that a partial sort is faster for than counting
@@ -67,7 +67,7 @@ def quantiles_of_finite(x: Array, shares: tuple[float, ...], axes: tuple[int, ..
   ranks = np.floor(positions).astype(np.int32)
   # Where few values lie beyond all ranks, a CPU sorts these; it would need the whole array on each device.
   few = np.max(np.where(ranks < count // 2, ranks + 2, count - ranks)) <= max(FEW, count * TAIL)
-  few = few and len(jax.devices('cpu')) == 1
+  few = few and has_one_cpu()
   kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
 
   def by_ends(x: Array) -> Array:

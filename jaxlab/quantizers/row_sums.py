@@ -63,20 +63,35 @@ def whole(x: Array, axes: Sequence[int], fill: Array) -> Rows:
 def rows_of(x: Array, axes: Sequence[int], fill: Array) -> Rows:
   """Returns `x` cut into rows for XLA on a CPU.
 
-  There a reduction to few values writes the whole array of what it adds to memory and does not use vector
+  There a reduction of computed values to few writes all of them to memory and does not use vector
   instructions, while adding one row of some thousand values after the other does.
 
-  The first axis, over which a batch may be split among devices, is never cut across rows in a way that moves
-  values between devices: each row holds a part of every device's examples.
+  With several devices, the first axis, over which a batch may be split, is not cut in a way that moves values
+  between devices: each row holds a part of every device's examples.
   """
-  kept_axes = [axis for axis in range(x.ndim) if axis not in axes]
+  others = [axis for axis in range(x.ndim) if axis not in axes]
   kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
-  features = math.prod(x.shape[axis] for axis in kept_axes)
-  batch = math.gcd(x.shape[0], SHARDS) if 0 in axes else 1
-  x = jnp.transpose(x, [axis for axis in range(x.ndim) if axis in axes] + kept_axes)
+  features = math.prod(x.shape[axis] for axis in others)
+  batch = math.gcd(x.shape[0], SHARDS) if 0 in axes and not has_one_cpu() else 1
+  x = jnp.transpose(x, [axis for axis in range(x.ndim) if axis in axes] + others)
   x = x.reshape(batch, -1, features)
-  rest = x.shape[1]
-  count = -(-rest // max(LANES // (batch * features), 1))
-  lanes = -(-rest // count)
-  x = jnp.pad(x, ((0, 0), (0, count * lanes - rest), (0, 0)), constant_values=fill)
-  return Rows(jnp.swapaxes(x.reshape(batch, count, lanes, features), 0, 1), (0, 1), kept)
+  lanes, extra = _divide(x.shape[1], max(LANES // (batch * features), 1))
+  if extra:
+    x = jnp.pad(x, ((0, 0), (0, extra), (0, 0)), constant_values=fill)
+  if batch == 1:
+    return Rows(x.reshape(-1, lanes, features), (0,), kept)
+  return Rows(jnp.swapaxes(x.reshape(batch, -1, lanes, features), 0, 1), (0, 1), kept)
+
+
+def has_one_cpu() -> bool:
+  """Returns whether there is one CPU device alone, so that no array of it is split over several."""
+  return len(jax.devices('cpu')) == 1
+
+
+def _divide(size: int, largest: int) -> tuple[int, int]:
+  """Returns the length of rows, at most `largest`, and what `size` lacks to be a multiple of it."""
+  for lanes in range(min(largest, size), largest // 4, -1):
+    if size % lanes == 0:
+      return lanes, 0
+  lanes = -(-size // -(-size // largest))
+  return lanes, -size % lanes

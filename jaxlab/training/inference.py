@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlab.data.pipeline import epoch_batches, process_shard, to_device
-from jaxlab.data.sources import Source
+from jaxlab.data.sources.source import Source
 from jaxlab.parallel import batch_sharding, make_mesh
 
 PyTree = Any

@@ -8,7 +8,7 @@ from golden_vectors import assert_close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlab.data.long_tail import shot_groups
+from jaxlab.data.protocols.long_tail import shot_groups
 from jaxlab.evaluation.classification import confusion_matrix, per_class_recall
 from jaxlab.evaluation.recalls import (
   confusion_metrics,

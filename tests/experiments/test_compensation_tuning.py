@@ -95,6 +95,7 @@ def test_bit_widths_are_the_lowest_or_all():
 def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
   changes = [
     *TINY, 'bits=4w4a,2w3a', f'networks_dir={tmp_path / "networks"}', 'log_every=20',
+    'network.vit.model.width=16', 'network.vit.recipe.epochs=4',
     'calibration.ranges=12', 'calibration.compensation=64', 'calibration.batch_size=64',
     'fine_tuning.recipe.schedule.base=0.03',
   ]  # fmt: skip

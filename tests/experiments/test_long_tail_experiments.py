@@ -12,7 +12,7 @@ from experiments import btm, dive, gml
 from experiments.harness import launcher, runs
 from experiments.harness.supervised import Seen
 from experiments.protocols import classification_losses, long_tail, long_tail_data, stages
-from jaxlab.data.long_tail import source_labels
+from jaxlab.data.sources.source import source_labels
 from jaxlab.losses.distillation import virtual_example_counts
 
 

@@ -18,6 +18,7 @@ from jaxlab.quantizers.compensation.linear import (
   LinearCompensation,
   LinearStats,
   init_linear_stats,
+  is_traced,
   merge_linear_stats,
   solve_linear,
   stats_dtype,
@@ -183,8 +184,11 @@ def kernel_of(weight: Array, kernel_size: int) -> Array:
   """Returns `[groups, channels * k * k, outputs]` as a kernel `[k, k, channels, groups * outputs]`."""
   groups, features, outputs = weight.shape
   k = kernel_size
+  if not is_traced(weight):
+    weight = np.asarray(weight)  # nothing to compile for each shape
   kernel = weight.reshape(groups, features // k**2, k, k, outputs)
-  return kernel.transpose(2, 3, 1, 0, 4).reshape(k, k, features // k**2, groups * outputs)
+  kernel = kernel.transpose(2, 3, 1, 0, 4)
+  return jnp.asarray(kernel.reshape(k, k, features // k**2, groups * outputs))
 
 
 def fit_conv_compensation(

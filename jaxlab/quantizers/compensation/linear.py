@@ -228,6 +228,13 @@ def is_traced(tree: Any) -> bool:
   return not all(map(is_concrete, jax.tree.leaves(tree)))
 
 
+def by_numpy(*trees: Any) -> tuple[Any, ...]:
+  """Returns the module that computes with `trees`, and them: NumPy, which compiles nothing, if it can."""
+  if is_traced(trees):
+    return jnp, *trees
+  return np, *jax.tree.map(np.asarray, trees)
+
+
 def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearCompensation:
   """Returns the least-squares layer `err ~ x W + b` (QwT, eq. of the closed form).
 
@@ -251,9 +258,12 @@ def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearC
   return solved._replace(weight=solved.weight[0])
 
 
-@jax.jit
 def gate(compensation: LinearCompensation) -> LinearCompensation:
   """Returns `compensation` where its R^2 is positive, else one of zeros; NaN counts as failure."""
-  good = compensation.r2 > 0
-  weight = jnp.where(good, compensation.weight, 0)
-  return LinearCompensation(weight, jnp.where(good, compensation.bias, 0), compensation.r2)
+  weight, bias, r2 = compensation
+  if is_traced(compensation):
+    good = r2 > 0
+    return LinearCompensation(jnp.where(good, weight, 0), jnp.where(good, bias, 0), r2)
+  if not np.asarray(r2) > 0:  # by NumPy: nothing to compile for each shape
+    weight, bias = (jnp.asarray(np.zeros(a.shape, a.dtype)) for a in (weight, bias))
+  return LinearCompensation(weight, bias, r2)

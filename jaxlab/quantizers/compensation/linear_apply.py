@@ -41,11 +41,22 @@ def compensation_product(x: Array, weight: Array, out_shape: tuple, dtype: Any) 
   """Returns `x W` (or the convolution of x) with operands of `dtype`, in at least float32."""
   wide = jnp.promote_types(jnp.promote_types(x.dtype, weight.dtype), jnp.float32)
 
-  def multiply(narrow, accumulate):
-    a, b = x.astype(narrow), weight.astype(narrow)
-    if weight.ndim == 4:
+  def product(a, b, accumulate):
+    if b.ndim == 4:
       return convolve(a, b, out_shape, accumulate)
     return jnp.matmul(a, b, precision=HIGHEST, preferred_element_type=accumulate)
+
+  def multiply(narrow, accumulate):
+    a, b = x.astype(narrow), weight.astype(narrow)
+    if jnp.dtype(narrow).itemsize >= jnp.dtype(accumulate).itemsize:
+      return product(a, b, accumulate)
+    # The product of two rounded values is exact in float32, in which a CPU multiplies much faster.
+    return lax.platform_dependent(
+      a,
+      b,
+      cpu=lambda a, b: product(a.astype(accumulate), b.astype(accumulate), accumulate),
+      default=lambda a, b: product(a, b, accumulate),
+    )
 
   dtype = jnp.dtype(dtype)
   if dtype not in (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)):

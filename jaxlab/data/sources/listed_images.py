@@ -1,0 +1,97 @@
+"""Image files named by a list, as the long-tailed splits of large data sets are published."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlab.data.sources.source import Record, check_labels
+
+
+def read_split_file(path: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarray]:
+  """Reads a published list of a long-tailed set: a line `relative/path label` for every image.
+
+  ImageNet-LT and Places-LT (Liu et al. 2019) and iNaturalist 2018 (Kang et al. 2020) come so.
+
+  Returns:
+    The paths in the order of the file, and their labels, int32 `[records]`.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: an empty file or a line of another form, with its number.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no split file {path}; it is published with the data set.')
+  names, labels = [], []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    if not line.strip():
+      continue
+    name, _, label = line.strip().rpartition(' ')
+    if not name.strip() or not label.isdecimal():
+      raise ValueError(f'{path}:{number} is {line!r}, expected `relative/path label`.')
+    names.append(name.strip())
+    labels.append(int(label))
+  if not names:
+    raise ValueError(f'{path} lists no images.')
+  return tuple(names), np.array(labels, np.int32)
+
+
+class ListedImages:
+  """Image files named by a list such as `ImageNet_LT_train.txt`; read when asked for.
+
+  Args:
+    path: the list, see `read_split_file`.
+    root: folder to which the listed paths are relative.
+    decode: False leaves `image` as the file's bytes, for `DecodeImage`.
+    num_classes: default: the largest label plus one.
+    class_names: default: the numbers.
+
+  Attributes:
+    labels: int32 `[records]`.
+
+  Raises:
+    FileNotFoundError: if the list, the folder, or the first file listed is not there.
+    ValueError: a malformed list or labels out of range.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    root: str | os.PathLike,
+    decode: bool = True,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+  ):
+    self._names, self.labels = read_split_file(path)
+    self._root, self._decode = pathlib.Path(root), decode
+    if num_classes is None:
+      num_classes = len(class_names) if class_names else int(self.labels.max()) + 1
+    check_labels(self.labels, num_classes)
+    self.num_classes = num_classes
+    self.class_names = tuple(class_names or map(str, range(num_classes)))
+    if len(self.class_names) != num_classes:
+      raise ValueError(f'{len(self.class_names)} class_names for {num_classes} classes.')
+    first = self._root / self._names[0]
+    if not first.is_file():
+      raise FileNotFoundError(
+        f'{first} is not there, the first image of {path}; root must be the folder to which the listed '
+        'paths are relative.'
+      )
+
+  def __len__(self) -> int:
+    return len(self._names)
+
+  def __getitem__(self, index: int) -> Record:
+    path = self._root / self._names[index]
+    image: Any = path.read_bytes()
+    if self._decode:
+      from jaxlab.data.transforms.decode import decode_image
+
+      try:
+        image = decode_image(image)
+      except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return {'image': image, 'label': self.labels[index], 'index': np.int32(index)}

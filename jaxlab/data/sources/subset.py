@@ -1,0 +1,48 @@
+"""Some records of a source, as a source."""
+
+import numpy as np
+
+from jaxlab.data.sources.source import InMemory, Record, Source
+
+
+class Subset:
+  """Some records of a source, in a new order; lazy. See `subset`."""
+
+  def __init__(self, source: Source, indices: np.ndarray):
+    self._source, self._indices = source, indices
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    if hasattr(source, 'labels'):
+      self.labels = source.labels[indices]
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[int(self._indices[index])], 'index': np.int32(index)}
+
+
+def subset(source: Source, indices: np.ndarray) -> Source:
+  """Returns a source of the records of `source` at `indices`, in that order.
+
+  Record `i` of it has index `i`; classes stay. A source in memory gives one in memory.
+
+  Args:
+    source: any source.
+    indices: integers `[records]`; may repeat.
+
+  Raises:
+    ValueError: indices that are empty, not integers, or out of range.
+  """
+  indices = np.asarray(indices)
+  if indices.ndim != 1 or not indices.size or not np.issubdtype(indices.dtype, np.integer):
+    raise ValueError(
+      f'indices have shape {indices.shape} and dtype {indices.dtype}, expected a non-empty vector of '
+      'integers.'
+    )
+  if not 0 <= indices.min() <= indices.max() < len(source):
+    raise ValueError(
+      f'indices run from {indices.min()} to {indices.max()}, but source has {len(source)} records.'
+    )
+  if isinstance(source, InMemory):
+    return InMemory(source.gather(indices), source.num_classes, source.class_names)
+  return Subset(source, indices)

@@ -1,0 +1,1 @@
+"""Decoding on the host, and augmentation on the device."""
