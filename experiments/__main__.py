@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     bench.main(rest)
   elif command == 'compare':
-    from experiments import qwix_comparison
+    from experiments.tools import compare
 
-    qwix_comparison.main(rest)
+    compare.main(rest)
   else:
     print(__doc__)
     raise SystemExit(0 if command in ('help', '-h', '--help') else 2)

@@ -7,39 +7,79 @@ goes on from there for an epoch of gradient steps on these layers and the classi
 epoch on the classifier of the quantized network alone.
 
   python -m experiments.qwt
-  python -m experiments.qwt --config=mlcollections_configs/qwt/imagenet.py --workdir=DIR
+  python -m experiments.qwt --config=imagenet --workdir=DIR
 """
 
+import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from experiments import launcher, post_training
-from experiments.compensation_tuning import Tuning
-from experiments.post_training import Method
+from experiments.harness import launcher
+from experiments.harness.runs import Call, Run
+from experiments.harness.settings import section
+from experiments.protocols import compensation_tuning, post_training, quantized_networks
+from experiments.protocols.compensation_tuning import FineTuning
+from experiments.protocols.post_training import Further
+from experiments.protocols.quantized_networks import Fitting, Method
 from jaxlab.quantizers import compensation
 
-lower = post_training.lower
+# Rows that are trained: title, role, the row that they start from.
+TUNED = {'PTQ*': ('baseline', 'PTQ'), 'QwT*': ('method', 'QwT')}
 
 
-def methods(config: ConfigDict) -> dict[str, Method]:
-  """Returns the rows of the comparison behind float and quantization alone."""
-  return {'QwT': Method('method', compensation.QwT(**config.qwt.method), config.qwt.options)}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(quantized_networks.Settings):
+  """Settings of QwT.
+
+  Attributes:
+    qwt: the linear layers.
+    fitting: how they are fitted.
+    fine_tuning: of QwT* and PTQ*; None: neither.
+  """
+
+  qwt: compensation.QwT = section(compensation.QwT)
+  fitting: Fitting = section(Fitting)
+  fine_tuning: FineTuning | None = None
 
 
-def tunings(config: ConfigDict) -> dict[str, Tuning]:
-  """Returns the rows that are trained for `config.qwt.fine_tuning`: QwT*, and its classifier alone."""
-  settings = config.qwt.get('fine_tuning')
-  if settings is None:
+def methods(config: Settings) -> dict[str, Method]:
+  """Returns the row of the closed form."""
+  return {'QwT': Method('method', config.qwt, config.fitting)}
+
+
+def tuned(config: Settings) -> dict[str, Further]:
+  """Returns the rows that are trained: QwT*, and the classifier of the quantized network alone."""
+  if config.fine_tuning is None:
     return {}
-  return {'PTQ*': Tuning('baseline', 'PTQ', settings), 'QwT*': Tuning('method', 'QwT', settings)}
+  return {
+    title: compensation_tuning.row(
+      config, config.fine_tuning, role, base, methods(config).get(base)
+    )
+    for title, (role, base) in TUNED.items()
+  }
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def check(config: Settings) -> Iterator[str]:
+  """Yields everything that is wrong with the settings."""
+  yield from post_training.check(config, methods(config), TUNED)
+  if config.fine_tuning is not None:
+    yield from compensation_tuning.check(config, config.fine_tuning)
+
+
+def programs(config: Settings, facts: None = None) -> dict[str, Run | Call]:
+  """Returns the trainings of float networks, the pipeline of the first, and its fine-tuning, by name."""
+  del facts
+  found = quantized_networks.programs(config)
+  if config.fine_tuning is not None:
+    found |= compensation_tuning.programs(config, config.fine_tuning)
+  return found
+
+
+def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Quantizes every network at every bit-width, with and without QwT."""
-  return post_training.compare(config, workdir, methods(config), tunings(config))
+  return post_training.compare(config, workdir, methods(config), tuned(config))
 
 
 if __name__ == '__main__':
-  launcher.main(run, 'qwt')
+  launcher.main('qwt')

@@ -175,7 +175,7 @@ def assignments(config: Any) -> list[str]:
       for name, child in value.items():
         yield from leaves(child, f'{path}.{name}')
     else:
-      text = value if isinstance(value, str) else repr(_listed(value))
+      text = value if isinstance(value, str) else _written(_listed(value))
       yield shlex.quote(f'--config{path}={text}')
 
   return list(leaves(config, ''))
@@ -187,6 +187,17 @@ def _listed(value: Any) -> Any:
   if isinstance(value, Mapping):
     return {k: _listed(v) for k, v in value.items()}
   return tuple(map(_listed, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _written(value: Any) -> str:
+  """Returns a literal, also of infinity, which Python has no literal for but 1e999."""
+  if isinstance(value, float) and value in (float('inf'), -float('inf')):
+    return '1e999' if value > 0 else '-1e999'
+  if isinstance(value, tuple):
+    return f'({", ".join(map(_written, value))}{"," * (len(value) == 1)})'
+  if isinstance(value, Mapping):
+    return f'{{{", ".join(f"{k!r}: {_written(v)}" for k, v in value.items())}}}'
+  return repr(value)
 
 
 def _copied(values: Any) -> Any:

@@ -8,30 +8,35 @@
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.qwt import embedded
+from mlcollections_configs.post_training import digits_networks, gain, lower
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = embedded.get_config()
-  config.qwt.fine_tuning = None
-  config.nbc = dict(
-    method=dict(scale_rule=1.0),
-    options=dict(dtype='float16', target='local'),
-    variants={'NBC, mean scales': dict(scale_rule='mean_abs')},
-  )
+  """Returns the settings."""
+  config = ConfigDict()
+
+  config.networks = ('vit', 'vit_massive', 'resnet', 'text')
+  config.network = digits_networks()
+  config.networks_dir = 'runs/networks'
+
+  config.bits = ('8w8a', '6w6a', '4w4a', '3w3a', '2w3a')
+  config.calibration = dict(ranges=64, compensation=512, batch_size=32)
+
+  config.nbc = dict(scale_rule=1.0)
+  config.variants = {'NBC, mean scales': dict(scale_rule='mean_abs')}
+
   config.claims = (
-    embedded.gain('NBC', 'vit', '2w3a', 4.0),
-    embedded.gain('NBC', 'vit', '2w3a', -1.5, baseline='QwT'),
-    embedded.gain('NBC', 'vit_massive', '2w3a', 4.0),
-    embedded.gain('NBC', 'vit_massive', '2w3a', 0.0, baseline='QwT'),
-    embedded.gain('NBC', 'vit_massive', '3w3a', -1.5, baseline='QwT'),
-    embedded.gain('NBC', 'vit_massive', '4w4a', -1.5, baseline='QwT'),
-    *(embedded.lower('NBC', network, '2w3a', 0.1) for network in ('resnet', 'text')),
-    *(
-      embedded.gain('NBC', network, bits, -0.5)
-      for network in ('vit', 'resnet')
-      for bits in ('4w4a', '8w8a')
-    ),
+    gain('NBC', 'vit', '2w3a', 4.0),
+    gain('NBC', 'vit', '2w3a', -1.5, baseline='QwT'),
+    gain('NBC', 'vit_massive', '2w3a', 4.0),
+    gain('NBC', 'vit_massive', '2w3a', 0.0, baseline='QwT'),
+    gain('NBC', 'vit_massive', '3w3a', -1.5, baseline='QwT'),
+    gain('NBC', 'vit_massive', '4w4a', -1.5, baseline='QwT'),
+    lower('NBC', 'resnet', '2w3a', 0.1),
+    lower('NBC', 'text', '2w3a', 0.1),
+    gain('NBC', 'vit', '4w4a', -0.5),
+    gain('NBC', 'vit', '8w8a', -0.5),
+    gain('NBC', 'resnet', '4w4a', -0.5),
+    gain('NBC', 'resnet', '8w8a', -0.5),
   )
   return config

@@ -1,6 +1,6 @@
 """NBC on a vision transformer and a ResNet for Fashion-MNIST, as QwT's setting of that name.
 
-python -m experiments.nbc --config=mlcollections_configs/nbc/fashion_mnist.py
+  python -m experiments.nbc --config=fashion_mnist
 
 The networks are trained once and kept for the other papers.
 """
@@ -8,14 +8,18 @@ The networks are trained once and kept for the other papers.
 from ml_collections import ConfigDict
 
 from mlcollections_configs.nbc import embedded
-from mlcollections_configs.qwt import fashion_mnist
+from mlcollections_configs.post_training import fashion_networks, gain, lower
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = fashion_mnist.get_config()
-  config.qwt.fine_tuning = None
-  own = embedded.get_config()
-  config.nbc = own.nbc
-  config.claims = tuple(c for c in own.claims if c['metric'].startswith(('vit_2', 'resnet_2')))
+  """Returns the settings."""
+  config = embedded.get_config()
+  config.networks = ('vit', 'resnet')
+  config.network = fashion_networks()
+  config.networks_dir = 'runs/networks_fashion_mnist'
+  config.claims = (
+    gain('NBC', 'vit', '2w3a', 4.0),
+    gain('NBC', 'vit', '2w3a', -1.5, baseline='QwT'),
+    lower('NBC', 'resnet', '2w3a', 0.1),
+  )
   return config

@@ -1,19 +1,25 @@
 """NBC on ImageNet with public weights: networks, bits and calibration as for QwT.
 
-  python -m experiments.nbc --config=mlcollections_configs/nbc/imagenet.py --workdir=gs://...
+  python -m experiments.nbc --config=imagenet --workdir=gs://...
 
-See `mlcollections_configs/qwt/imagenet.py` for the networks and the data.
+See `mlcollections_configs/qwt/imagenet.py` for the data.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.nbc import embedded
-from mlcollections_configs.qwt import imagenet
+from mlcollections_configs.post_training import imagenet_networks
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = imagenet.get_config()
-  config.qwt.fine_tuning = None
-  config.nbc = embedded.get_config().nbc
+  """Returns the settings."""
+  config = ConfigDict()
+
+  config.networks = ('deit_tiny', 'deit_small', 'deit_base')
+  config.network = imagenet_networks()
+
+  config.bits = ('8w8a', '6w6a', '4w4a')
+  config.calibration = dict(ranges=32, compensation=512, batch_size=32)
+
+  config.nbc = dict(scale_rule=1.0)
+  config.variants = {'NBC, mean scales': dict(scale_rule='mean_abs')}
   return config

@@ -9,33 +9,39 @@ block's output alone. Ranges are found anew on as many images as at first.
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.qwt import embedded
+from mlcollections_configs.post_training import digits_networks, gain, lower
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = embedded.get_config()
-  config.qwt.fine_tuning = None
-  config.calibration.batch_size = config.calibration.ranges
-  config.qwt_v2 = dict(
-    method=dict(granularity='linear'),
-    options=dict(dtype='float32', target='global'),
-    variants={
-      'QwT-v2, local teacher': dict(options=dict(target='local')),
-      'QwT-v2, blocks': dict(method=dict(granularity='block')),
-    },
-  )
+  """Returns the settings."""
+  config = ConfigDict()
+
+  config.networks = ('vit', 'vit_massive', 'resnet', 'text')
+  config.network = digits_networks()
+  config.networks_dir = 'runs/networks'
+
+  config.bits = ('8w8a', '6w6a', '4w4a', '3w3a', '2w3a')
+  config.calibration = dict(ranges=64, compensation=512, batch_size=64)
+
+  config.qwt_v2 = dict(granularity='linear')
+  config.fitting = dict(dtype='float32', target='global')
+  config.variants = {
+    'QwT-v2, local teacher': dict(fitting=dict(dtype='float32', target='local')),
+    'QwT-v2, blocks': dict(
+      method=dict(granularity='block'), fitting=dict(dtype='float32', target='global')
+    ),
+  }
+
   config.claims = (
-    embedded.gain('QwT-v2', 'vit', '2w3a', 2.0),
-    embedded.gain('QwT-v2', 'resnet', '2w3a', 0.0),
-    *(
-      embedded.lower('QwT-v2', network, '2w3a', 0.1)
-      for network in ('vit', 'vit_massive', 'resnet', 'text')
-    ),
-    *(
-      embedded.gain('QwT-v2', network, bits, -0.5)
-      for network in ('vit', 'resnet')
-      for bits in ('4w4a', '8w8a')
-    ),
+    gain('QwT-v2', 'vit', '2w3a', 2.0),
+    gain('QwT-v2', 'resnet', '2w3a', 0.0),
+    lower('QwT-v2', 'vit', '2w3a', 0.1),
+    lower('QwT-v2', 'vit_massive', '2w3a', 0.1),
+    lower('QwT-v2', 'resnet', '2w3a', 0.1),
+    lower('QwT-v2', 'text', '2w3a', 0.1),
+    gain('QwT-v2', 'vit', '4w4a', -0.5),
+    gain('QwT-v2', 'vit', '8w8a', -0.5),
+    gain('QwT-v2', 'resnet', '4w4a', -0.5),
+    gain('QwT-v2', 'resnet', '8w8a', -0.5),
   )
   return config

@@ -1,25 +1,31 @@
 """QwT-v2 on ImageNet with public weights: networks, bits and calibration as for QwT.
 
-  python -m experiments.qwt_v2 --config=mlcollections_configs/qwt_v2/imagenet.py --workdir=gs://...
+  python -m experiments.qwt_v2 --config=imagenet --workdir=gs://...
 
-See `mlcollections_configs/qwt/imagenet.py` for the networks and the data.
+See `mlcollections_configs/qwt/imagenet.py` for the data.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.qwt import imagenet
+from mlcollections_configs.post_training import imagenet_networks
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
-  config = imagenet.get_config()
-  config.qwt.fine_tuning = None
-  config.qwt_v2 = dict(
-    method=dict(granularity='linear'),
-    options=dict(dtype='float32', target='local'),
-    variants={
-      'QwT-v2, global teacher': dict(options=dict(target='global')),
-      'QwT-v2, blocks': dict(method=dict(granularity='block')),
-    },
-  )
+  """Returns the settings."""
+  config = ConfigDict()
+
+  config.networks = ('deit_tiny', 'deit_small', 'deit_base')
+  config.network = imagenet_networks()
+
+  config.bits = ('8w8a', '6w6a', '4w4a')
+  config.calibration = dict(ranges=32, compensation=512, batch_size=32)
+
+  config.qwt_v2 = dict(granularity='linear')
+  config.fitting = dict(dtype='float32', target='local')
+  config.variants = {
+    'QwT-v2, global teacher': dict(fitting=dict(dtype='float32', target='global')),
+    'QwT-v2, blocks': dict(
+      method=dict(granularity='block'), fitting=dict(dtype='float32', target='local')
+    ),
+  }
   return config

@@ -5,39 +5,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compensation_tuning, launcher, networks, post_training, qwt
+from experiments import qwt
+from experiments.harness import launcher
+from experiments.protocols import compensation_tuning, quantized_networks
 from jaxlab import models, quantizers
 from jaxlab.quantizers import compensation
 
-HEAD = r'head|fc'
+TINY = [
+  'networks=vit', 'eval_batch_size=256', 'network.vit.model.width=8', 'network.vit.model.depth=1',
+  'network.vit.model.num_heads=2', 'network.vit.model.patch_size=4', 'network.vit.recipe.epochs=1',
+  'network.vit.recipe.schedule.warmup_epochs=0',
+]  # fmt: skip
 
 
 @pytest.fixture(scope='module')
 def built():
-  """Returns the section of a tiny transformer, the network, quantized, and compensated."""
-  config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'embedded.py')
-  with config.unlocked():
-    config.network.vit.model.update(width=8, depth=1, num_heads=2, patch_size=4)
-  own = networks.section(config, 'vit')
+  """Returns a tiny transformer, quantized, compensated, and its inputs."""
+  own = launcher.load('qwt', 'embedded', TINY).network['vit']
   model = models.create(**own.model)
   x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
   variables = model.init(jax.random.key(1), x)
   head = jax.random.normal(jax.random.key(2), variables['params']['head']['kernel'].shape)
   variables['params']['head']['kernel'] = head  # zeros by design
-  quantized = post_training.quantize(own, model, variables, x, '2w3a')
-  found = compensation.compensate(model, quantized, [x], blocks=own.blocks)
-  return config, own, model, quantized, found, x
+  quantized = quantized_networks.quantize(own, model, variables, x, '2w3a')
+  return model, quantized, compensation.compensate(model, quantized, [x]), x
 
 
 def trained_and_frozen(built):
-  _, _, _, quantized, found, _ = built
-  trained, frozen = compensation_tuning.split(found.variables, HEAD)
-  floats, _ = compensation_tuning.split({'params': quantized.float_variables['params']}, HEAD)
-  return {**trained, **floats}, frozen
+  model, quantized, found, _ = built
+  floats = quantized.float_variables['params']
+  return compensation_tuning.beginning(model, found.variables, floats)
 
 
 def test_compensation_and_classifier_are_trained_from_the_closed_form(built):
-  _, _, _, _, found, _ = built
+  _, _, found, _ = built
   trained, frozen = trained_and_frozen(built)
   assert set(trained) == {'compensation', 'params'} and set(trained['params']) == {'head'}
   assert 'head' not in frozen['params'] and 'compensation' not in frozen
@@ -49,7 +50,7 @@ def test_compensation_and_classifier_are_trained_from_the_closed_form(built):
 
 
 def test_trained_classifier_stays_on_the_codes_of_its_calibration(built):
-  _, _, _, quantized, _, _ = built
+  _, quantized, _, _ = built
   trained, frozen = trained_and_frozen(built)
   constants = quantized.variables['quantization']['head']['kernel']
   moved = jax.tree.map(lambda leaf: leaf + 0.01, trained)
@@ -61,7 +62,7 @@ def test_trained_classifier_stays_on_the_codes_of_its_calibration(built):
 
 
 def test_gradients_reach_all_that_is_trained_through_the_quantizers(built):
-  _, _, model, quantized, found, x = built
+  model, quantized, found, x = built
   trained, frozen = trained_and_frozen(built)
   hook = compensation.compensation_hook(found.report.paths, jnp.float32)
 
@@ -76,55 +77,29 @@ def test_gradients_reach_all_that_is_trained_through_the_quantizers(built):
 
 
 def test_networks_without_classifier_tune_the_compensation_alone(built):
-  _, _, _, quantized, found, _ = built
-  trained, _ = compensation_tuning.split(found.variables, 'lm_head')
+  _, quantized, found, _ = built
+  trained, _ = compensation_tuning.split(found.variables, ())
   assert set(trained) == {'compensation'}
-  assert not jax.tree.leaves(compensation_tuning.split(quantized.variables, 'lm_head')[0])
+  assert not jax.tree.leaves(compensation_tuning.split(quantized.variables, ())[0])
 
 
-def test_section_replaces_the_training_and_says_where_it_starts(built):
-  config, own, *_ = built
-  merged = compensation_tuning.section(own, config.qwt.fine_tuning, {'row': 'QwT', 'bits': '2w3a'})
-  assert merged.schedule.to_dict() == config.qwt.fine_tuning.schedule.to_dict()
-  assert merged.batch_size == config.qwt.fine_tuning.batch_size and 'bits' not in merged
-  assert (merged.start.row, merged.start.quantization, merged.start.blocks) == (
-    'QwT',
-    'repq',
-    own.blocks,
-  )
-
-
-def test_bit_widths_are_the_lowest_or_all(built):
-  config, own, *_ = built
-  settings = config.qwt.fine_tuning
-  assert compensation_tuning.bit_widths(config, own, settings) == (config.bits[-1],)
-  settings = settings.copy_and_resolve_references()
-  settings.bits = 'all'
-  assert compensation_tuning.bit_widths(config, own, settings) == tuple(config.bits)
-  for changes, message in (
-    ({'bits': '2w3a'}, r'fine_tuning\.bits'),
-    ({'batch_size': 2048}, 'at most 1297'),
-    ({'batch_size': 12}, '8'),
-  ):
-    wrong = settings.copy_and_resolve_references()
-    wrong.update(changes)
-    with pytest.raises(ValueError, match=message):
-      compensation_tuning.bit_widths(config, own, wrong)
-  settings.tasks = ('language',)
-  assert compensation_tuning.bit_widths(config, own, settings) == ()
+def test_bit_widths_are_the_lowest_or_all():
+  config = launcher.load('qwt', 'embedded')
+  assert compensation_tuning.tuned(config.fine_tuning, config, 'vit') == config.bits[-1:]
+  assert compensation_tuning.tuned(config.fine_tuning, config, 'text') == ()
+  config = launcher.load('qwt', 'embedded', ['fine_tuning.bits=all', 'fine_tuning.tokens=true'])
+  for name in ('vit', 'text'):
+    assert compensation_tuning.tuned(config.fine_tuning, config, name) == config.bits
 
 
 def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
-  config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'embedded.py')
-  with config.unlocked():
-    config.networks, config.bits = ('vit',), ('4w4a', '2w3a')
-    config.networks_dir = str(tmp_path / 'networks')
-    config.calibration = {'ranges': 12, 'compensation': 64, 'batch_size': 64}
-    config.network.vit.model.update(width=16, depth=1, num_heads=2, patch_size=4)
-    config.network.vit.update(epochs=4, eval_batch_size=256)
-    config.network.vit.schedule.warmup_epochs = 0
-    config.qwt.fine_tuning.schedule.base = 0.03
-  found = launcher.launch(qwt.run, config, tmp_path / 'run')
+  changes = [
+    *TINY, 'bits=4w4a,2w3a', f'networks_dir={tmp_path / "networks"}', 'log_every=20',
+    'network.vit.model.width=16', 'network.vit.recipe.epochs=4',
+    'calibration.ranges=12', 'calibration.compensation=64', 'calibration.batch_size=64',
+    'fine_tuning.recipe.schedule.base=0.03',
+  ]  # fmt: skip
+  found = launcher.run('qwt', workdir=tmp_path / 'run', overrides=changes)
   rows = {row['name']: row for row in found['rows']}
   assert (rows['PTQ*']['role'], rows['QwT*']['role']) == ('baseline', 'method')
   for title, base in (('PTQ*', 'PTQ'), ('QwT*', 'QwT')):
@@ -139,35 +114,37 @@ def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
   assert {c['method'] for c in found['claims']} >= {'QwT', 'QwT*'}
 
   capsys.readouterr()
-  again = launcher.launch(qwt.run, config, tmp_path / 'run')
+  again = launcher.run('qwt', workdir=tmp_path / 'run', overrides=changes)
   assert again['rows'] == found['rows']
-  steps = 1297 // config.qwt.fine_tuning.batch_size
-  assert f'vit 2w3a QwT*: finished before, at step {steps}' in capsys.readouterr().out
-  config.calibration.ranges = 10
+  assert 'vit-2w3a-QwT-seed0: finished before' in capsys.readouterr().out
   with pytest.raises(ValueError, match='ranges'):
-    qwt.run(config, tmp_path / 'run')
-  config.qwt.fine_tuning = None
-  assert not qwt.tunings(config)
+    launcher.run('qwt', workdir=tmp_path / 'run', overrides=[*changes, 'calibration.ranges=10'])
+
+
+def test_without_fine_tuning_there_is_none():
+  config = launcher.load('qwt', 'embedded', ['fine_tuning=none'])
+  assert not qwt.tuned(config) and 'fine_tuning' not in qwt.programs(config)
 
 
 def test_the_training_of_imagenet_traces():
-  config = launcher.load_config(launcher.CONFIGS / 'qwt' / 'imagenet.py')
-  with config.unlocked():
-    config.network.deit_tiny.model.depth = 1
-  own = networks.section(config, 'deit_tiny')
-  model = models.create(**own.model)
-  image = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
-  variables = models.abstract_variables(model, (224, 224, 3))
-  quantized, floats = jax.eval_shape(
-    lambda v, x: post_training.quantize(own, model, v, x, '4w4a')[:2], variables, image
+  changes = ['networks=deit_tiny', 'network.deit_tiny.model.depth=1']
+  config = launcher.load('qwt', 'imagenet', changes)
+  (call,) = compensation_tuning.programs(config, config.fine_tuning).values()
+  call.trace()
+  _, (state, frozen, batch) = call.make(config.mesh.make())
+  assert set(state.params) == {'params'} and set(state.params['params']) == {'head'}
+  assert 'head' not in frozen['params'] and batch['image'].shape == (256, 256, 256, 3)
+
+
+def test_nothing_is_compiled_where_nothing_can_be_tuned():
+  for setting in ('embedded_gptq', 'embedded'):
+    config = launcher.load('qwt', setting, ['networks=text', 'fine_tuning.tokens=true'])
+    assert not compensation_tuning.programs(config, config.fine_tuning)  # its embedding is tied
+
+
+def test_hooks_of_the_training_are_those_of_the_quantized_network(built):
+  model, quantized, _, x = built
+  plain = models.apply(model, quantized.variables, x, hooks=quantizers.operand_hooks())
+  np.testing.assert_array_equal(
+    plain, models.apply(model, quantized.variables, x, hooks=quantized.hooks)
   )
-  trained, frozen = compensation_tuning.split(quantized, config.qwt.fine_tuning.head)
-  master, _ = compensation_tuning.split({'params': floats['params']}, config.qwt.fine_tuning.head)
-  assert set(master['params']) == {'head'}
-  section = compensation_tuning.section(own, config.qwt.fine_tuning, {'row': 'PTQ', 'bits': '4w4a'})
-  program = compensation_tuning.program(
-    section, model, quantizers.operand_hooks(), ({**trained, **master}, frozen), 10
-  )
-  state = jax.eval_shape(program.init, jax.random.key(0))
-  new, metrics = jax.eval_shape(program.step, state, {}, program.batch)
-  assert jax.tree.structure(new) == jax.tree.structure(state) and metrics['loss'].shape == ()

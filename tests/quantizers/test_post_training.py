@@ -129,3 +129,10 @@ def test_gradients_reach_parameters_through_the_quantized_network():
 def test_bad_input_is_named(make, match):
   with pytest.raises(ValueError, match=match):
     make()
+
+
+def test_names_of_bit_widths_are_read():
+  assert quantizers.parse_bits('2w4a') == (2, 4) and quantizers.parse_bits('4w16a') == (4, 16)
+  for text in ('w4a4', '2w4', '2x4a', '2w4ab', ''):
+    with pytest.raises(ValueError, match='named such as 2w4a'):
+      quantizers.parse_bits(text)

@@ -1,6 +1,6 @@
 """Compares post-training quantization here with qwix's, on one trained network.
 
-  python -m experiments.qwix_comparison --workdir=DIR [--network=vit] [--bits=8w8a,4w8a] [--repeats=5]
+  python -m experiments compare --workdir=DIR [--config=qwt/embedded] [--network=vit] [--bits=8w8a,4w8a]
 
 Rows: the network in float, ours fake-quantized, ours in integers, qwix's `PtqProvider` on the same module and
 parameters. Patch embedding and classifier are at 8/8 bits in all. Ours has one static range a tensor for
@@ -14,16 +14,19 @@ rows, as ratios to the float network.
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from ml_collections import ConfigDict
 
-from experiments import launcher, networks, post_training, training
-from experiments.quantized_features import parse_bits
+from experiments.harness import data as harness_data
+from experiments.harness import launcher, networks
+from experiments.harness.networks import Loaded
+from experiments.protocols import quantized_networks
+from experiments.protocols.quantized_networks import Settings
 from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
 from jaxlab.quantizers.execution import integer_network
@@ -35,7 +38,7 @@ Side = tuple[Callable[[PyTree, Array], Array], PyTree]
 
 
 def compare(
-  config: ConfigDict,
+  config: Settings,
   folder: pathlib.Path,
   *,
   network: str = 'vit',
@@ -45,27 +48,31 @@ def compare(
   """Returns `{row: {accuracy, bytes, packed, time}}`, `time` as a ratio to the float network.
 
   Args:
-    config: of a post-training experiment, e.g. `qwt/embedded.py`.
+    config: of a post-training experiment, e.g. `qwt/embedded`.
     folder: where trained networks are kept.
     network: a section of `config.network`.
     bits: such as `'4w8a'`.
     repeats: of the timing.
+
+  Raises:
+    ValueError: for a network that is not there, bits that do not exist, or a work directory of another run.
   """
+  if network not in config.network:
+    raise ValueError(f'network={network!r}: sections: {", ".join(config.network)}.')
   for value in bits:
-    quantizers.edge_policy(*parse_bits(value))
-  own = networks.section(config, network)
-  loaded = networks.load(config, network, folder)
+    quantizers.edge_policy(*quantizers.parse_bits(value))
+  own = config.network[network]
+  loaded = networks.load(config, own, folder / f'{network}-seed{config.seed}')
   (ranges,) = loaded.calibration(config.calibration.ranges, config.calibration.ranges)
-  test = training.load_data(own, 'test')
   sides = {'float': _side(loaded.model, loaded.variables)}
   for value in bits:
-    fake = post_training.quantize(own, loaded.model, loaded.variables, ranges, value)
+    fake = quantized_networks.quantize(own, loaded.model, loaded.variables, ranges, value)
     integers = integer_network(fake)
     sides[f'{value} fake-quantized'] = _side(loaded.model, fake.variables, fake.hooks)
     sides[f'{value} integer'] = _side(loaded.model, integers.variables, integers.hooks)
-    sides[f'{value} qwix'] = _side(*qwix_network(loaded, ranges, value))
-  batch = jnp.concatenate([ranges] * (1 + own.eval_batch_size // len(ranges)))
-  batch = batch[: own.eval_batch_size]
+    sides[f'{value} qwix'] = _side(*qwix_network(loaded.model, loaded.variables, ranges, value))
+  batch = jnp.concatenate([ranges] * (1 + config.eval_batch_size // len(ranges)))
+  batch = batch[: config.eval_batch_size]
 
   def timed(side: Side) -> Callable[[], None]:
     run, variables = side
@@ -75,7 +82,7 @@ def compare(
   times = alternate({name: timed(side) for name, side in sides.items()}, repeats)
   return {
     name: {
-      'accuracy': _accuracy(own, test, side),
+      'accuracy': _accuracy(loaded, side),
       'bytes': float(quantizers.size_in_bytes(side[1])),
       'packed': float(_packed_bytes(side[1])),
       'time': times[name] / times['float'],
@@ -84,47 +91,54 @@ def compare(
   }
 
 
-def qwix_network(network: networks.Network, x: Array, bits: str) -> tuple[nn.Module, PyTree]:
+def qwix_network(
+  model: nn.Module, variables: PyTree, x: Array, bits: str
+) -> tuple[nn.Module, PyTree]:
   """Returns qwix's module and variables at a bit-width such as `4w8a`, edges at 8/8.
+
+  Args:
+    model: the module.
+    variables: its float variables.
+    x: a batch of inputs.
+    bits: the bit-width.
 
   Raises:
     ValueError: for widths that are not qwix's types, int4 and int8.
   """
   import qwix
 
-  widths = parse_bits(bits)
+  widths = quantizers.parse_bits(bits)
   if not set(widths) <= {4, 8}:
     raise ValueError(f'bits={bits!r}: qwix has integer types of 4 and 8 bits.')
   weights, activations = (jnp.dtype(f'int{width}') for width in widths)
-  provider = qwix.PtqProvider(
-    [
-      qwix.QuantizationRule(
-        module_path=quantizers.EDGES, weight_qtype=jnp.int8, act_qtype=jnp.int8
-      ),
-      qwix.QuantizationRule(module_path='.*', weight_qtype=weights, act_qtype=activations),
-    ]
-  )
-  model = qwix.quantize_model(network.model, provider)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-  variables = jax.tree.map(jnp.asarray, dict(network.variables))
-  return model, {**variables, 'params': qwix.quantize_params(variables['params'], shapes['params'])}
+  rules = [qwix.QuantizationRule(module_path='.*', weight_qtype=weights, act_qtype=activations)]
+  if edges := models.any_of(models.anatomy(model).edges):
+    first = {'weight_qtype': jnp.int8, 'act_qtype': jnp.int8}
+    rules.insert(0, qwix.QuantizationRule(module_path=edges, **first))
+  quantized = qwix.quantize_model(model, qwix.PtqProvider(rules))
+  shapes = jax.eval_shape(quantized.init, jax.random.key(0), x)
+  variables = jax.tree.map(jnp.asarray, dict(variables))
+  params = qwix.quantize_params(variables['params'], shapes['params'])
+  return quantized, {**variables, 'params': params}
 
 
 def _side(model: nn.Module, variables: PyTree, hooks: Sequence[models.Hook] = ()) -> Side:
   return jax.jit(lambda v, x: models.apply(model, v, x, hooks=hooks)), variables
 
 
-def _accuracy(config: ConfigDict, source: Any, side: Side) -> float:
-  run, variables = side
+def _accuracy(loaded: Loaded, side: Side) -> float:
+  task, (run, variables) = loaded.network.task, side
 
   def correct(batch: dict[str, Array]) -> Array:
-    logits = run(variables, networks.inputs(config, batch))
-    return jnp.argmax(logits, -1) == networks.targets(config, batch)
+    return task.score(run(variables, task.inputs(batch)), task.targets(batch))['correct']
 
   found = map_batches(
-    correct, source, batch_size=config.eval_batch_size, mesh=training.mesh(config),
-    **training.reading(config, 'test'),
-  )  # fmt: skip
+    correct,
+    loaded.test,
+    batch_size=loaded.config.eval_batch_size,
+    mesh=loaded.config.mesh.make(),
+    **harness_data.reading(loaded.network.data, 'test'),
+  )
   return 100 * float(found.mean())
 
 
@@ -138,24 +152,34 @@ def _packed_bytes(tree: PyTree) -> int:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
   """Compares and prints."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.qwix_comparison',
+    prog='python -m experiments compare',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--config', default=str(launcher.CONFIGS / 'qwt' / 'embedded.py'))
+  parser.add_argument('--config', default='qwt/embedded', help='<paper>/<setting>')
   parser.add_argument('--workdir', required=True, help='where trained networks are kept')
   parser.add_argument('--network', default='vit')
   parser.add_argument('--bits', default='8w8a,4w8a')
   parser.add_argument('--repeats', type=int, default=5)
   options = parser.parse_args(arguments)
-  config = launcher.load_config(options.config)
-  found = compare(
-    config,
-    launcher.prepare_workdir(options.workdir),
-    network=options.network,
-    bits=options.bits.split(','),
-    repeats=options.repeats,
-  )
+  paper, _, setting = options.config.partition('/')
+  try:
+    config = launcher.load(paper, setting or 'embedded')
+    if not isinstance(config, Settings):
+      raise ValueError(f'--config={options.config} compares no quantized networks.')
+    launcher.check(config)
+    folder = pathlib.Path(options.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = compare(
+      config,
+      folder,
+      network=options.network,
+      bits=options.bits.split(','),
+      repeats=options.repeats,
+    )
+  except (ValueError, FileNotFoundError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    raise SystemExit(2) from error
   from rich.console import Console
   from rich.table import Table
 
@@ -165,7 +189,3 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     table.add_row(name, *numbers, f'{row["time"]:.2f}')
   Console().print(table)
   return found
-
-
-if __name__ == '__main__':
-  main()

@@ -1,0 +1,270 @@
+"""Networks at a bit-width: settings, quantization, compensation, size, and what is compiled for them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import NamedSharding
+
+from experiments.harness import networks
+from experiments.harness.data import Tokens
+from experiments.harness.runs import Call, Run, Variables
+from experiments.harness.sections import Experiment
+from experiments.harness.settings import found_by, free, section
+from jaxlab import models, parallel, quantizers
+from jaxlab.models import blockwise
+from jaxlab.quantizers import compensation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network(networks.Network):
+  """A float network and how it is quantized.
+
+  Attributes:
+    quantization: 'repq' (transformers), 'percentile' (convolutional networks); both leave stem and
+      classifier, the anatomy's edges, at 8 bits. Or 'gptq': kernels of the blocks; `16a` leaves inputs in
+      float.
+    conv_act_bits: of inputs of convolutions in place of the bit-width's, for 'percentile'.
+    gptq: options of `jaxlab.quantizers.gptq_ptq`.
+  """
+
+  quantization: Literal['repq', 'percentile', 'gptq'] = 'repq'
+  conv_act_bits: int | None = None
+  gptq: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """Training inputs: `ranges` of them for ranges, `compensation` of them in batches for compensations."""
+
+  ranges: int = 32
+  compensation: int = 512
+  batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitting:
+  """Options of `jaxlab.quantizers.compensation.compensate`."""
+
+  target: Literal['local', 'global'] = 'local'
+  dtype: Literal['float16', 'float32'] = 'float16'
+  start_block: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Experiment):
+  """Settings of a comparison over networks and bits.
+
+  Attributes:
+    networks: those of `network` that are compared.
+    network: float networks.
+    networks_dir: folder of those that are trained here, which other experiments may share; empty: in the work
+      directory.
+    bits: such as '4w4a', from many to few.
+    calibration: inputs.
+  """
+
+  networks: tuple[str, ...]
+  network: dict[str, Network]
+  networks_dir: str = free('')
+  bits: tuple[str, ...]
+  calibration: Calibration = section(Calibration)
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from super().check()
+    for name in ('networks', 'bits'):
+      if not getattr(self, name):
+        yield f'{name}: expected at least one.'
+    for name in self.networks:
+      if name not in self.network:
+        yield f'networks: there is no network.{name}; sections: {", ".join(self.network)}.'
+    chosen = [name for name in self.networks if name in self.network]
+    kernels_alone = all(self.network[name].quantization == 'gptq' for name in chosen)
+    low, high = quantizers.MIN_BITS, quantizers.MAX_BITS
+    for bits in self.bits:
+      if problems := list(found_by('bits', quantizers.parse_bits, bits)):
+        yield from problems
+        continue
+      both = quantizers.parse_bits(bits)
+      widths = both[:1] if kernels_alone and both[1] == 16 else both
+      if not all(low <= width <= high for width in widths):
+        yield f'bits: {bits!r} is outside of {low} to {high} bits.'
+    sizes = self.calibration
+    if sizes.batch_size < 1:
+      yield f'calibration.batch_size={sizes.batch_size}: expected at least 1.'
+      return
+    for name in chosen:
+      most = self.network[name].data.train_size
+      if not 1 <= sizes.compensation <= most or sizes.compensation % sizes.batch_size:
+        yield (
+          f'calibration.compensation={sizes.compensation} with batches of {sizes.batch_size}: expected a '
+          f'multiple of the batch, at most {most}, the training split of network.{name}.'
+        )
+      if not 1 <= sizes.ranges <= most:
+        yield f'calibration.ranges={sizes.ranges}: expected 1 to {most} ({name}).'
+
+
+class Method(NamedTuple):
+  """A row: a compensation of the quantized network.
+
+  Attributes:
+    role: of the row.
+    compensation: settings of the compensation.
+    fitting: how it is fitted.
+    transitions: whether the modules between blocks that change the resolution are compensated, too.
+  """
+
+  role: str
+  compensation: compensation.Method
+  fitting: Fitting = Fitting()
+  transitions: bool = False
+
+
+def quantize(
+  own: Network,
+  model: nn.Module,
+  variables: Any,
+  ranges: jax.Array,
+  bits: str,
+  batches: Sequence[jax.Array] = (),
+) -> quantizers.Quantized:
+  """Returns the network at a bit-width such as `4w4a`.
+
+  Args:
+    own: its section.
+    model: the module.
+    variables: its float variables.
+    ranges: one batch of inputs, for 'repq' and 'percentile'.
+    bits: the bit-width.
+    batches: of inputs, for 'gptq'.
+  """
+  weight_bits, input_bits = quantizers.parse_bits(bits)
+  parts = models.anatomy(model)
+  if own.quantization == 'gptq':
+    inside = f'({models.any_of(parts.block_paths)})/.*'
+    inputs = [] if input_bits == 16 else [(inside, input_bits)]
+    policy = quantizers.BitPolicy([(inside, weight_bits)], inputs)
+    return quantizers.gptq_ptq(model, variables, batches, policy, options=own.gptq)
+  policy = quantizers.edge_policy(weight_bits, input_bits, edges=parts)
+  if own.quantization == 'repq':
+    return quantizers.repq(model, variables, ranges, policy)
+  return quantizers.percentile_ptq(
+    model, variables, ranges, policy, conv_act_bits=own.conv_act_bits
+  )
+
+
+def compensate(
+  model: nn.Module,
+  quantized: quantizers.Quantized,
+  batches: Sequence[jax.Array],
+  method: Method,
+  programs: compensation.Programs | None = None,
+) -> compensation.Compensated:
+  """Returns the compensated network of a row."""
+  parts = models.anatomy(model)
+  between = tuple(block.path for block in parts.transitions) if method.transitions else ()
+  blocks = models.any_of((*parts.block_paths, *between))
+  options = dataclasses.asdict(method.fitting)
+  return compensation.compensate(
+    model, quantized, batches, method.compensation, blocks=blocks, programs=programs, **options
+  )
+
+
+def megabytes(variables: Mapping[str, Any]) -> float:
+  """Returns the size of a network in 10^6 bytes: quantized kernels at their bits, the rest at 32.
+
+  The weight matrix of a compensation counts 16 bits, its vectors 32; so do running statistics.
+  """
+  flat = {name: traverse_util.flatten_dict(dict(tree), sep='/') for name, tree in variables.items()}
+  constants = flat.get('quantization', {})
+  bits = 0.0
+  for path, leaf in (*flat['params'].items(), *flat.get('batch_stats', {}).items()):
+    low, high = constants.get(f'{path}/low'), constants.get(f'{path}/high')
+    bits += leaf.size * (32 if high is None else float(np.log2(float(high) - float(low) + 1)))
+  for path, leaf in flat.get('compensation', {}).items():
+    bits += leaf.size * (16 if path.endswith('weight') else 32)
+  return bits / 8e6
+
+
+def programs(config: Settings) -> dict[str, Run | Call]:
+  """Returns the trainings of float networks, and the pipeline of the first network at its last bit-width.
+
+  `quantize`: all ranges, reparametrization and kernels, from one calibration batch; `block`: one batch
+  through the first block, in float and quantized, the statistics of a linear compensation, its closed form,
+  and the compensated output; `forward`: the quantized network on an evaluation batch. GPTQ's kernels are
+  found block by block from the host, so that there `quantize` is missing.
+  """
+  found: dict[str, Run | Call] = {}
+  for name in config.networks:
+    if config.network[name].recipe is not None:
+      found[name] = networks.training(config, config.network[name], f'{name} in float')
+  own, bits = config.network[config.networks[0]], config.bits[-1]
+  model, hooks = networks.create(own.model), quantizers.operand_hooks()
+  searched, sizes = own.quantization != 'gptq', config.calibration
+
+  def search(variables: Variables, x: jax.Array) -> tuple[Variables, Variables]:
+    return quantize(own, model, variables, x, bits)[:2]
+
+  def inputs(mesh: jax.sharding.Mesh, count: int) -> jax.ShapeDtypeStruct:
+    shape, sharding = input_shape(own, count), networks.calibration_sharding(mesh, count)
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+  def floats(mesh: jax.sharding.Mesh) -> Variables:
+    return _placed(models.abstract_variables(model, input_shape(own, 1).shape[1:]), mesh)
+
+  @functools.cache
+  def both(mesh: jax.sharding.Mesh) -> tuple[Variables, Variables]:
+    """Returns the shapes of quantized and of float variables."""
+    if not searched:
+      return ({**floats(mesh), 'quantization': {}},) * 2
+    shapes = jax.eval_shape(search, floats(mesh), inputs(mesh, sizes.ranges))
+    return _placed(shapes, mesh)
+
+  def block(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    batch, (quantized, exact) = inputs(mesh, sizes.batch_size), both(mesh)
+    first = blockwise.find_blocks(model, quantized, (batch,), {}, hooks)[1][0]
+
+    def fit_one(quantized, exact, leaves):
+      y = first.run(quantized, leaves, hooks)
+      error, x = first.run(exact, leaves, hooks) - y, leaves[0]
+      if own.quantization != 'percentile':
+        fit = compensation.fit_linear_compensation(x, error)
+      else:
+        groups = compensation.num_groups(x.shape[-1], y.shape[-1])
+        fit = compensation.fit_conv_compensation(x, error, groups=groups)
+      return compensation.apply_linear_compensation(y, x, fit)
+
+    slices = (blockwise.slice_variables(tree, first.path) for tree in (quantized, exact))
+    return fit_one, (*slices, _placed(list(first.call.array_shapes), mesh, batch.sharding))
+
+  def forward(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    batch = inputs(mesh, config.eval_batch_size)
+    return (lambda v, x: models.apply(model, v, x, hooks=hooks)), (both(mesh)[0], batch)
+
+  if searched:
+    found['quantize'] = Call(lambda mesh: (search, (floats(mesh), inputs(mesh, sizes.ranges))))
+  return found | {'block': Call(block), 'forward': Call(forward)}
+
+
+def input_shape(own: Network, count: int) -> jax.ShapeDtypeStruct:
+  """Returns what the model reads of `count` records."""
+  if isinstance(own.data, Tokens):
+    return jax.ShapeDtypeStruct((count, own.data.length), jnp.int32)
+  return jax.ShapeDtypeStruct((count, *own.data.view), jnp.float32)
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh, sharding: NamedSharding | None = None) -> Any:
+  """Returns shapes with a sharding, by default each array split by the rule for parameters."""
+  shardings = parallel.fsdp_shardings(tree, mesh)
+  return jax.tree.map(
+    lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or own),
+    tree,
+    shardings,
+  )
