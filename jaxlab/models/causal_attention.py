@@ -122,7 +122,8 @@ def attend(
       key = _append(module, 'cached_key', key, context.slot)
       value = _append(module, 'cached_value', value, context.slot)
   scores = attention_scores(query, key)
-  scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
+  # Added, not selected: a CPU does it in one pass with the softmax. A score is lost beside the lowest number.
+  scores = scores + jnp.where(mask, 0, jnp.finfo(scores.dtype).min).astype(scores.dtype)[:, None]
   weights = HookPoint(name='softmax')(softmax(scores).astype(value.dtype))
   return weighted_values(weights, value)
 

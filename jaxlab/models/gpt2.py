@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlab.models import causal_attention
+from jaxlab.models.activations import gelu, gelu_tanh
 from jaxlab.models.causal_attention import Context, attend, positions_of
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
@@ -53,7 +54,8 @@ class GPT2Mlp(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, time, width]` to the same shape."""
     y = _dense(self.hidden, self.dtype, 'c_fc')(x)
-    y = HookPoint(name='gelu')(jax.nn.gelu(y, approximate=self.activation == 'gelu_tanh'))
+    activation = gelu_tanh if self.activation == 'gelu_tanh' else gelu
+    y = HookPoint(name='gelu')(activation(y))
     return _drop(_dense(x.shape[-1], self.dtype, 'c_proj', self.depth)(y), self.dropout)
 
 
@@ -161,7 +163,8 @@ class GPT2(nn.Module):
       )(x, context)
     x = _layer_norm(self.epsilon, self.dtype, 'ln_f')(x)
     if self.tied:
-      return wte.attend(x)
+      # Over flat tokens, as `flat_dot_general`.
+      return wte.attend(x.reshape(-1, self.width)).reshape(*tokens.shape, self.vocab_size)
     return _dense(self.vocab_size, self.dtype, 'lm_head', use_bias=False)(x)
 
   def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:

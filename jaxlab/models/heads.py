@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxlab.models.activations import gelu
 from jaxlab.models.initializers import (
   Initializer,
   torch_default,
@@ -18,7 +19,7 @@ from jaxlab.models.normalization import BatchNorm
 
 Array = jax.Array
 
-ACTIVATIONS = {'relu': nn.relu, 'gelu': lambda x: nn.gelu(x, approximate=False)}
+ACTIVATIONS = {'relu': nn.relu, 'gelu': gelu}
 
 
 class MLPHead(nn.Module):

@@ -209,7 +209,8 @@ class Llama(nn.Module):
       )(x, context)
     x = _rms_norm(self.epsilon, dtypes, 'norm')(x)
     if self.tied:
-      return embed.attend(x)
+      # Over flat tokens, as `flat_dot_general`.
+      return embed.attend(x.reshape(-1, self.width)).reshape(*tokens.shape, self.vocab_size)
     return _dense(self.vocab_size, dtypes, 'lm_head')(x)
 
   def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:

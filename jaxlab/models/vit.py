@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxlab.models.activations import gelu
 from jaxlab.models.attention import attention_scores, softmax, weighted_values
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
@@ -343,22 +344,6 @@ def flat_dot_general(
     preferred_element_type=preferred_element_type,
   )
   return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-@jax.custom_jvp
-def gelu(x: Array) -> Array:
-  """Returns the exact GELU `x / 2 * (1 + erf(x / sqrt(2)))`; erf is faster on a CPU than erfc."""
-  return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
-
-
-@gelu.defjvp
-def _gelu_jvp(primals, tangents):
-  (x,), (dx,) = primals, tangents
-  # Written from -x, it is no common subexpression of the forward pass: erf again takes less time than storing
-  # and reading it.
-  share = 0.5 * (1 - jax.lax.erf(x * -np.sqrt(0.5).astype(x.dtype)))
-  density = np.sqrt(0.5 / np.pi).astype(x.dtype) * jnp.exp(-0.5 * x * x)
-  return gelu(x), dx * (share + x * density)
 
 
 def _layer_norm(dtype: Any, name: str) -> LayerNorm:

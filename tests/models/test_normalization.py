@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
 from random_variables import random_images, random_variables, run
 
-from jaxlab.models.normalization import BatchNorm
+from jaxlab.models.normalization import BatchNorm, LayerNorm, layer_normalize
 
 
 def variables_of(scale, bias, dtype):
@@ -145,3 +147,33 @@ def test_batch_that_does_not_split_into_groups_raises():
   norm = BatchNorm(groups=3)
   with pytest.raises(ValueError, match='does not split into groups=3'):
     norm.init(jax.random.key(0), jnp.ones((4, 3)), True)
+
+
+@pytest.mark.parametrize('dtype', [None, jnp.bfloat16])
+@pytest.mark.parametrize('input_dtype', [jnp.float32, jnp.bfloat16])
+def test_layer_norm_is_flax_own_with_two_passes(dtype, input_dtype):
+  x = images((3, 5, 8)).astype(input_dtype)
+  own = LayerNorm(epsilon=1e-3, dtype=dtype)
+  plain = nn.LayerNorm(epsilon=1e-3, use_fast_variance=False, dtype=dtype)
+  variables = random_variables(plain, x)
+  assert jax.tree.map(jnp.shape, random_variables(own, x)) == jax.tree.map(jnp.shape, variables)
+  results = []
+  for norm in (own, plain):
+    y, pull = jax.vjp(lambda v, a, n=norm: n.apply(v, a), variables, x)
+    results.append((y, *jax.tree.leaves(pull(jnp.cos(y)))))
+  tolerance = 1e-5 if dtype is None and input_dtype == jnp.float32 else 3e-2
+  for a, b in zip(*results, strict=True):
+    assert a.dtype == b.dtype
+    assert_close(a.astype(jnp.float32), b.astype(jnp.float32), tolerance)
+
+
+def test_layer_normalization_has_derivatives_of_both_modes_and_orders():
+  with jax.enable_x64(True):
+    x, scale, bias = (jnp.asarray(images(s), jnp.float64) for s in ((4, 6), (6,), (6,)))
+    check_grads(layer_normalize, (x, scale, bias), order=2, modes=('fwd', 'rev'))
+
+
+def test_layer_normalization_survives_an_outlier_channel():
+  x = jnp.array([[1e4, 1e4 + 1, 1e4 + 2, 1e4 + 3]], jnp.float32)
+  expected = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(1.25)
+  assert_close(layer_normalize(x, jnp.ones(4), jnp.zeros(4), 0.0)[0], expected, 1e-5)
