@@ -22,8 +22,8 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
-from jaxlab.quantizers.rounding import clip_inclusive, round_straight_through
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -297,8 +297,43 @@ def affine_fake_quantize(
     low: lowest code.
     high: highest code.
   """
-  codes = clip_inclusive(round_straight_through(x / scale) + zero_point, low, high)
-  return (codes - zero_point) * scale
+  return _straight_through(x, scale, zero_point, low, high, False)
+
+
+@jax.custom_jvp
+def _straight_through(
+  x: Array, scale: Array, zero_point: Array, low: Array, high: Array, skip: Array
+) -> Array:
+  """Returns `affine_fake_quantize`, and `x` where `skip`.
+
+  Its derivative is in closed form. What sums up to the gradient of the scale are products of arrays that
+  exist anyway, the result and the masked upstream gradient, so that no further array of this size is made.
+  """
+  codes = jnp.clip(jnp.round(x / scale) + zero_point, low, high)
+  return jnp.where(skip, x, (codes - zero_point) * scale)
+
+
+def _straight_through_jvp(primals, tangents):
+  x, scale, zero_point, low, high, skip = primals
+  x_dot, scale_dot, zero_point_dot = (
+    None if isinstance(tangent, SymbolicZero) else tangent for tangent in tangents[:3]
+  )
+  out = _straight_through(*primals)
+  code = jnp.round(x / scale) + zero_point
+  passed = (code >= low) & (code <= high) | skip
+  inner = jnp.zeros_like(out) if x_dot is None else x_dot
+  if scale_dot is None:
+    out_dot = jnp.where(passed, inner, 0)
+  else:
+    # Inside (q - z - x / s) s_dot, else (q - z) s_dot.
+    share = jnp.where(skip, 0, scale_dot / scale)
+    out_dot = jnp.where(passed, inner - x * share, 0) + out * share
+  if zero_point_dot is not None:
+    out_dot = out_dot - jnp.where(passed, 0, scale * zero_point_dot)
+  return out, out_dot.astype(out.dtype)
+
+
+_straight_through.defjvp(_straight_through_jvp, symbolic_zeros=True)
 
 
 def fake_quantize(
@@ -324,11 +359,10 @@ def fake_quantize(
   cut = cut_groups(quantizer, x)
   flat = params.scale == 0
   safe = jnp.where(flat, 1, params.scale)
-  out = affine_fake_quantize(
-    cut.astype(_compute_dtype(x)), safe, params.zero_point, params.low, params.high
-  )
   skip = jnp.any(flat) if degenerate == 'tensor' else flat
-  return jnp.where(skip, cut, out.astype(x.dtype)).reshape(x.shape)
+  wide = cut.astype(_compute_dtype(x))
+  out = _straight_through(wide, safe, params.zero_point, params.low, params.high, skip)
+  return out.astype(x.dtype).reshape(x.shape)
 
 
 def quantize(

@@ -61,17 +61,16 @@ def _integer_dot(x: Array, kernel: Array, of_x: bool) -> ExactSums:
 
 
 def _float_dot(x: Array, kernel: Array, of_x: bool) -> ExactSums:
-  flat, outputs = x.reshape(-1, x.shape[-1]), kernel.shape[1]
-  total, columns = 0, 0
+  flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  total, columns, rows = 0, 0, 0
   for part in _parts(kernel.shape[0], EXACT_TERMS):
-    matrix = kernel[part].astype(jnp.float32)
+    own, matrix = flat[:, part], kernel[part].astype(jnp.float32)
+    total += jnp.dot(own, matrix, precision=HIGHEST).astype(jnp.int32)
     columns += jnp.sum(matrix, 0).astype(jnp.int32)
     if of_x:
-      matrix = jnp.pad(matrix, ((0, 0), (0, 1)), constant_values=1)
-    product = jnp.dot(flat[:, part].astype(jnp.float32), matrix, precision=HIGHEST)
-    total += product.astype(jnp.int32)
-  total = jnp.reshape(total, (*x.shape[:-1], outputs + of_x))
-  return _split(total, columns, outputs, of_x)
+      rows += jnp.sum(own, -1, keepdims=True).astype(jnp.int32)
+  products = total.reshape(*x.shape[:-1], -1)
+  return ExactSums(products, columns, rows.reshape(*x.shape[:-1], 1) if of_x else None)
 
 
 def conv_sums(
@@ -136,27 +135,17 @@ def _integer_conv(
 def _float_conv(
   conv: Callable[..., Array], x: Array, kernel: Array, groups: int, of_x: bool
 ) -> ExactSums:
-  grouped = x.reshape(*x.shape[:-1], groups, -1)
-  outputs = kernel.shape[-1] // groups
-  total, columns = 0, 0
+  grouped = x.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
+  total, columns, windows = 0, 0, 0
   for part in _parts(kernel.shape[2], EXACT_TERMS // math.prod(kernel.shape[:2])):
-    own = kernel[:, :, part].astype(jnp.float32)
+    images, own = grouped[..., part], kernel[:, :, part].astype(jnp.float32)
+    flat = images.reshape(*x.shape[:-1], -1)
+    total += conv(flat, own, precision=HIGHEST).astype(jnp.int32)
     columns += jnp.sum(own, (0, 1, 2)).astype(jnp.int32)
     if of_x:
-      own = own.reshape(*own.shape[:3], groups, outputs)
-      own = jnp.pad(own, ((0, 0),) * 4 + ((0, 1),), constant_values=1)
-      own = own.reshape(*own.shape[:3], -1)
-    images = grouped[..., part].reshape(*x.shape[:-1], -1).astype(jnp.float32)
-    total += conv(images, own, precision=HIGHEST).astype(jnp.int32)
-  if of_x and groups > 1:
-    total = total.reshape(*total.shape[:-1], groups, outputs + 1)
-    products = total[..., :-1].reshape(*total.shape[:-2], -1)
-    return ExactSums(products, columns, total[..., -1])
-  return _split(total, columns, kernel.shape[-1], of_x)
-
-
-def _split(total: Array, columns: Array, outputs: int, of_x: bool) -> ExactSums:
-  return ExactSums(total[..., :outputs], columns, total[..., outputs:] if of_x else None)
+      ones = jnp.ones((*kernel.shape[:2], 1, groups), jnp.float32)
+      windows += conv(jnp.sum(images, -1), ones, precision=HIGHEST).astype(jnp.int32)
+  return ExactSums(total, columns, windows if of_x else None)
 
 
 def _parts(size: int, most: int) -> list[slice]:

@@ -116,8 +116,24 @@ def lsq_fake_quantize(
   if floor is not None:
     scale = clip_inclusive(scale, floor, jnp.inf)
   scale = scale_gradient(scale, grad_factor)
-  codes = round_straight_through(clip_inclusive(wide / scale, low, high))
-  return (codes * scale).astype(x.dtype)
+  return _lsq(wide, scale, low, high).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _lsq(x: Array, scale: Array, low: Array, high: Array) -> Array:
+  return jnp.round(jnp.clip(x / scale, low, high)) * scale
+
+
+@_lsq.defjvp
+def _lsq_jvp(primals, tangents):
+  x, scale, low, high = primals
+  out = _lsq(*primals)
+  ratio = x / scale
+  inside = (ratio >= low) & (ratio <= high)
+  # The step's slope, (x_hat - x) / s inside and x_hat / s outside, as products of arrays that exist anyway:
+  # the result, and the masked upstream gradient.
+  share = tangents[1] / scale
+  return out, jnp.where(inside, tangents[0] - x * share, 0) + out * share
 
 
 def lsq_plus_fake_quantize(
