@@ -122,7 +122,8 @@ def _cut(model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple) -> _Net
   try:
     everywhere = [Hook('.*', call=place)]
     root, blocks = find_blocks(model, variables, (x,), dict(kwargs), everywhere, pattern)
-  except ValueError:  # no blocks, or nested, shared or stacked ones
+    hash(tuple(blocks))
+  except (TypeError, ValueError):  # no blocks, or nested, shared, stacked or unhashable ones
     return None
   inside, outside = [], [[] for _ in range(len(blocks) + 1)]
   rest = dict(kinds)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlab.quantizers.quantiles import select_quantiles
+from jaxlab.quantizers import quantiles, row_sums
+from jaxlab.quantizers.quantiles import quantiles_by_ends, select_quantiles
 
 
 @hypothesis.given(
@@ -74,3 +75,35 @@ def test_values_split_over_devices_give_the_same_bits():
 def test_bad_input_is_named(x, shares, message):
   with pytest.raises(ValueError, match=message):
     select_quantiles(x, shares)
+
+
+@pytest.mark.parametrize('shares', [[0.999], [0.01, 0.2], [0.0, 0.1, 0.9, 1.0]])
+def test_ends_of_rows_of_different_lengths_give_the_same_quantiles(shares):
+  rng = np.random.default_rng(0)
+  rows = [rng.normal(size=count).astype(np.float32) for count in (1, 2, 9, 40)]
+  top, bottom = (
+    jnp.asarray([np.pad(row, (0, 40 - len(row)), constant_values=value) for row in rows])
+    for value in (-np.inf, np.inf)
+  )
+  found = quantiles_by_ends(top, bottom, np.asarray([len(row) for row in rows]), shares)
+  for row, own in zip(rows, found.T, strict=True):
+    np.testing.assert_allclose(own, select_quantiles(row, shares).ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(8, 50, 7), (3, 1009), (64, 300)])
+@pytest.mark.parametrize('axes', [None, (0, 1), (1,)])
+def test_sorted_ends_and_both_ways_to_count_agree(monkeypatch, shape, axes):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+  shares, axes = (0.001, 0.0004, 0.9993), axes or tuple(range(len(shape)))
+  found = [select_quantiles(x, shares, axes)]  # counted in rows that keep devices apart
+  for name in ('sorted', 'counted'):
+    monkeypatch.setattr(quantiles, 'has_one_cpu', lambda: True)
+    monkeypatch.setattr(row_sums, 'has_one_cpu', lambda: True)
+    if name == 'counted':
+      monkeypatch.setattr(quantiles, 'FEW', -1)
+      monkeypatch.setattr(quantiles, 'TAIL', -1)
+    jax.clear_caches()
+    found.append(select_quantiles(x, shares, axes))
+  jax.clear_caches()
+  assert np.array_equal(found[0], found[1].reshape(found[0].shape))
+  assert np.array_equal(found[0], found[2])
