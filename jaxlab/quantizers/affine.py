@@ -306,8 +306,8 @@ def _straight_through(
 ) -> Array:
   """Returns `affine_fake_quantize`, and `x` where `skip`.
 
-  Its derivative is in closed form. What sums up to the gradient of the scale are products of arrays that exist
-  anyway, the result and the masked upstream gradient, so that no further array of this size is made.
+  Its derivative is in closed form. What sums up to the gradient of the scale are products of arrays that
+  exist anyway, the result and the masked upstream gradient, so that no further array of this size is made.
   """
   codes = jnp.clip(jnp.round(x / scale) + zero_point, low, high)
   return jnp.where(skip, x, (codes - zero_point) * scale)
@@ -334,6 +334,8 @@ def _straight_through_jvp(primals, tangents):
 
 
 _straight_through.defjvp(_straight_through_jvp, symbolic_zeros=True)
+# Arrays of one shape are traced and differentiated once.
+_straight_through_once = jax.jit(_straight_through)
 
 
 def fake_quantize(
@@ -361,7 +363,8 @@ def fake_quantize(
   safe = jnp.where(flat, 1, params.scale)
   skip = jnp.any(flat) if degenerate == 'tensor' else flat
   wide = cut.astype(_compute_dtype(x))
-  out = _straight_through(wide, safe, params.zero_point, params.low, params.high, skip)
+  compute = _straight_through if is_concrete(wide) else _straight_through_once
+  out = compute(wide, safe, params.zero_point, params.low, params.high, skip)
   return out.astype(x.dtype).reshape(x.shape)
 
 

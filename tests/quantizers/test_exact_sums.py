@@ -13,8 +13,7 @@ RNG = np.random.default_rng(0)
 
 def extreme_codes(shape):
   """Codes of the largest magnitude, mostly of one sign: sums close to the bound, of all last bits."""
-  codes = RNG.choice(np.array([-128, -128, -128, -127, 127], np.int8), shape)
-  return codes
+  return RNG.choice(np.array([-128, -128, -128, -127, 127], np.int8), shape)
 
 
 @pytest.mark.parametrize('terms', [1, EXACT_TERMS, EXACT_TERMS + 1, 5 * EXACT_TERMS - 3])
@@ -69,7 +68,9 @@ def test_sums_under_vmap_are_those_of_each():
 
 def dot_program(platform):
   run = jax.jit(lambda x, kernel: dot_sums(x, kernel, of_x=False).products)
-  return export.export(run, platforms=[platform])(extreme_codes((4, 1500)), extreme_codes((1500, 3)))
+  return export.export(run, platforms=[platform])(
+    extreme_codes((4, 1500)), extreme_codes((1500, 3))
+  )
 
 
 def conv_program(platform):
