@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     aot.command(rest)
   elif command == 'bench':
-    from experiments import bench
+    from experiments.tools import bench
 
     bench.main(rest)
   elif command == 'compare':

@@ -23,8 +23,8 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from experiments import launcher, networks, post_training, training
-from experiments.bench_loop import alternate
 from experiments.quantized_features import parse_bits
+from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
 from jaxlab.quantizers.execution import integer_network
 from jaxlab.training import map_batches

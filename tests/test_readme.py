@@ -1,4 +1,4 @@
-"""The README tells the truth: its code runs, and what its table names exists."""
+"""README and the papers' pages tell the truth: their code runs, and what they name exists."""
 
 import pathlib
 import re
@@ -10,23 +10,44 @@ import jaxlab
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+PAGES = sorted(ROOT.glob('mlcollections_configs/*/README.md'))
 
 
-@pytest.mark.parametrize('code', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
-def test_the_code_runs(code):
+def test_the_code_runs():
   scope = {}
-  exec(code, scope)
-  assert jax.numpy.isfinite(scope['loss']) and scope['codes'].dtype == jax.numpy.int8
+  for code in re.findall(r'```python\n(.*?)```', README, re.DOTALL):
+    exec(code, scope)
+  assert scope['codes'].dtype == jax.numpy.int8
   assert scope['features']['avgpool'].shape == (8, 64)
+  state = jax.eval_shape(scope['program'].init, jax.random.key(0))
+  _, metrics = jax.eval_shape(scope['program'].step, state, {}, scope['program'].batch)
+  assert metrics.keys() == {'loss', 'accuracy'}
 
 
-def test_the_table_names_functions_and_files_that_exist():
-  rows = [line.split('|')[1:-1] for line in README.splitlines() if '`experiments/' in line]
-  assert rows
-  for _, functions, script, configs, _ in rows:
-    for room, names in re.findall(r'`(\w+)\.(\{[^}]+\}|\w+)`', functions):
-      for name in names.strip('{}').split(', '):
-        assert hasattr(getattr(jaxlab, room), name), f'{room}.{name}'
-    assert (ROOT / script.strip().strip('`')).is_file()
-    folder, *settings = re.findall(r'`([^`]+)`', configs)
-    assert {path.stem for path in (ROOT / folder).glob('[!_]*.py')} == set(settings)
+def test_every_paper_has_a_row_a_script_and_a_page():
+  named = re.findall(r'\]\(mlcollections_configs/(\w+)/README.md\).*`experiments\.(\w+)`', README)
+  papers = {path.parent.name for path in ROOT.glob('mlcollections_configs/*/embedded.py')}
+  assert {folder for folder, _ in named} == papers == {page.parent.name for page in PAGES}
+  assert all(folder == script for folder, script in named)
+  assert all((ROOT / 'experiments' / f'{script}.py').is_file() for _, script in named)
+
+
+def test_links_to_files_lead_somewhere():
+  for page in [ROOT / 'README.md', *PAGES]:
+    for link in re.findall(r'\]\(([^)]+)\)', page.read_text()):
+      assert link.startswith('https://') or (page.parent / link).exists(), (page, link)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_a_page_names_functions_and_settings_that_exist(page):
+  text = page.read_text()
+  functions = re.search(r'^- Functions: (.*)$', text, re.MULTILINE)[1]
+  for room, names in re.findall(r'`([\w.]+)\.(\{[^}]+\}|\w+)`', functions):
+    holder = jaxlab
+    for part in room.split('.'):
+      holder = getattr(holder, part)
+    for name in names.strip('{}').split(', '):
+      assert hasattr(holder, name), f'{room}.{name}'
+  settings = re.search(r'^- Settings: (.*)$', text, re.MULTILINE)[1]
+  found = {path.stem for path in page.parent.glob('[!_]*.py')}
+  assert found == set(re.findall(r'`(\w+)`', settings))

@@ -7,6 +7,16 @@ describes it once and hands the description to methods as `anatomy=`:
 
   own = Anatomy(stem=('embed',), blocks=('blocks_0', 'blocks_1'), features='norm', head=('head',))
   own.check(model, x)
+
+Networks of flax NNX are bridged block by block; each block then is one module, around which hooks work, and
+whose kernels lie in `params`:
+
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for i in range(12):
+        x = nnx.bridge.to_linen(MyBlock, width, name=f'blocks_{i}')(x)
+      return x
 """
 
 import dataclasses

@@ -128,7 +128,8 @@ def _with_own_primitive(function: Callable[..., Array], *args: Array) -> Array:
   """
   closed = jax.make_jaxpr(function)(*args)
   jaxpr = closed.jaxpr
-  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+  leaves = jax.tree.leaves(args)  # a quantization library may hand in a kernel that is a pytree
+  values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *leaves], strict=True))
 
   def read(atom):
     return atom.val if isinstance(atom, Literal) else values[atom]

@@ -105,6 +105,7 @@ def formulate(lhs: Array, rhs: Array, **params: Any) -> Array:
       groups=params['feature_group_count'],
       batch_groups=batch_groups,
       batch=lhs.shape[lhs_spec[0]],
+      channels_first=rhs_spec[1] < min(rhs_spec[2:]),
       eigen=dtype != jnp.float64,
     )
   if form is None:
@@ -126,6 +127,7 @@ def choose_form(
   groups: int = 1,
   batch_groups: int = 1,
   batch: int = 1,
+  channels_first: bool = False,
   eigen: bool = True,
 ) -> Form | None:
   """Returns the form for a convolution; None where XLA's own is the fastest.
@@ -137,6 +139,7 @@ def choose_form(
     groups: of the channels.
     batch_groups: of the batch.
     batch: size of the batch.
+    channels_first: whether the kernel lies in memory by its channels first, as an output's gradient does.
     eigen: whether XLA has its fast loops for this dtype.
   """
   taps, outputs = math.prod(geometry.taps), math.prod(geometry.outputs)
@@ -150,7 +153,7 @@ def choose_form(
     return merge_groups if _mergeable(channels, features, groups) > 1 else None
   if taps == 1:
     return pointwise
-  if outputs == 1 and not dilated:
+  if outputs == 1 and not dilated and channels_first:
     return single_window
   if _spreads_patches(geometry):
     return spread_patches
@@ -173,9 +176,9 @@ def pointwise(x: Array, kernel: Array, geometry: Geometry, groups: int, precisio
 def single_window(
   x: Array, kernel: Array, geometry: Geometry, groups: int, precision: Any
 ) -> Array:
-  """One output position: a matrix product over all taps and channels.
+  """One output position: a matrix product over all channels and taps, of a kernel that lies in this order.
 
-  Channels are contracted first: as the gradient of a 1x1 kernel they are the batch, and nothing is moved.
+  It is the gradient of a 1x1 kernel: the channels are the batch, and nothing is moved.
   """
   y = _contract(_window(_pad(x, geometry), geometry, (0,) * x.ndim), kernel, precision)
   return y.reshape(len(x), *geometry.outputs, -1)

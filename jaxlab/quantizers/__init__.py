@@ -98,6 +98,7 @@ from jaxlab.quantizers.percentile import (
 )
 from jaxlab.quantizers.policy import (
   BitPolicy,
+  parse_bits,
 )
 from jaxlab.quantizers.post_training import (
   collect_ranges,
@@ -226,6 +227,7 @@ __all__ = [
   'pact_fake_quantize',
   'pact_penalty',
   'params_from_range',
+  'parse_bits',
   'percentile_ptq',
   'percentile_range',
   'power_of_two_factor',

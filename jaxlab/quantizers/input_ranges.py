@@ -39,7 +39,7 @@ def search_hook(kinds: Mapping[str, str], bits: Mapping[str, Bits]) -> Hook:
   def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if site.path in kinds:
       if not site.has('input'):
-        site.write('input', find(site, kinds[site.path], args[0], bits[site.path]))
+        site.write('input', find(site, kinds[site.path], bits[site.path], args[0]))
       args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
     return call(*args, **kwargs)
 
@@ -70,17 +70,17 @@ class _InputSearch:
       weakref.WeakKeyDictionary()
     )  # by the scope of the parent, which lives as long as a call
 
-  def __call__(self, site: Site, kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+  def __call__(self, site: Site, kind: str, bits: Bits, x: Array) -> dict[str, Array]:
     parent = site.module.scope.parent
     if parent in self.scales:
       x = jnp.where(jnp.isnan(self.scales[parent]), jnp.nan, x)
-    constants = _input_constants(kind, x, bits)
+    constants = _input_constants(kind, bits, x)
     if parent is not None:
       self.scales[parent] = constants['scale'].ravel()[0]
     return constants
 
 
-def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
+def _input_constants(kind: str, bits: Bits, x: Array) -> dict[str, Array]:
   if kind == 'log_sqrt2':
     x = jnp.where(is_finite(x), x, jnp.nan)
     scale = jnp.where(jnp.isnan(x.ravel()[0]), jnp.nan, log_sqrt2_scale(x, bits))
@@ -89,6 +89,20 @@ def _input_constants(kind: str, x: Array, bits: Bits) -> dict[str, Array]:
   if kind == 'channel':
     constants['value'] = x.reshape(-1, x.shape[-1])[0].astype(constants['scale'].dtype)
   return constants
+
+
+@jax.jit
+def renewed_constants(constants: Mapping[str, Array], x: Array) -> dict[str, Array]:
+  """Returns the constants of an input found anew on `x`, of the same kind and bit-width."""
+  new = _input_constants(*_kind_and_bits(constants), x)
+  return {name: new[name] for name in constants}
+
+
+def _kind_and_bits(constants: Mapping[str, Array]) -> tuple[str, Array]:
+  if 'bits' in constants:
+    return 'log_sqrt2', constants['bits']
+  kind = 'channel' if constants['scale'].ndim else 'tensor'
+  return kind, jnp.log2(constants['high'] - constants['low'] + 1)
 
 
 def recalibration_hook(paths: Sequence[str]) -> Hook:
@@ -107,11 +121,7 @@ def recalibration_hook(paths: Sequence[str]) -> Hook:
   def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if site.path in paths and site.has('input'):
       own = site.read('input')
-      kind, bits = 'log_sqrt2', own.get('bits')
-      if bits is None:
-        kind = 'channel' if own['scale'].ndim else 'tensor'
-        bits = jnp.log2(own['high'] - own['low'] + 1)
-      new = find(site, kind, args[0], bits)
+      new = find(site, *_kind_and_bits(own), args[0])
       site.write('input', {name: new[name] for name in own})
     return call(*args, **kwargs)
 

@@ -72,3 +72,18 @@ def check_rules(rules: Rules, paths: Sequence[str], what: str) -> None:
   ]
   if unmatched:
     raise_unmatched(unmatched, paths, f'{what} pattern', 'module')
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+  """Returns (weight bits, activation bits) of a name such as `2w4a`.
+
+  >>> parse_bits('2w4a')
+  (2, 4)
+
+  Raises:
+    ValueError: if it is none.
+  """
+  found = re.fullmatch(r'(\d+)w(\d+)a', text)
+  if not found:
+    raise ValueError(f'bits are named such as 2w4a; got {text!r}.')
+  return int(found[1]), int(found[2])

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import bench, bench_comparison, bench_models, bench_side
-from experiments.bench_comparison import Case
+from experiments.tools import bench, bench_comparison, bench_input, bench_models, bench_side
+from experiments.tools.bench_comparison import Case
 from jaxlab import models
 
 TORCH_LACKS = [name for name in ('torch', 'timm') if importlib.util.find_spec(name) is None]
@@ -38,7 +38,7 @@ def fake_torch(tmp_path):
 def test_both_sides_stand_in_one_table_and_in_the_file(tiny, fake_torch, tmp_path, capsys):
   output = tmp_path / 'speed.json'
   found = bench.main(
-    ['--sizes=', '--steps=2', f'--torch-python={fake_torch}', f'--output={output}']
+    ['--sizes=', '--workers=', '--steps=2', f'--torch-python={fake_torch}', f'--output={output}']
   )
   rows = found['models']['tiny']['rows']
   assert list(rows) == [
@@ -60,7 +60,9 @@ def test_both_sides_stand_in_one_table_and_in_the_file(tiny, fake_torch, tmp_pat
 
 
 def test_without_torch_there_is_our_side_alone(tiny, capsys):
-  found = bench.main(['--sizes=', '--steps=1', '--rounds=1', '--threads=1'])['models']['tiny']
+  found = bench.main(['--sizes=', '--workers=', '--steps=1', '--rounds=1', '--threads=1'])[
+    'models'
+  ]['tiny']
   assert list(found['rows']) == ['forward, 1 thread', 'step, 1 thread']
   assert all(set(row) == {'ours'} for row in found['rows'].values())
   assert 'geometric' not in capsys.readouterr().out
@@ -100,6 +102,7 @@ def test_rows_keep_the_least_and_the_first_compilation():
     ('--sizes=resnet19', 'resnet19 is none of embedded'),
     ('--torch-python=/no/such/python', '/no/such/python: expected a Python or the folder'),
     ('--threads=0', '--threads=0: expected'),
+    ('--workers=1,two', '--workers=1,two: expected numbers'),
     ('--threads=two', '--threads=two: expected'),
     ('--threads=100000', '--threads=100000: expected'),
     ('--steps=0', '--steps=0: expected'),
@@ -130,6 +133,21 @@ def test_an_environment_is_named_by_its_folder(fake_torch, tmp_path):
 def test_all_names_every_network():
   assert bench.parse(['--models=all']).models == tuple(bench_comparison.CASES)
   assert bench.parse(['--models=', '--sizes=']).models == ()
+
+
+def test_input_is_measured_for_each_number_of_workers(monkeypatch, capsys):
+  given = []
+
+  def measure(count, *, torch_python, root):
+    given.append((count, torch_python, sorted(path.name for path in pathlib.Path(root).iterdir())))
+    return {'test': 100.0 + count}
+
+  monkeypatch.setattr(bench_input, 'measure', measure)
+  found = bench.main(['--models=', '--sizes=', '--workers=0,2'])
+  assert found['input'] == {'0 workers': {'test': 100.0}, '2 workers': {'test': 102.0}}
+  classes = [f'class{i}' for i in range(4)]
+  assert given == [(0, None, classes), (2, None, classes)]
+  assert '102' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('case', bench_comparison.CASES.values(), ids=bench_comparison.CASES)
@@ -166,10 +184,8 @@ def test_the_least_leaves_out_the_first_calls():
 
 
 def test_threads_are_bound():
-  program = (
-    'from experiments import bench_side\nbench_side.use_threads(1)\nprint(bench_side.cpu_count())'
-  )
-  root = pathlib.Path(bench.__file__).parent.parent
+  program = 'from experiments.tools import bench_side as b; b.use_threads(1); print(b.cpu_count())'
+  root = pathlib.Path(bench.__file__).parent.parent.parent
   ran = subprocess.run([sys.executable, '-c', program], cwd=root, capture_output=True, text=True)
   assert ran.stdout.split() == ['1'], ran.stderr
 

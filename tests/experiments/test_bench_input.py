@@ -3,7 +3,7 @@ import sys
 import jax
 import pytest
 
-from experiments import bench_input
+from experiments.tools import bench_input
 from jaxlab import data
 
 

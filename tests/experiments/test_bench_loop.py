@@ -1,27 +1,26 @@
 import pytest
 
-from experiments import bench, bench_loop
+from experiments.tools import bench, bench_loop
 
 
 @pytest.fixture
 def small(monkeypatch):
-  full = bench_loop.configuration
+  from experiments.harness import launcher
 
   def configuration(size):
-    config = full(size)
-    with config.unlocked():
-      config.model.backbone.update(name='cifar_resnet18', stage_sizes=(1,), strides=(2,), width=8)
-      config.model.projector.update(hidden=8, features=8)
-      config.model.predictor_hidden = 8
-      config.batch_size = 16
-    return config
+    del size
+    model = "{'name': 'cifar_resnet18', 'stage_sizes': (1,), 'strides': (2,), 'width': 8}"
+    heads = [f'heads.{name}=8' for name in ('hidden', 'features', 'predictor')]
+    return launcher.load('ssql', 'embedded', [f'model={model}', *heads, 'recipe.batch_size=16'])
 
   monkeypatch.setattr(bench_loop, 'configuration', configuration)
   monkeypatch.setattr(bench_loop, 'STEPS', {'embedded': 2, 'resnet18': 1})
 
 
 def test_ratios_come_out_of_one_run_and_bits_cause_no_recompilation(small, capsys):
-  found = bench.main(['--models=', '--sizes=embedded', '--repeats=2'])['sizes']['embedded']
+  found = bench.main(['--models=', '--workers=', '--sizes=embedded', '--repeats=2'])['sizes'][
+    'embedded'
+  ]
   assert found['recompilations'] == 0
   assert found['loop_over_bare'] == pytest.approx(
     found['loop_ssql_seconds_per_step'] / found['bare_ssql_seconds_per_step']

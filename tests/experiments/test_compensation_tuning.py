@@ -120,8 +120,8 @@ def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
     config.networks, config.bits = ('vit',), ('4w4a', '2w3a')
     config.networks_dir = str(tmp_path / 'networks')
     config.calibration = {'ranges': 12, 'compensation': 64, 'batch_size': 64}
-    config.network.vit.model.update(width=8, depth=1, num_heads=2, patch_size=4)
-    config.network.vit.update(epochs=1, eval_batch_size=256)
+    config.network.vit.model.update(width=16, depth=1, num_heads=2, patch_size=4)
+    config.network.vit.update(epochs=4, eval_batch_size=256)
     config.network.vit.schedule.warmup_epochs = 0
     config.qwt.fine_tuning.schedule.base = 0.03
   found = launcher.launch(qwt.run, config, tmp_path / 'run')

@@ -6,6 +6,7 @@ from flax import traverse_util
 from golden_vectors import assert_close, golden
 
 from experiments import ssql
+from experiments.protocols.siamese import Networks
 from jaxlab import models
 
 STATISTICS = {'running_mean': 'mean', 'running_var': 'var'}
@@ -63,7 +64,7 @@ def to_tree(arrays: dict, dtype, rename=lambda name: name) -> dict:
   return {key: traverse_util.unflatten_dict(value) for key, value in tree.items()}
 
 
-def tiny_networks(online: dict, predictor: dict) -> ssql.Networks:
+def tiny_networks(online: dict, predictor: dict) -> Networks:
   """Returns networks of the file's sizes: two stages of one block, the authors' heads."""
   flat = traverse_util.flatten_dict(online['params'], sep='/')
   stages = [
@@ -79,7 +80,7 @@ def tiny_networks(online: dict, predictor: dict) -> ssql.Networks:
   hidden, features = flat['projector/fc2/kernel'].shape
   encoder = models.Encoder(backbone, models.simsiam_projector(hidden, features))
   predictor_hidden = predictor['params']['fc0']['kernel'].shape[-1]
-  return ssql.Networks(encoder, models.simsiam_predictor(predictor_hidden, features))
+  return Networks(encoder, models.simsiam_predictor(predictor_hidden, features))
 
 
 def check_tree(actual: dict, expected: dict, rtol: float, atol: float) -> None:
@@ -128,7 +129,7 @@ def check_step(vectors, x64, momentum):
       policy = ssql.bit_policy(*bits)
       in_float = ssql.online_pass(nets, params, stats, views, policy)
       quantized = ssql.online_pass(
-        nets, params, in_float.batch_stats, views, policy, in_float.ranges
+        nets, params, in_float.batch_stats, views, policy, in_float.collections['ranges']
       )
       return (
         in_float,
@@ -154,7 +155,7 @@ def check_step(vectors, x64, momentum):
       assert_close(quantized.predictions[i], vectors[f'out_p{i + 1}_quant'], rtol)
       if momentum is None:
         assert_close(in_float.projections[i], vectors[f'out_z{i + 1}'], rtol)
-    check_activation_parameters(in_float.ranges, vectors, rtol)
+    check_activation_parameters(in_float.collections['ranges'], vectors, rtol)
 
 
 def check_activation_parameters(ranges, vectors, rtol):

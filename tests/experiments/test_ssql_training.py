@@ -1,62 +1,44 @@
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import launcher, quantized_features, ssql
+from experiments import ssql
+from experiments.harness import launcher
+from experiments.harness.settings import SettingsError
+from experiments.protocols import siamese
 from jaxlab import parallel
 
-CONFIGS = sorted(path for path in (launcher.CONFIGS / 'ssql').glob('[!_]*.py'))
+TINY = (
+  "model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 'strides': (2,), 'width': 8}",
+  *(f'heads.{name}=8' for name in ('hidden', 'features', 'predictor')),
+  'recipe.batch_size=16',
+  'target.queue_size=32',
+)
 
 
-def tiny_config(**changes):
+def tiny_config(*changes):
   """Returns the embedded setting with a network that compiles in seconds."""
-  config = launcher.load_config(launcher.CONFIGS / 'ssql' / 'embedded.py')
-  with config.unlocked():
-    config.model.backbone.update(stage_sizes=(1,), strides=(2,), width=8)
-    config.model.projector.update(hidden=8, features=8)
-    config.model.predictor_hidden = 8
-    config.batch_size = 16
-    config.queue_size = 32
-    config.update(changes)
-  if config.base == 'moco':
-    config.model.projector = {'hidden': 8, 'features': 8}
-  return config
+  return launcher.load('ssql', 'embedded', [*TINY, *changes])
 
 
 def random_batch(config, seed=0):
   rng = np.random.default_rng(seed)
-  shape = (config.batch_size, *config.data.stored_image)
+  shape = (config.recipe.batch_size, *config.data.stored_image)
   return {
     'image': jnp.asarray(rng.integers(0, 256, shape, np.uint8)),
-    'index': jnp.arange(config.batch_size, dtype=jnp.int32),
+    'index': jnp.arange(config.recipe.batch_size, dtype=jnp.int32),
   }
 
 
 @functools.cache
 def compiled(base):
   """Returns the tiny setting of `base`, with the compiled functions of its program."""
-  config = tiny_config(base=base)
-  program = ssql.program(config)
+  config = tiny_config(f'base={base}')
+  program = ssql.training(config, 'ssql').program
   return config, jax.jit(program.init), jax.jit(program.step)
-
-
-@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
-def test_every_setting_builds_and_traces(path):
-  config = launcher.load_config(path)
-  with config.unlocked():  # one block a stage: more of them are traced the same way
-    config.model.backbone.stage_sizes = (1,) * len(config.model.backbone.get('stage_sizes', '1234'))
-  program = ssql.program(config)
-  state = jax.eval_shape(program.init, jax.random.key(0))
-  new, metrics = jax.eval_shape(program.step, state, {}, program.batch)
-  assert jax.tree.structure(new) == jax.tree.structure(state)
-  assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
-    lambda a: (a.shape, a.dtype), state
-  )
-  assert metrics['loss'].shape == ()
 
 
 @pytest.mark.parametrize('base', ['simsiam', 'byol', 'moco'])
@@ -69,7 +51,7 @@ def test_a_step_serves_all_drawn_bits_with_one_compilation(base):
   )
   drawn = set()
   for _ in range(4):
-    bits = ssql.draw_bits(jax.random.fold_in(jax.random.key(3), state.step), config, 'ssql')
+    bits = ssql.draw_bits(jax.random.fold_in(jax.random.key(3), state.step), config.bits)
     drawn.add(tuple(int(b) for b in bits))
     before = state
     state, metrics = step(state, {}, random_batch(config))
@@ -86,14 +68,14 @@ def test_a_step_serves_all_drawn_bits_with_one_compilation(base):
 def test_bits_are_drawn_from_the_whole_range_ends_included():
   config = tiny_config()
   keys = jax.random.split(jax.random.key(0), 400)
-  weight, activation = jax.vmap(lambda key: jnp.stack(ssql.draw_bits(key, config, 'ssql')))(keys).T
+  weight, activation = jax.vmap(lambda key: jnp.stack(ssql.draw_bits(key, config.bits)))(keys).T
   assert set(weight.tolist()) == set(range(2, 9))
   assert set(activation.tolist()) == set(range(4, 9))
 
 
 def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
   config, init, _ = compiled('simsiam')
-  nets = ssql.networks(config)
+  nets, _ = ssql.base_method(config)
   state = init(jax.random.key(0))
   views = [jax.random.normal(jax.random.key(i), (16, 16, 16, 1)) for i in (1, 2)]
   stats = state.model_state['batch_stats']
@@ -102,11 +84,13 @@ def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
   @jax.jit
   def gradients(params):
     in_float = ssql.online_pass(nets, params, stats, views, policy)
-    quantized = ssql.online_pass(nets, params, in_float.batch_stats, views, policy, in_float.ranges)
+    quantized = ssql.online_pass(
+      nets, params, in_float.batch_stats, views, policy, in_float.collections['ranges']
+    )
     targets = quantized.projections
 
     def predicted(params):
-      return ssql.siamese_loss(
+      return siamese.siamese_loss(
         ssql.online_pass(nets, params, stats, views, policy).predictions, targets
       )
 
@@ -123,7 +107,7 @@ def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
 def test_the_step_is_the_same_on_one_and_on_eight_devices():
   config, *plain = compiled('simsiam')
   mesh = parallel.make_mesh(data=2, fsdp=4, devices=jax.devices()[:8])
-  sharded = parallel.shard_program(ssql.program(config), mesh, fsdp_min_size=64)
+  sharded = parallel.shard_program(ssql.training(config, 'ssql').program, mesh, fsdp_min_size=64)
   batch = random_batch(config)
   results = []
   for init, step, placed in (
@@ -139,12 +123,23 @@ def test_the_step_is_the_same_on_one_and_on_eight_devices():
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.max(np.abs(b)) + 1e-6)
 
 
+def test_the_momentum_encoder_follows_as_if_moved_before_every_step():
+  config, init, step = compiled('byol')
+  first = state = init(jax.random.key(0))
+  moved = first.extra['target']['params']
+  for _ in range(2):
+    state, _ = step(state, {}, random_batch(config))
+    moved = jax.tree.map(lambda a, b: 0.99 * a + 0.01 * b, moved, state.params['encoder'])
+  for a, b in zip(*map(jax.tree.leaves, (state.extra['target']['params'], moved)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  stats = state.extra['target']['batch_stats']['backbone']['bn1']['mean']
+  assert not np.array_equal(stats, first.extra['target']['batch_stats']['backbone']['bn1']['mean'])
+
+
 def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path, capsys):
-  config = tiny_config(epochs=1, batch_size=256)
-  with config.unlocked():
-    config.eval.update(bits=('8w8a', '2w4a'), calibration=32)
-    config.data.test_options.pastes = 1
-  outcome = launcher.launch(ssql.run, config, tmp_path)
+  changes = ['recipe.epochs=1', 'recipe.batch_size=256', "eval.bits=('8w8a', '2w4a')"]
+  config = tiny_config(*changes, 'eval.calibration=32', "data.test_options={'pastes': 1}")
+  outcome = launcher.launch(config, tmp_path)
   assert [(r['name'], r['role']) for r in outcome['rows']] == [
     ('untrained', 'reference'),
     ('SimSiam', 'baseline'),
@@ -161,19 +156,24 @@ def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  ('changes', 'match'),
+  ('change', 'match'),
   [
-    ({'batch_size': 12}, 'batch_size=12 does not divide'),
-    ({'bits': {'weight': (2, 8), 'activation': (4, 17)}}, r'bits must lie in \[0, 16\]; got 17'),
+    ('recipe.batch_size=12', 'batch_size=12 does not divide'),
+    ('bits.activation=(4, 17)', r'bits.activation=.* expected two numbers in \[1, 16\]'),
+    ("eval.bits=('4w4a',)", "there is no metric 'drop_2w4a'"),
+    ("eval.bits=('2w',)", 'named such as 2w4a'),
+    ("eval.probe.options={'epochs': 3}", "unexpected keyword argument 'epochs'"),
+    ('eval.calibration=2000', 'expected 1 to 1297'),
+    ('augment.kind=none', "expected 'resized_crop'"),
+    ('recipe.mixup=0.2', 'there are no labels to mix'),
+    ('runs=base*0', "expected names such as 'ssql'"),
   ],
 )
-def test_bad_settings_are_refused_before_training(tmp_path, changes, match):
-  config = tiny_config(**changes)
-  with pytest.raises(ValueError, match=match):
-    ssql.run(config, pathlib.Path(tmp_path))
+def test_bad_settings_are_refused_before_training(tmp_path, change, match):
+  with pytest.raises(SettingsError, match=match):
+    launcher.launch(tiny_config(change), tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('text', ['2w', 'w4a', '2a4w', 'fp'])
-def test_bit_names_are_checked(text):
-  with pytest.raises(ValueError, match='named such as 2w4a'):
-    quantized_features.parse_bits(text)
+def test_claims_compare_with_the_method_that_is_built_on():
+  assert {claim.baseline for claim in tiny_config('base=byol').claims} == {'BYOL'}

@@ -20,6 +20,7 @@ from jaxlab.models.blockwise import (
   restore,
   slice_variables,
 )
+from jaxlab.quantizers import BitPolicy, percentile_ptq
 from jaxlab.quantizers.compensation import QwTv2, compensate
 
 X = random_images((4, 8, 8, 3))
@@ -153,7 +154,7 @@ def test_functions_that_differ_in_arguments_they_do_not_read_are_kept_apart():
 
 
 class Sizes(nn.Module):
-  """Blocks of one shape whose kernels differ in size."""
+  """Blocks of one shape whose second kernels differ in size: programs of the first do not read them."""
 
   @nn.compact
   def __call__(self, x):
@@ -167,18 +168,20 @@ class SizeBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    return x + nn.Conv(x.shape[-1], (self.size, self.size), name='conv')(x)
+    y = nn.relu(nn.Conv(x.shape[-1], (1, 1), name='first')(x))
+    return x + nn.Conv(x.shape[-1], (self.size, self.size), name='second')(y)
 
 
-@pytest.mark.parametrize('granularity', ['linear', 'block'])
-def test_blocks_with_kernels_of_other_sizes_are_compensated(granularity):
+@pytest.mark.parametrize(
+  ('method', 'count'), [(QwTv2(), 4), (QwTv2(modules='first'), 2)], ids=['ranges', 'first']
+)
+def test_blocks_with_kernels_of_other_sizes_are_compensated(method, count):
+  """Ranges found anew for the first layer, and its input, do not depend on the second kernel."""
   model = Sizes()
   variables = random_variables(model, X)
-  params = jax.tree.map(lambda a: jnp.round(4 * a) / 4, variables['params'])
+  quantized = percentile_ptq(model, variables, X, BitPolicy([('.*', 3)], [('.*', 4)]))
   batches = list(X.reshape(2, 2, 8, 8, 3))
-  found = compensate(
-    model, ({'params': params}, variables, ()), batches, QwTv2(granularity),
-    anatomy=Anatomy(blocks=['part0', 'part1']), dtype=jnp.float32,
-  )  # fmt: skip
-  assert len(found.report.paths) == 2
-  assert np.all(found.report.error_after <= found.report.error_before * (1 + 1e-6))
+  own = Anatomy(blocks=['part0', 'part1'])
+  found = compensate(model, quantized, batches, method, anatomy=own, dtype=jnp.float32)
+  assert len(found.report.paths) == count
+  assert np.all(found.report.error_after <= found.report.error_before * (1 + 1e-5))

@@ -80,7 +80,7 @@ def test_every_geometry_equals_the_plain_convolution(
 
 CASES = {
   'pointwise': ((2, 5, 5, 3), (1, 1, 3, 4), 1, 1),
-  'single_window': ((2, 3, 3, 3), (3, 3, 3, 4), 1, 1),
+  'single_window': ((2, 3, 3, 3), (1, 1, 3, 4), 1, 1),
   'by_taps': ((2, 2, 2, 3), (3, 3, 3, 4), 1, 1),
   'depthwise': ((2, 5, 5, 6), (3, 3, 1, 6), 1, 6),
   'merge_groups': ((2, 5, 5, 8), (3, 3, 2, 8), 1, 4),

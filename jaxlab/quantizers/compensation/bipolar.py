@@ -19,6 +19,7 @@ import numpy as np
 from jaxlab.quantizers.compensation.conv import kernel_of, patches, stride_of
 from jaxlab.quantizers.compensation.linear import (
   LinearStats,
+  by_numpy,
   init_linear_stats,
   is_traced,
   solve_linear,
@@ -210,15 +211,18 @@ def solve_bipolar(
   """
   linear = stats.linear
   dtype = stats.z_max.dtype
-  xp = jnp if is_traced(stats) else np
+  xp, linear = by_numpy(linear)
   squares = xp.diagonal(linear.scatter_x, axis1=-2, axis2=-1) + linear.count * linear.mean_x**2
   solved = solve_linear(linear, ridge * xp.mean(squares), penalize_bias=False)
-  weight = solved.weight[0] if kernel_size is None else kernel_of(solved.weight, kernel_size)
+  weight = (
+    by_numpy(solved.weight)[1][0] if kernel_size is None else kernel_of(solved.weight, kernel_size)
+  )
   scale_x, scale_err = jnp.asarray(scale_x, dtype), jnp.asarray(scale_err, dtype)
-  z_max = jnp.where(jnp.isinf(scale_err), jnp.inf, stats.z_max)
-  kappa = jnp.ones_like(solved.bias)
+  xp, bound, infinite = by_numpy(stats.z_max, scale_err)
+  z_max = jnp.asarray(xp.where(xp.isinf(infinite), xp.inf, bound), dtype)
+  kappa = jnp.asarray(xp.ones(solved.bias.shape, solved.bias.dtype))
   return BipolarCompensation(
-    weight, solved.bias, scale_x, scale_err, z_max, kappa, jnp.zeros((), dtype)
+    jnp.asarray(weight), solved.bias, scale_x, scale_err, z_max, kappa, jnp.zeros((), dtype)
   )
 
 
@@ -279,7 +283,6 @@ def update_prediction_stats(
   return PredictionStats(total, stats.mean + share * delta, *added)
 
 
-@functools.partial(jax.jit, static_argnames='debiased')
 def debias(
   params: BipolarCompensation, stats: PredictionStats, debiased: bool = True
 ) -> BipolarCompensation:
@@ -293,29 +296,29 @@ def debias(
     stats: of the predictions of `params`.
     debiased: whether to set kappa.
   """
+  xp, own, scale_err = by_numpy(stats, params.scale_err)
   if debiased:
-    ratio = stats.product / jnp.where(stats.prediction > 0, stats.prediction, 1)
-    use = (stats.prediction > 0) & ~jnp.isinf(params.scale_err)
-    params = params._replace(kappa=jnp.where(use, jnp.clip(ratio, 0, MAX_KAPPA), 1))
+    ratio = own.product / xp.where(own.prediction > 0, own.prediction, 1)
+    use = (own.prediction > 0) & ~xp.isinf(scale_err)
+    kappa = xp.where(use, xp.clip(ratio, 0, MAX_KAPPA), 1)
+    params = params._replace(kappa=jnp.asarray(kappa, params.kappa.dtype))
   return params._replace(r2=prediction_r2(stats, params.kappa))
 
 
-@jax.jit
 def prediction_r2(stats: PredictionStats, kappa: Array) -> Array:
   """Returns `1 - sum (e - kappa p)^2 / sum (e - mean e)^2`; 0 where all errors are equal."""
+  xp, stats, kappa = by_numpy(stats, kappa)
   squares = stats.square - 2 * kappa * stats.product + kappa**2 * stats.prediction
-  total = jnp.sum(stats.scatter)
-  return jnp.where(total > 0, 1 - jnp.sum(squares) / jnp.where(total > 0, total, 1), 0.0)
+  total = xp.sum(stats.scatter)
+  r2 = xp.where(total > 0, 1 - xp.sum(squares) / xp.where(total > 0, total, 1), 0.0)
+  return jnp.asarray(r2, stats.square.dtype)
 
 
-@jax.jit
 def gate_bipolar(params: BipolarCompensation) -> BipolarCompensation:
   """Returns `params` if their R^2 is positive, else a compensation of zeros; NaN counts as failure."""
-  good = params.r2 > 0
-  zero = lambda a: jnp.where(good, a, 0)  # noqa: E731
-  return params._replace(
-    weight=zero(params.weight), bias=zero(params.bias), kappa=zero(params.kappa)
-  )
+  xp, own = by_numpy(params)
+  zero = lambda a: jnp.asarray(xp.where(own.r2 > 0, a, xp.zeros_like(a)))  # noqa: E731
+  return params._replace(weight=zero(own.weight), bias=zero(own.bias), kappa=zero(own.kappa))
 
 
 def fit_nbc(

@@ -6,13 +6,13 @@ channel by itself. Two numbers a channel, which an integer engine folds into its
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.quantizers.compensation.linear import is_traced, stats_dtype
+from jaxlab.quantizers.compensation.linear import by_numpy, is_traced, stats_dtype
 
 Array = jax.Array
 MAX_GAMMA = 16.0  # bound of `solve_channel_affine(clip=True)`
@@ -105,7 +105,6 @@ def merge_channel_affine_stats(a: ChannelAffineStats, b: ChannelAffineStats) -> 
   )
 
 
-@jax.jit
 def stats_of_sum(stats: ChannelAffineStats) -> ChannelAffineStats:
   """Returns the statistics of `(q, q + f)` from those of `(q, f)`."""
   return stats._replace(
@@ -135,7 +134,8 @@ def solve_channel_affine(
       raise ValueError('Calibration rows are not finite: module outputs hold NaN or infinity.')
     if np.asarray(stats.count) < 2:
       raise ValueError(f'An affine fit needs at least two rows; the statistics hold {stats.count}.')
-  affine, changed = _solve(stats, eps, clip)
+  affine, changed = _solve(*by_numpy(stats), eps, clip)
+  affine = ChannelAffine(*map(jnp.asarray, affine))
   if not is_traced(changed) and changed:
     warnings.warn(
       f'gamma of {int(changed)} channels clipped to 1/16..16.', RuntimeWarning, stacklevel=2
@@ -143,30 +143,28 @@ def solve_channel_affine(
   return affine
 
 
-@functools.partial(jax.jit, static_argnames='clip')
 def _solve(
-  stats: ChannelAffineStats, eps: float | Array, clip: bool
+  xp: Any, stats: ChannelAffineStats, eps: float | Array, clip: bool
 ) -> tuple[ChannelAffine, Array]:
   """Returns the fit, and how many channels were clipped."""
-  n = jnp.maximum(stats.count, 1)
+  n = xp.maximum(stats.count, 1)
   constant = stats.scatter_quant / n <= eps * (1 + stats.mean_quant**2)
-  gamma = stats.coscatter / jnp.where(constant, 1, stats.scatter_quant)
-  free = gamma = jnp.where(constant, 1, gamma)
+  gamma = stats.coscatter / xp.where(constant, 1, stats.scatter_quant)
+  free = gamma = xp.where(constant, 1, gamma)
   if clip:
-    sign = jnp.where(gamma < 0, -1, 1)
-    gamma = sign * jnp.clip(jnp.abs(gamma), 1 / MAX_GAMMA, MAX_GAMMA)
+    sign = xp.where(gamma < 0, -1, 1).astype(gamma.dtype)
+    gamma = sign * xp.clip(xp.abs(gamma), 1 / MAX_GAMMA, MAX_GAMMA)
   beta = stats.mean_full - gamma * stats.mean_quant
-  return ChannelAffine(gamma, beta), jnp.sum(gamma != free)
+  return ChannelAffine(gamma, beta), xp.sum(gamma != free)
 
 
-@jax.jit
 def channel_affine_errors(stats: ChannelAffineStats, affine: ChannelAffine) -> Array:
   """Returns the mean of `(y_full - gamma y_quant - beta)^2` of each channel, from the statistics alone."""
-  gamma, beta = affine
-  n = jnp.maximum(stats.count, 1)
+  xp, stats, (gamma, beta) = by_numpy(stats, affine)
+  n = xp.maximum(stats.count, 1)
   varied = stats.scatter_full - 2 * gamma * stats.coscatter + gamma**2 * stats.scatter_quant
   offset = stats.mean_full - gamma * stats.mean_quant - beta
-  return jnp.maximum(varied, 0) / n + offset**2
+  return jnp.asarray(xp.maximum(varied, 0) / n + offset**2)
 
 
 @jax.jit

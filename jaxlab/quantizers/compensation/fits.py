@@ -184,10 +184,11 @@ def _fit_qwt_v2(method: QwTv2, stats: Any, num_batches: int) -> Fitted:
     )
   else:
     affine = solve(stats)
-  identity = channel_affine.ChannelAffine(jnp.zeros_like(affine.gamma), jnp.zeros_like(affine.beta))
+  gamma, beta = map(np.asarray, affine)
+  nothing = channel_affine.ChannelAffine(np.zeros_like(gamma), np.zeros_like(beta))
   errors = [
     float(np.mean(np.asarray(channel_affine.channel_affine_errors(stats, of_err), np.float64)))
-    for of_err in (identity, affine._replace(gamma=affine.gamma - 1))
+    for of_err in (nothing, channel_affine.ChannelAffine(gamma - 1, beta))
   ]
   return Fitted(affine._asdict(), float('nan'), False, tuple(errors))
 

@@ -228,6 +228,13 @@ def is_traced(tree: Any) -> bool:
   return not all(map(is_concrete, jax.tree.leaves(tree)))
 
 
+def by_numpy(*trees: Any) -> tuple[Any, ...]:
+  """Returns the module that computes with `trees`, and them: NumPy, which compiles nothing, if it can."""
+  if is_traced(trees):
+    return jnp, *trees
+  return np, *jax.tree.map(np.asarray, trees)
+
+
 def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearCompensation:
   """Returns the least-squares layer `err ~ x W + b` (QwT, eq. of the closed form).
 

@@ -32,6 +32,8 @@ from jaxlab.quantizers.compensation.recalibration import (
   recalibrate,
   with_constants,
 )
+from jaxlab.quantizers.input_ranges import renewed_constants
+from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
 
 Array = jax.Array
 PyTree = Any
@@ -114,7 +116,8 @@ class BlockWalk:
 
   def _recalibrate(self, index: int, stream: Stream, arrays: Mapping[str, dict]) -> None:
     """Finds the ranges of inputs between the part before and part `index` anew, on the first batch."""
-    block, hooks, dtype, paths = self.block, self.hooks, self.dtype, self.inputs[index]
+    block, hooks, dtype = self.block, self.hooks, self.dtype
+    paths = [path for path in self.inputs[index] if path != self.parts[index].path]
     if not paths:
       return
 
@@ -122,9 +125,23 @@ class BlockWalk:
       return recalibrate(block, quantized, leaves, hooks, paths, arrays, dtype)
 
     args = (self.quantized, restore(stream.leaves[0]), arrays)
-    new = self.programs(ranges, *args)(*args)
+    self._renew(self.programs(ranges, *args)(*args))
+
+  def _renew(self, new: Mapping[str, Array]) -> None:
+    """Takes new constants, by their path in the collection of the block."""
     self.quantized = with_constants(self.quantized, new)
-    self.constants |= {f'{block.path}/{name}': leaf for name, leaf in new.items()}
+    self.constants |= {f'{self.block.path}/{name}': leaf for name, leaf in new.items()}
+
+  def _recalibrate_own(self, index: int, x: Array) -> None:
+    """Finds the range of the input of part `index` anew, on what the part is given.
+
+    Not in the program that computes x: then searches of equal shapes share one compilation.
+    """
+    below = relative(self.parts[index].path, self.block.path)
+    old = slice_variables(self.quantized, below)[QUANTIZATION]['input']
+    prefix = f'{below}/input/' if below else 'input/'
+    found = renewed_constants(old, x)
+    self._renew({f'{prefix}{name}': leaf for name, leaf in found.items()})
 
   def _shapes(self, part: Part) -> fits.Shapes:
     x, out = part.call.array_shapes[0].shape, part.out.array_shapes[0].shape
@@ -151,10 +168,11 @@ class BlockWalk:
     below, exact = relative(part.path, block.path), self._has_exact_sums(part)
     state, update = fits.first_pass(self.method, shapes)
 
-    def observe(quantized, floats, leaves, outputs, pending, teacher, state, batch):
-      if part is not block:
-        known = _compensated(outputs, pending, dtype)
-        leaves = reach(block, parts, index, quantized, leaves, known, hooks)
+    def given(quantized, leaves, outputs, pending):
+      known = _compensated(outputs, pending, dtype)
+      return reach(block, parts, index, quantized, leaves, known, hooks)
+
+    def observe(quantized, floats, leaves, teacher, state, batch):
       y = array_leaves(part.run(slice_variables(quantized, below), leaves, hooks))
       if teacher is None:
         own = slice_variables(floats, below)
@@ -164,15 +182,20 @@ class BlockWalk:
       state = update(state, leaves[0], y[0], err, batch)
       return y, None if exact else err, state
 
-    run, kept = None, []
+    run, arrive, kept = None, None, []
     for batch, leaves in enumerate(stream.leaves):
       restored = restore(leaves)
       everywhere = fits.replicated_like(restored[0])
       if run is None:
         state, self.pending = jax.device_put((state, self.pending), everywhere)
+      if part is not block:
+        args = (self.quantized, restored, restore(outputs[batch]), self.pending)
+        arrive = arrive or self.programs(given, *args)
+        restored = arrive(*args)
+      if run is None and part.path in self.inputs[index]:
+        self._recalibrate_own(index, restored[0])
       teacher = None if teachers is None else teachers[batch][index].restore()
-      args = (self.quantized, self.float, restored, restore(outputs[batch]), self.pending)
-      args = (*args, teacher, state, np.int32(batch))
+      args = (self.quantized, self.float, restored, teacher, state, np.int32(batch))
       run = run or self.programs(observe, *args, out_shardings=(None, None, everywhere))
       y, err, state = run(*args)
       outputs[batch][index] = park(y)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments import bench_side
+from experiments.tools import bench_side
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -182,7 +182,7 @@ def run(
   Raises:
     RuntimeError: if it fails.
   """
-  command = [sys.executable, '-m', 'experiments.bench_models']
+  command = [sys.executable, '-m', 'experiments.tools.bench_models']
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': cache}
   if side == 'torch':
     command = [torch_python, '-I', str(HERE / 'bench_torch.py')]
@@ -193,7 +193,7 @@ def run(
     command.append(f'--threads={threads}')
   command.append(f'--started={time.time()}')
   done = subprocess.run(
-    command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False
+    command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True, check=False
   )
   if done.returncode:
     raise RuntimeError(f'{side}, {case}, {describe(threads)}: {done.stderr.strip()[-2000:]}')

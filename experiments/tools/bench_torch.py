@@ -1,6 +1,6 @@
 """The PyTorch side of the comparison, as a script that the Python of another environment runs.
 
-  PYTHON -I experiments/bench_torch.py --network=resnet18 --size=64 --batch=32 --steps=5 --started=0
+  PYTHON -I experiments/tools/bench_torch.py --network=resnet18 --size=64 --batch=32 --steps=5 --started=0
 
 It needs torch and timm, and nothing of this project but the file next to it. PyTorch is used as it comes:
 eager, NCHW, float32, as many threads as it chooses (with `--threads` that many).

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from experiments import launcher
 from experiments.results import results, row
 
-EMBEDDED = launcher.CONFIGS / 'ssql' / 'embedded.py'
+EMBEDDED = launcher.CONFIGS / 'acsr' / 'embedded.py'
 
 
 @pytest.fixture
@@ -15,19 +15,18 @@ def config():
 
 
 def test_a_config_knows_its_paper_and_setting(config):
-  assert (config.paper, config.setting) == ('ssql', 'embedded')
+  assert (config.paper, config.setting) == ('acsr', 'embedded')
 
 
 @pytest.mark.parametrize(
   ('assignment', 'key', 'value'),
   [
-    ('epochs=3', 'epochs', 3),
-    ('schedule.base=1', 'base', 1.0),
-    ('data.name=cifar10', 'name', 'cifar10'),
-    ('runs=["ssql"]', 'runs', ('ssql',)),
-    ('augment.scale=(0.1, 1)', 'scale', (0.1, 1)),
-    ('model.backbone.strides=(2,)', 'strides', (2,)),
-    ('augment.jitter=none', 'jitter', None),
+    ('finetune.steps=3', 'steps', 3),
+    ('finetune.optimizer.learning_rate=1', 'learning_rate', 1.0),
+    ('finetune.trained=all', 'trained', 'all'),
+    ('ensemble_betas=[0.5]', 'ensemble_betas', (0.5,)),
+    ('ensemble_betas=(0.1, 0.5)', 'ensemble_betas', (0.1, 0.5)),
+    ('finetune.augment=none', 'augment', None),
   ],
 )
 def test_an_override_is_read_by_the_type_of_what_is_there(config, assignment, key, value):
@@ -41,10 +40,10 @@ def test_an_override_is_read_by_the_type_of_what_is_there(config, assignment, ke
 @pytest.mark.parametrize(
   ('assignment', 'message'),
   [
-    ('epochz=3', 'unknown key. Did you mean epochs'),
-    ('epochs=many', 'expected int as in 100, got str'),
-    ('epochs', 'expected --config.key=value'),
-    ('model.backbone.nam=x', 'Did you mean model.backbone.name'),
+    ('memberz=3', 'unknown key. Did you mean members'),
+    ('members=many', 'expected int as in 4, got str'),
+    ('members', 'expected --config.key=value'),
+    ('finetune.step=x', 'Did you mean finetune.steps'),
   ],
 )
 def test_a_wrong_override_says_what_was_expected(config, assignment, message):
@@ -53,15 +52,15 @@ def test_a_wrong_override_says_what_was_expected(config, assignment, message):
 
 
 def test_a_mistyped_config_is_answered_by_those_that_exist():
-  with pytest.raises(ValueError, match=r'fashion_mnist\.py'):
-    launcher.load_config('mlcollections_configs/ssql/fashion_minst.py')
+  with pytest.raises(ValueError, match=r'mini_imagenet\.py'):
+    launcher.load_config('mlcollections_configs/acsr/mini_imagenett.py')
 
 
 def test_user_errors_end_with_one_line_and_status_2(capsys):
   with pytest.raises(SystemExit) as stop:
-    launcher.main(lambda config, workdir: {}, 'ssql', ['--config.epochz=3'])
+    launcher.main(lambda config, workdir: {}, 'acsr', ['--config.memberz=3'])
   assert stop.value.code == 2
-  assert capsys.readouterr().err.startswith('error: --config.epochz: unknown key.')
+  assert capsys.readouterr().err.startswith('error: --config.memberz: unknown key.')
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_the_run(tmp_path):
@@ -80,7 +79,7 @@ def test_a_run_leaves_complete_results(tmp_path, config):
     'paper', 'setting', 'seed', 'rows', 'claims', 'seconds', 'config', 'versions', 'device',
   }  # fmt: skip
   assert written['rows'] == [{'name': 'a', 'role': 'baseline', 'metrics': {'x': 1.0}}]
-  assert written['config']['epochs'] == config.epochs
+  assert written['config']['members'] == config.members
 
 
 def test_results_refuse_what_a_report_could_not_read():

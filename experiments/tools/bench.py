@@ -1,12 +1,15 @@
 """Measures how fast networks train and run, next to PyTorch, and what the loop and calibration cost.
 
-  python -m experiments.bench [--models=resnet18_64,vit_tiny_224] [--torch-python=PATH] [--output=FILE]
+  python -m experiments bench [--models=resnet18_64,vit_tiny_224] [--torch-python=PATH] [--output=FILE]
 
 Networks (`--models`, none with `--models=`): wall time and CPU time of a training step (SGD with momentum)
 and of a forward pass, with all threads and with one; the time to compile the step; the time from the start
 of the process to the end of the first step, with nothing compiled before and with the step in the cache.
 With the Python of an environment that has torch and timm, all of it is measured there too, in turns, and
 given as a ratio (below 1: ours is faster). Nothing else should run meanwhile.
+
+Input (`--workers`, none with `--workers=`): how many photographs a second are read from a folder, decoded,
+resized and cropped to 224 pixels by so many worker processes, or by none; next to torchvision's loader.
 
 Sizes (`--sizes`, none with `--sizes=`):
 
@@ -23,16 +26,17 @@ import math
 import pathlib
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import bench_comparison, bench_loop, bench_side
+from experiments.tools import bench_comparison, bench_input, bench_loop, bench_side
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   """Returns what to measure, checked: `models` and `sizes` are tuples, `threads` numbers or None for all."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments.bench',
+    prog='python -m experiments bench',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -50,6 +54,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     '--rounds', type=int, default=2, help='processes a side and number of threads'
   )
   parser.add_argument('--steps', type=int, default=5, help='steps and passes a process')
+  parser.add_argument(
+    '--workers', default='0,1,2', help='processes that read photographs; default: %(default)s'
+  )
   parser.add_argument('--sizes', default=','.join(bench_loop.SIZES), help='default: %(default)s')
   parser.add_argument('--repeats', type=int, default=5, help='of the sizes; default: %(default)s')
   parser.add_argument(
@@ -63,6 +70,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown := set(given) - set(known):
       parser.error(f'--{field}: {", ".join(sorted(unknown))} is none of {", ".join(known)}')
     setattr(options, field, given)
+  counts = tuple(filter(None, options.workers.split(',')))
+  if not all(map(str.isdecimal, counts)):
+    parser.error(f'--workers={options.workers}: expected numbers >= 0, such as 0,1,2')
+  options.workers = tuple(map(int, counts))
   for field in ('rounds', 'steps', 'repeats'):
     if getattr(options, field) < 1:
       parser.error(f'--{field}={getattr(options, field)}: expected a number >= 1')
@@ -130,19 +141,31 @@ def _cells(sides: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> 
   return ['' if value is None else f'{value:.3g}' for value in values]
 
 
-def sizes_table(found: Mapping[str, Mapping[str, Any]]) -> Any:
-  """Returns a table of the figures, sizes across."""
+def figures_table(corner: str, found: Mapping[str, Mapping[str, Any]]) -> Any:
+  """Returns a table of figures, what they were measured for across."""
   from rich.table import Table
 
-  table = Table('', *found)
+  table = Table(corner, *found)
   for name in dict.fromkeys(name for figures in found.values() for name in figures):
     values = (figures.get(name) for figures in found.values())
     table.add_row(name, *('' if value is None else f'{value:.4g}' for value in values))
   return table
 
 
+def measure_input(workers: Sequence[int], torch_python: str | None) -> dict[str, dict[str, float]]:
+  """Returns `bench_input.measure` by '0 workers' and so on, all over the same photographs."""
+  if not workers:
+    return {}
+  with tempfile.TemporaryDirectory() as folder:
+    bench_input.photographs(folder)
+    return {
+      f'{count} workers': bench_input.measure(count, torch_python=torch_python, root=folder)
+      for count in workers
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-  """Measures, prints, and returns `{'machine', 'models', 'geometric_means', 'sizes'}`."""
+  """Measures, prints, and returns `{'machine', 'models', 'geometric_means', 'input', 'sizes'}`."""
   options = parse(arguments)
   from rich.console import Console
 
@@ -164,9 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     versions = {k: v for model in found['models'].values() for k, v in model['versions'].items()}
     console.print(', '.join(f'{name} {version}' for name, version in versions.items()))
     console.print(models_table(found['models']))
+  found['input'] = measure_input(options.workers, options.torch_python)
+  if found['input']:
+    console.print(figures_table('photographs a second', found['input']))
   found['sizes'] = {size: bench_loop.measure(size, options.repeats) for size in options.sizes}
   if found['sizes']:
-    console.print(sizes_table(found['sizes']))
+    console.print(figures_table('', found['sizes']))
   if options.output:
     results.save_json(options.output, found)
   return found

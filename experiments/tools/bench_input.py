@@ -1,23 +1,20 @@
 """Measures how fast photographs come from a folder, and what reading them costs a training step.
 
-  python -m experiments.bench_input [--workers=0,1,2] [--torch-python=PATH]
-
 The photographs (500x375 JPEGs, as ImageNet's) are parts of scikit-learn's two sample images. `test` is the
 rule of evaluation, shorter side to 256 and the central 224x224; `train` is what a host does for training:
 ours stores 256x256 and leaves the random resized crop to the device, torchvision crops and flips on the host.
-`--torch-python` names the Python of an environment with torch and torchvision, whose `ImageFolder` and
-`DataLoader` then read the same files in a process of its own: to normalized floats as usual, and (`bytes`) to
-the plain bytes that ours hands out.
+With the Python of an environment that has torch and torchvision, its `ImageFolder` and `DataLoader` read the
+same files in a process of their own: to normalized floats as usual, and (`bytes`) to the plain bytes that
+ours hands out.
 """
 
-import argparse
 import json
 import os
 import pathlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 BATCH = 32
@@ -187,7 +184,7 @@ def measure_step(
   """
   import jax
 
-  from experiments import bench_loop
+  from experiments.tools import bench_loop
   from jaxlab import data
 
   if root is None:
@@ -218,32 +215,3 @@ def measure_step(
     loader.close()
   figures = {f'{name}_seconds': seconds / steps for name, seconds in times.items()}
   return {**figures, 'loop_over_bare': times['loop'] / times['bare']}
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[int, dict[str, float]]:
-  """Measures and prints, a column for each number of workers."""
-  parser = argparse.ArgumentParser(
-    prog='python -m experiments.bench_input',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument('--workers', default='0,1,2')
-  parser.add_argument('--torch-python')
-  options = parser.parse_args(arguments)
-  counts = [int(number) for number in options.workers.split(',')]
-  with tempfile.TemporaryDirectory() as folder:
-    photographs(folder)
-    found = {n: measure(n, torch_python=options.torch_python, root=folder) for n in counts}
-  from rich.console import Console
-  from rich.table import Table
-
-  table = Table('images a second', *(f'{n} workers' for n in counts))
-  for name in dict.fromkeys(name for figures in found.values() for name in figures):
-    values = (figures.get(name) for figures in found.values())
-    table.add_row(name, *('' if value is None else f'{value:.4g}' for value in values))
-  Console().print(table)
-  return found
-
-
-if __name__ == '__main__':
-  main()

@@ -1,13 +1,13 @@
 """Our side of the comparison, as a process of its own: a network's training step and forward pass.
 
-python -m experiments.bench_models --network=resnet18 --size=64 --batch=32 --steps=5 --started=0
+python -m experiments.tools.bench_models --network=resnet18 --size=64 --batch=32 --steps=5 --started=0
 """
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import bench_side
+from experiments.tools import bench_side
 
 
 def make_program(network: str, size: int, batch: int) -> tuple[Any, Any]:

@@ -14,16 +14,12 @@ STEPS = {'embedded': 20, 'resnet18': 2}
 
 
 def configuration(size: str) -> Any:
-  """Returns the configuration of a size: the embedded one, or CIFAR ResNet-18 on 32x32 noise."""
-  from experiments import launcher
+  """Returns the settings of a size: the embedded ones, or CIFAR ResNet-18 on 32x32 noise."""
+  from experiments.harness import launcher
 
-  config = launcher.load_config(launcher.CONFIGS / 'ssql' / 'embedded.py')
   if size == 'resnet18':
-    cifar = launcher.load_config(launcher.CONFIGS / 'ssql' / 'cifar10_resnet18.py')
-    with config.unlocked():
-      config.update(cifar)
-      config.batch_size = 128
-  return config
+    return launcher.load('ssql', 'cifar10_resnet18', ['recipe.batch_size=128'])
+  return launcher.load('ssql', 'embedded')
 
 
 def source(config: Any) -> Any:
@@ -32,7 +28,7 @@ def source(config: Any) -> Any:
 
   from jaxlab import data
 
-  shape = (8 * config.batch_size, *config.data.stored_image)
+  shape = (8 * config.recipe.batch_size, *config.data.stored_image)
   images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
   return data.InMemory({'image': images, 'label': np.zeros(len(images), np.int32)}, 10)
 
@@ -95,22 +91,22 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
     return measure_calibration(repeats)
   import jax
 
-  from experiments import ssql, training
+  from experiments import ssql
   from jaxlab import data, parallel
   from jaxlab.parallel import shard_program
 
   config = configuration(size)
-  mesh = training.mesh(config)
+  mesh = config.mesh.make()
   images, steps = source(config), STEPS[size]
-  loader = data.make_loader(images, batch_size=config.batch_size, seed=0)
+  loader = data.make_loader(images, batch_size=config.recipe.batch_size, seed=0)
   feed = data.prefetch_to_device(
     ({'image': b['image'], 'index': b['index']} for b in loader), parallel.batch_sharding(mesh)
   )
   resident, _ = next(feed)
-  figures: dict[str, Any] = {'batch_size': config.batch_size}
+  figures: dict[str, Any] = {'batch_size': config.recipe.batch_size}
   programs, states, runs = {}, {}, {}
   for variant in ('base', 'ssql'):
-    programs[variant] = shard_program(ssql.program(config, variant), mesh)
+    programs[variant] = shard_program(ssql.training(config, variant).program, mesh)
     states[variant] = programs[variant].init(jax.random.key(0))
     start = time.perf_counter()
     states[variant], metrics = programs[variant].step(states[variant], {}, resident)
