@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlab.quantizers.extremes import extremes
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -262,8 +263,7 @@ def min_max(quantizer: AffineQuantizer, x: Array) -> tuple[Array, Array]:
   """Returns the smallest and largest value of whatever shares a scale, dimensions kept."""
   x = cut_groups(quantizer, x)
   ndim = x.ndim - (quantizer.granularity == 'group')
-  axes = reduction_axes(quantizer, ndim)
-  return jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+  return extremes(x, reduction_axes(quantizer, ndim))
 
 
 def calibrate(

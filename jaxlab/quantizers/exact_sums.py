@@ -77,7 +77,7 @@ def _floats_after(x: Array, kernel: Array) -> Array:
   """Returns the kernel in float32, made once `x` (floats, finite) is there.
 
   XLA would otherwise start with the kernels of all layers and keep all of them as floats: ten times the
-  memory, and none of it in a cache. Its CPU backend drops `optimization_barrier` before it orders the program.
+  memory, and none of it in a cache. Its CPU backend drops `optimization_barrier` before it sets the order.
   """
   if not x.size:
     return kernel.astype(jnp.float32)
