@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlab.quantizers.extremes import extremes
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -262,8 +263,7 @@ def min_max(quantizer: AffineQuantizer, x: Array) -> tuple[Array, Array]:
   """Returns the smallest and largest value of whatever shares a scale, dimensions kept."""
   x = cut_groups(quantizer, x)
   ndim = x.ndim - (quantizer.granularity == 'group')
-  axes = reduction_axes(quantizer, ndim)
-  return jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+  return extremes(x, reduction_axes(quantizer, ndim))
 
 
 def calibrate(
@@ -334,6 +334,8 @@ def _straight_through_jvp(primals, tangents):
 
 
 _straight_through.defjvp(_straight_through_jvp, symbolic_zeros=True)
+# Arrays of one shape are traced and differentiated once.
+_straight_through_once = jax.jit(_straight_through)
 
 
 def fake_quantize(
@@ -361,7 +363,8 @@ def fake_quantize(
   safe = jnp.where(flat, 1, params.scale)
   skip = jnp.any(flat) if degenerate == 'tensor' else flat
   wide = cut.astype(_compute_dtype(x))
-  out = _straight_through(wide, safe, params.zero_point, params.low, params.high, skip)
+  compute = _straight_through if is_concrete(wide) else _straight_through_once
+  out = compute(wide, safe, params.zero_point, params.low, params.high, skip)
   return out.astype(x.dtype).reshape(x.shape)
 
 

@@ -64,13 +64,31 @@ def _float_dot(x: Array, kernel: Array, of_x: bool) -> ExactSums:
   flat = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
   total, columns, rows = 0, 0, 0
   for part in _parts(kernel.shape[0], EXACT_TERMS):
-    own, matrix = flat[:, part], kernel[part].astype(jnp.float32)
+    own, matrix = flat[:, part], _floats_after(flat, kernel[part])
     total += jnp.dot(own, matrix, precision=HIGHEST).astype(jnp.int32)
     columns += jnp.sum(matrix, 0).astype(jnp.int32)
     if of_x:
-      rows += jnp.sum(own, -1, keepdims=True).astype(jnp.int32)
+      rows += _channel_sums(own)
   products = total.reshape(*x.shape[:-1], -1)
   return ExactSums(products, columns, rows.reshape(*x.shape[:-1], 1) if of_x else None)
+
+
+def _floats_after(x: Array, kernel: Array) -> Array:
+  """Returns the kernel in float32, made once `x` (floats, finite) is there.
+
+  XLA would otherwise start with the kernels of all layers and keep all of them as floats: ten times the
+  memory, and none of it in a cache. Its CPU backend drops `optimization_barrier` before it sets the order.
+  """
+  if not x.size:
+    return kernel.astype(jnp.float32)
+  return kernel.astype(jnp.float32) + 0 * x[(0,) * x.ndim]
+
+
+def _channel_sums(x: Array) -> Array:
+  """Returns the sums over the last axis, kept, in int32, as a product with ones: faster than a reduction."""
+  ones = jnp.ones((x.shape[-1], 1), x.dtype)
+  sums = jnp.dot(x.reshape(-1, x.shape[-1]), ones, precision=HIGHEST)
+  return sums.reshape(*x.shape[:-1], 1).astype(jnp.int32)
 
 
 def conv_sums(
@@ -100,12 +118,12 @@ def conv_sums(
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     feature_group_count=groups,
   )
-  integers = functools.partial(
-    _integer_conv, conv, strides=strides, dilation=dilation, groups=groups, of_x=of_x
+  options = {'strides': strides, 'dilation': dilation, 'groups': groups, 'of_x': of_x}
+  integers, floats = (
+    functools.partial(form, conv, **options) for form in (_integer_conv, _float_conv)
   )
   if math.prod(kernel.shape[:2]) > EXACT_TERMS:
     return integers(x, kernel)
-  floats = functools.partial(_float_conv, conv, groups=groups, of_x=of_x)
   return lax.platform_dependent(x, kernel, cpu=floats, default=integers)
 
 
@@ -120,11 +138,8 @@ def _integer_conv(
 ) -> ExactSums:
   windows = None
   if of_x:
-    windows = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
-    size, steps, spread = ((1, *pair, 1) for pair in (kernel.shape[:2], strides, dilation))
-    windows = lax.reduce_window(
-      windows, jnp.int32(0), lax.add, size, steps, 'VALID', window_dilation=spread
-    )
+    sums = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
+    windows = _window_sums(sums, kernel.shape[:2], strides, dilation)
   return ExactSums(
     conv(x, kernel, preferred_element_type=jnp.int32),
     jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32),
@@ -132,19 +147,37 @@ def _integer_conv(
   )
 
 
+def _window_sums(
+  x: Array, size: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> Array:
+  window, steps, spread = ((1, *pair, 1) for pair in (size, strides, dilation))
+  zero = jnp.zeros((), x.dtype)
+  return lax.reduce_window(x, zero, lax.add, window, steps, 'VALID', window_dilation=spread)
+
+
 def _float_conv(
-  conv: Callable[..., Array], x: Array, kernel: Array, groups: int, of_x: bool
+  conv: Callable[..., Array],
+  x: Array,
+  kernel: Array,
+  strides: Sequence[int],
+  dilation: Sequence[int],
+  groups: int,
+  of_x: bool,
 ) -> ExactSums:
   grouped = x.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
   total, columns, windows = 0, 0, 0
   for part in _parts(kernel.shape[2], EXACT_TERMS // math.prod(kernel.shape[:2])):
-    images, own = grouped[..., part], kernel[:, :, part].astype(jnp.float32)
+    images = grouped[..., part]
+    own = _floats_after(grouped, kernel[:, :, part])
     flat = images.reshape(*x.shape[:-1], -1)
     total += conv(flat, own, precision=HIGHEST).astype(jnp.int32)
     columns += jnp.sum(own, (0, 1, 2)).astype(jnp.int32)
-    if of_x:
+    if of_x and groups == 1:
+      windows += _window_sums(_channel_sums(flat), kernel.shape[:2], strides, dilation)
+    elif of_x:
       ones = jnp.ones((*kernel.shape[:2], 1, groups), jnp.float32)
-      windows += conv(jnp.sum(images, -1), ones, precision=HIGHEST).astype(jnp.int32)
+      sums = conv(_channel_sums(images)[..., 0].astype(jnp.float32), ones, precision=HIGHEST)
+      windows += sums.astype(jnp.int32)
   return ExactSums(total, columns, windows if of_x else None)
 
 

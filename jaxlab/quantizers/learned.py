@@ -116,7 +116,8 @@ def lsq_fake_quantize(
   if floor is not None:
     scale = clip_inclusive(scale, floor, jnp.inf)
   scale = scale_gradient(scale, grad_factor)
-  return _lsq(wide, scale, low, high).astype(x.dtype)
+  compute = _lsq if is_concrete(wide) else _lsq_once
+  return compute(wide, scale, low, high).astype(x.dtype)
 
 
 @jax.custom_jvp
@@ -134,6 +135,10 @@ def _lsq_jvp(primals, tangents):
   # the result, and the masked upstream gradient.
   share = tangents[1] / scale
   return out, jnp.where(inside, tangents[0] - x * share, 0) + out * share
+
+
+# Arrays of one shape are traced and differentiated once.
+_lsq_once = jax.jit(_lsq)
 
 
 def lsq_plus_fake_quantize(

@@ -9,6 +9,7 @@ The pieces, for training loops that quantize in every step:
 And the whole, for a trained network: `ptq(model, variables, batches, policy)`.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from jaxlab.models.intercept import Hook, Site, apply, module_paths
 from jaxlab.quantizers import affine
 from jaxlab.quantizers.affine import AffineQuantizer
 from jaxlab.quantizers.policy import BitPolicy, Bits, check_rules
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
@@ -60,18 +62,40 @@ def quantize_weights(
   for path, owner in owners.items():
     bits = policy.weight_bits(owner)
     if bits is not None:
-
-      def quantize(kernel, bits=bits):
-        return affine.fake_quantize(
-          quantizer,
-          kernel,
-          affine.calibrate(quantizer, kernel, bits),
-          scale_grad=scale_grad,
-          degenerate=degenerate,
-        )
-
+      quantize = functools.partial(
+        _fake_quantize_kernel,
+        bits=bits,
+        quantizer=quantizer,
+        scale_grad=scale_grad,
+        degenerate=degenerate,
+      )
       flat[path] = (jax.vmap(quantize) if path.startswith(stacked) else quantize)(flat[path])
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _fake_quantize_kernel(kernel: Array, bits: Bits, **choices: Any) -> Array:
+  if is_concrete(kernel):
+    return _kernel_by_own_range(kernel, bits, **choices)
+  # Kernels of one shape are traced and differentiated once.
+  if is_concrete(bits):
+    return _traced_once(kernel, None, bits=int(bits), **choices)
+  return _traced_once(kernel, bits, bits=None, **choices)
+
+
+def _kernel_by_own_range(
+  kernel: Array, bits: Bits, quantizer: AffineQuantizer, scale_grad: bool, degenerate: str
+) -> Array:
+  params = affine.calibrate(quantizer, kernel, bits)
+  return affine.fake_quantize(
+    quantizer, kernel, params, scale_grad=scale_grad, degenerate=degenerate
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('bits', 'quantizer', 'scale_grad', 'degenerate'))
+def _traced_once(
+  kernel: Array, traced_bits: Array | None, bits: int | None, **choices: Any
+) -> Array:
+  return _kernel_by_own_range(kernel, traced_bits if bits is None else bits, **choices)
 
 
 def _stacked_subtrees(flat: Mapping[str, Array]) -> tuple[str, ...]:

@@ -296,3 +296,21 @@ def test_ranges_without_extent_raise_if_asked_to(rule, flat):
   np.testing.assert_array_equal(traced.scale, params.scale)
   with pytest.raises(ValueError, match="on_degenerate='skip'"):
     quantizers.calibrate(quantizer, x, on_degenerate='skip')
+
+
+@pytest.mark.parametrize('degenerate', ['element', 'tensor'])
+@pytest.mark.parametrize('scale_grad', [True, False])
+def test_forward_mode_gives_the_gradient_of_reverse_mode(degenerate, scale_grad):
+  rule = AffineQuantizer(3, 'half_range', 'channel')
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+  x = x.at[:, 1].set(0) if degenerate == 'element' else x
+  upstream = jnp.arange(1.0, 25.0).reshape(6, 4)
+
+  def loss(x):
+    params = quantizers.calibrate(rule, x)
+    y = quantizers.fake_quantize(rule, x, params, scale_grad=scale_grad, degenerate=degenerate)
+    return jnp.sum(upstream * y)
+
+  reverse = jax.jit(jax.grad(loss))(x)
+  np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(x), reverse, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(jax.grad(loss)(x), reverse, rtol=1e-5, atol=1e-4)
