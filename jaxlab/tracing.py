@@ -1,5 +1,7 @@
 """Whether a value can be looked at while a function is traced."""
 
+from __future__ import annotations
+
 import jax
 from jax.typing import ArrayLike
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -133,8 +134,23 @@ class Network:
       yield f'model: {error}'
 
 
-def training(config: Experiment, network: Network, title: str) -> Run:
-  """Returns the training of a network from scratch."""
+def training(
+  config: Experiment,
+  network: Network,
+  title: str,
+  *,
+  decides: Mapping[str, Any] = MappingProxyType({}),
+  **options: Any,
+) -> Run:
+  """Returns the training of a network from scratch.
+
+  Args:
+    config: the experiment.
+    network: with a recipe.
+    title: of the run.
+    decides: what else decides what it ends with, such as the settings of a loss.
+    **options: of `supervised.program`: `loss`, `captured`, `teacher`, ...
+  """
   steps = network.data.train_size // network.recipe.batch_size
 
   def plant(params: Any) -> Any:
@@ -143,10 +159,11 @@ def training(config: Experiment, network: Network, title: str) -> Run:
     return params
 
   model = create(network.model)
-  program = supervised.program(model, network.task, network.recipe, steps, prepare=plant)
-  decides = {name: getattr(network, name) for name in ('model', 'augment', 'massive')}
+  options = {'prepare': plant, **options}
+  program = supervised.program(model, network.task, network.recipe, steps, **options)
+  own = {name: getattr(network, name) for name in ('model', 'augment', 'massive')}
   num_steps = network.recipe.epochs * steps
-  return Run(config, network.data, network.recipe, program, num_steps, decides, title)
+  return Run(config, network.data, network.recipe, program, num_steps, {**own, **decides}, title)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +230,15 @@ class Loaded:
     return {'accuracy': 100 * float(found['correct'].mean()), **metrics}
 
 
-def load(config: Experiment, network: Network, folder: Any) -> Loaded:
-  """Returns how a calibration batch lies on the devices: split, or whole on each if too small."""
+def load(config: Experiment, network: Network, folder: Any, run: Run | None = None) -> Loaded:
+  """Returns a network with public weights, or trained from wherever its folder was left.
+
+  Args:
+    config: the experiment.
+    network: its section.
+    folder: of its training.
+    run: its training; None: `training(config, network)`.
+  """
   sources = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
   if network.pretrained:
     fields = {name: value for name, value in network.model.items() if name != 'name'}
@@ -227,7 +251,7 @@ def load(config: Experiment, network: Network, folder: Any) -> Loaded:
     )
   else:
     model = create(network.model)
-    run = training(config, network, 'in float')
+    run = run or training(config, network, 'in float')
     variables = runs.train(run, sources['train'], folder).variables
   return Loaded(config, network, model, variables, sources['train'], sources['test'])
 

@@ -1,6 +1,6 @@
 """The supervised training of a model on a task: one program for all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +23,14 @@ class Seen(NamedTuple):
   Attributes:
     step: finished optimizer steps, a scalar.
     teacher: the teacher's outputs for the same inputs; None: there is none.
+    captured: what the modules named by `program(captured=...)` hand on, by path.
+    taught: likewise of the teacher.
   """
 
   step: Array
   teacher: Array | None
+  captured: Mapping[str, Any] = {}
+  taught: Mapping[str, Any] = {}
 
 
 Loss = Callable[[Array, Array, Seen], Array]
@@ -59,6 +63,8 @@ def program(
   prepare: Callable[[PyTree], PyTree] = lambda params: params,
   frozen: Sequence[str] = (),
   hooks: Sequence[models.Hook] = (),
+  captured: Sequence[str] = (),
+  taught: Sequence[str] = (),
   repeats: bool = False,
   draw: Callable[[Array], tuple[Array, dict[str, Array]]] = streams,
 ) -> Program:
@@ -77,6 +83,9 @@ def program(
     prepare: applied to the parameters as they were drawn.
     frozen: patterns of parameters that stay.
     hooks: around the model's modules in training.
+    captured: patterns of modules whose outputs the loss reads (`Seen.captured`): penalties on features,
+      distillation from block to block.
+    taught: likewise of the teacher.
     repeats: whether a batch may hold a record twice: its copies are told apart by their place.
     draw: `key -> (key of the parameters, streams)`, see `streams`.
   """
@@ -100,10 +109,13 @@ def program(
     x, y = cast_floating(task.augmented(each, batch), dtype), task.targets(batch)
     if recipe.mixup > 0:
       x, partner, share = data.mixup(keys['mixup'], x, recipe.mixup)
-    told = None if teacher is None else teacher.apply(state.frozen['teacher'], x)
-    outputs, changed = models.apply(
+    told, teacher_parts = None, {}
+    if teacher is not None:
+      told, teacher_parts = models.capture(teacher, state.frozen['teacher'], taught, x)
+    (outputs, changed), parts = models.capture(
       model,
       {'params': params, **state.model_state},
+      captured,
       x,
       mutable=list(state.model_state),
       hooks=hooks,
@@ -113,7 +125,7 @@ def program(
     outputs = cast_floating(outputs, jnp.promote_types(outputs.dtype, jnp.float32))
 
     def mean_loss(outputs: Array, targets: Array) -> Array:
-      return jnp.mean(loss(outputs, targets, Seen(state.step, told)))
+      return jnp.mean(loss(outputs, targets, Seen(state.step, told, parts, teacher_parts)))
 
     if recipe.mixup > 0:
       value = data.mixup_loss(mean_loss, outputs, y, partner, share)

@@ -1,5 +1,7 @@
 """The largest value at which a falling accuracy is above a threshold: on the host, and compiled."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable
 from typing import Any

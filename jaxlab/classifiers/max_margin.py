@@ -11,6 +11,8 @@ is one program, and `jax.vmap` runs it for several draws of a few-shot set at on
   logits = jax.vmap(lambda params: head.apply({'params': params}, test_features))(found.params)
 """
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

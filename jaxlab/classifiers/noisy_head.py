@@ -1,5 +1,7 @@
 """Linear heads that learn from, and are judged on, noisy copies of cached features."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

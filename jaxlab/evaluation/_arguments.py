@@ -1,5 +1,7 @@
 """Checks that metrics of features share."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 

@@ -1,5 +1,7 @@
 """Calibration: does a classifier's confidence agree with how often it is right?"""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

@@ -9,6 +9,8 @@ batches nor on how they are spread over devices:
   metrics = tally_compute(state)
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """What features look like: spread, agreement of two feature sets, and number of used dimensions."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

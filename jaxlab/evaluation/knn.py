@@ -1,5 +1,7 @@
 """Weighted nearest-neighbor classification in a bank of features."""
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import NamedTuple

@@ -1,5 +1,7 @@
 """Metrics of language models."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

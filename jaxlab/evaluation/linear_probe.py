@@ -5,6 +5,8 @@ shapes and options share one compilation. A probe is returned as arrays, to be a
 the same dimension (`probe_logits`): also to those of the network after quantization or pruning.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from typing import NamedTuple

@@ -5,6 +5,8 @@ the lowest recall do not (Du & Wu, No One Left Behind: Improving the Worst Categ
 Learning, CVPR 2023, https://arxiv.org/abs/2303.03630).
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 import jax

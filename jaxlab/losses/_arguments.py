@@ -1,5 +1,7 @@
 """What losses and metrics do with their arguments before the formula."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,7 @@
 """What the losses and metrics of classifiers check of labels and class counts."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike

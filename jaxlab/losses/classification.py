@@ -3,6 +3,8 @@
 What depends on the class counts of an imbalanced training set is in `long_tail`.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

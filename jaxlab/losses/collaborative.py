@@ -1,5 +1,7 @@
 """Losses of several experts that learn together: nested collaborative learning (NCL)."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

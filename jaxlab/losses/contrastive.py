@@ -1,5 +1,7 @@
 """Losses that tell an example from others: NT-Xent, and InfoNCE against a queue of past keys."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Losses that make a student's predictions follow a teacher's."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

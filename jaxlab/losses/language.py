@@ -1,5 +1,7 @@
 """Losses of language models."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

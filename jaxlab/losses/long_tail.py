@@ -4,6 +4,8 @@
 those of a batch. The test set is class-balanced.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

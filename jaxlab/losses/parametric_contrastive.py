@@ -1,5 +1,7 @@
 """Supervised contrast with learnable class centers, for imbalanced training sets: PaCo and GPaCo."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

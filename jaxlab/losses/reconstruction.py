@@ -1,5 +1,7 @@
 """Losses of masked-image modeling."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

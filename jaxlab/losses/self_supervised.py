@@ -3,6 +3,8 @@
 Contrastive losses are in `contrastive`, masked-image losses in `reconstruction`.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Losses of fine-tuning that keep features near those of the pre-trained network."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Classifiers over pooled features for few and imbalanced labels, and the network that ends in one."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

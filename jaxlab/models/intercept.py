@@ -305,7 +305,7 @@ def capture(
   state = dict(state)
   flat = traverse_util.flatten_dict(dict(state.pop('captures', {})), sep='/')
   captured = {path.removesuffix('.output').rstrip('/'): y for path, (y,) in flat.items()}
-  return ((out, state) if wanted else out), captured
+  return (out if wanted is False else (out, state)), captured
 
 
 def map_matching(

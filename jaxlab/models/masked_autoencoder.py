@@ -4,6 +4,8 @@ He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022 (https://
 The loss is `jaxlab.losses.mae_loss`.
 """
 
+from __future__ import annotations
+
 import math
 
 import einops

@@ -1,5 +1,7 @@
 """Averages of networks: trees of equal structure, entry by entry."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

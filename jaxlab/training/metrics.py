@@ -1,5 +1,7 @@
 """Where a run's numbers go: JSON lines, TensorBoard, a progress bar or plain lines."""
 
+from __future__ import annotations
+
 import json
 import math
 import sys
@@ -96,7 +98,7 @@ class Progress:
     self._begin = self._mark = (start, time.perf_counter())
     self._start = start
 
-  def __enter__(self) -> 'Progress':
+  def __enter__(self) -> Progress:
     if self._visible and self._console.is_terminal:
       from rich import progress
 

@@ -6,6 +6,8 @@ its keys joined by slashes (`layer1_0/conv1/kernel`); a pattern is a regular exp
 the whole path, and one that matches no parameter raises when the state is made.
 """
 
+from __future__ import annotations
+
 import difflib
 import inspect
 import re

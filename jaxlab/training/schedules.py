@@ -4,6 +4,8 @@ A schedule is a function `step -> value` (as optax has it) that works on Python 
 first step is 0. Wrapping it in `per_epoch` makes a staircase, `with_warmup` puts a linear start before it.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Mixup: convex combinations of pairs of images, with the same combination of their losses."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax
