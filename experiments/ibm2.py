@@ -28,7 +28,7 @@ from experiments.harness.runs import Call, say
 from experiments.harness.settings import free, section
 from experiments.protocols import draws, frozen_features
 from experiments.protocols.draws import Methods, Solved
-from experiments.protocols.frozen_features import Facts, Task
+from experiments.protocols.frozen_features import Facts
 from jaxlab import classifiers
 from jaxlab.classifiers import MaxMargin
 from jaxlab.classifiers.noisy_head import initial_params
@@ -125,7 +125,7 @@ class Settings(frozen_features.Settings):
       yield f'chunk_size={self.chunk_size}: expected a number of examples, or 0, the batch.'
     if not 0 <= self.head.smoothing <= 1:
       yield f'head.smoothing={self.head.smoothing}: expected a share in [0, 1].'
-    if self.search.tolerance > self.search.right:
+    if 0 < self.search.right < self.search.tolerance:
       yield (
         f'search.tolerance={self.search.tolerance:g} is above search.right={self.search.right:g}: nothing '
         'would be searched.'
@@ -151,15 +151,8 @@ def step(config: Settings, mesh: jax.sharding.Mesh, x: Array) -> dict[str, Any]:
 def ibm2(config: Settings, classes: int, mesh: Any, key: Array, x: Array, y: Array) -> MaxMargin:
   """The method on one draw: the threshold, the widest noise that is fitted, and a head trained there."""
   options = {**dataclasses.asdict(config.train), **dataclasses.asdict(config.search)}
-  return classifiers.fit_max_margin(
-    key,
-    head(config, classes),
-    x,
-    y,
-    num_copies=config.num_copies,
-    **options,
-    **step(config, mesh, x),
-  )
+  options |= {'num_copies': config.num_copies, **step(config, mesh, x)}
+  return classifiers.fit_max_margin(key, head(config, classes), x, y, **options)
 
 
 def naive(config: Settings, classes: int, mesh: Any, key: Array, x: Array, y: Array) -> PyTree:
@@ -171,14 +164,8 @@ def naive(config: Settings, classes: int, mesh: Any, key: Array, x: Array, y: Ar
 
 
 def judge(
-  config: Settings,
-  classes: int,
-  mesh: Any,
-  key: Array,
-  train: Labeled,
-  test: Labeled,
-  fitted: PyTree,
-) -> dict[str, Array]:
+  config: Settings, classes: int, mesh: Any, key: Array, train: Labeled, test: Labeled, fitted: PyTree
+) -> dict[str, Array]:  # fmt: skip
   """Returns what one draw shows, shares in [0, 1].
 
   `{naive,ibm2,means}_accuracy` on clean test features, `{naive,ibm2}_noisy_accuracy` on noisy copies of them
@@ -248,7 +235,9 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   for index, task in enumerate(frozen_features.tasks(config, workdir)):
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     solved = draws.solve(config, methods(config, task.num_classes), task, key)
-    tell(config, task, solved)
+    if np.any(solved.fitted['ibm2'].search.interval[:, 1] >= config.search.right):
+      right = f'raise search.right, now {config.search.right:g}'
+      say(f'warning: {task.name}: epsilon is at the end of the range; {right}.')
     for name, own in measured(config, solved).items():
       metrics[name] |= {f'{task.name}_{metric}': value for metric, value in own.items()}
     seconds = {'seconds': solved.seconds['ibm2'], 'naive_seconds': solved.seconds['naive']}
@@ -273,20 +262,19 @@ def measured(config: Settings, solved: Solved) -> dict[str, dict[str, float]]:
   they must reach.
   """
   own, seconds = solved.metrics, solved.seconds
-  threshold, below, above = (
-    100 * own[name] for name in ('threshold', 'train_accuracy_below', 'train_accuracy_above')
-  )
+  names = ('threshold', 'train_accuracy_below', 'train_accuracy_above')
+  threshold, below, above = (100 * own[name] for name in names)
 
-  def accuracies(head: str) -> dict[str, float]:
-    found = {kind: own.get(f'{head}_{kind}') for kind in ('accuracy', 'noisy_accuracy')}
-    spreads = [draws.spread(kind, 100 * v) for kind, v in found.items() if v is not None]
-    return {name: value for item in spreads for name, value in item.items()}
+  def accuracies(head: str, *kinds: str) -> dict[str, float]:
+    found = [draws.spread(kind, 100 * own[f'{head}_{kind}']) for kind in kinds]
+    return {name: value for item in found for name, value in item.items()}
 
+  both = ('accuracy', 'noisy_accuracy')
   return {
-    'class means': accuracies('means'),
-    'naive': {**accuracies('naive'), 'seconds': seconds['naive'], 'seconds_ratio': 1.0},
+    'class means': accuracies('means', 'accuracy'),
+    'naive': accuracies('naive', *both) | {'seconds': seconds['naive'], 'seconds_ratio': 1.0},
     'IbM2': {
-      **accuracies('ibm2'),
+      **accuracies('ibm2', *both),
       **draws.spread('epsilon', own['epsilon']),
       'threshold': threshold.mean(),
       'width': own['width'].max(),
@@ -299,20 +287,6 @@ def measured(config: Settings, solved: Solved) -> dict[str, dict[str, float]]:
     },
     'required': {'width': config.search.tolerance, 'slack_below': 0.0, 'slack_above': 0.0},
   }
-
-
-def tell(config: Settings, task: Task, solved: Solved) -> None:
-  """Prints what came out of a task."""
-  mean = {name: 100 * values.mean() for name, values in solved.metrics.items()}
-  say(
-    f'{task.name} ({config.draws} draws of {task.facts.examples}, {task.facts.dim} channels): naive '
-    f'{mean["naive_accuracy"]:.1f} -> IbM2 {mean["ibm2_accuracy"]:.1f}; with noise '
-    f'{mean["naive_noisy_accuracy"]:.1f} -> {mean["ibm2_noisy_accuracy"]:.1f}; epsilon '
-    f'{solved.metrics["epsilon"].mean():.2f}; {solved.seconds["ibm2"]:.1f} s'
-  )
-  if np.any(solved.fitted['ibm2'].search.interval[:, 1] >= config.search.right):
-    right = f'raise search.right, now {config.search.right:g}'
-    say(f'warning: {task.name}: epsilon is at the end of the range; {right}.')
 
 
 def draw(

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import pictures, results
-from experiments.harness.runs import Call
-from experiments.protocols.frozen_features import Facts, Settings, Task
+from experiments.harness.runs import Call, say
+from experiments.protocols.frozen_features import Facts, Settings, Task, placed
 from jaxlab import parallel
 
 Array = jax.Array
@@ -57,7 +57,8 @@ def programs(config: Settings, facts: Facts, methods: Methods) -> dict[str, Call
     """Returns the shapes of keys, of features and labels of all draws, and of those of the test."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.draws))
     train = _shapes((config.draws, facts.examples), facts.dim)
-    return _everywhere((keys, train, _shapes((facts.test_examples,), facts.dim)), mesh)
+    test = _shapes((facts.test_examples,), facts.dim)
+    return placed((keys, train, test), parallel.replicated(mesh))
 
   def fitting(fit: Callable[..., PyTree], mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
     keys, train, _ = arguments(mesh)
@@ -67,26 +68,33 @@ def programs(config: Settings, facts: Facts, methods: Methods) -> dict[str, Call
     fitted = {}
     for name, fit in methods.fits.items():
       function, given = fitting(fit, mesh)
-      fitted[name] = _everywhere(jax.eval_shape(function, *given), mesh)
-    axes = (0, 0, None, 0)
-    judge = functools.partial(methods.judge, mesh)
-    return _on_draws(judge, axes, mesh), (*arguments(mesh), fitted)
+      fitted[name] = placed(jax.eval_shape(function, *given), parallel.replicated(mesh))
+    judge = _on_draws(functools.partial(methods.judge, mesh), (0, 0, None, 0), mesh)
+    return judge, (*arguments(mesh), fitted)
 
   found = {name: Call(functools.partial(fitting, fit)) for name, fit in methods.fits.items()}
   return found | {'judge': Call(judging)}
 
 
 def solve(config: Settings, methods: Methods, task: Task, key: Array) -> Solved:
-  """Fits every method on all draws of a task at once, by the programs of `programs`, and judges them."""
+  """Fits every method on all draws of a task, by the programs of `programs`, judges them, and says it."""
   mesh, own = config.mesh.make(), programs(config, task.facts, methods)
-  *keys, judge_key = (
-    jax.random.split(k, config.draws) for k in jax.random.split(key, len(methods.fits) + 1)
-  )
+
+  def split(key: Array) -> list[Array]:
+    both = jax.random.split(key, len(methods.fits) + 1)
+    return [jax.random.split(k, config.draws) for k in both]
+
+  # On all devices from the start: keys cannot be put onto those of other processes.
+  *keys, judge_key = jax.jit(split, out_shardings=parallel.replicated(mesh))(key)
   train, test = (task.features, task.labels), (task.test_features, task.test_labels)
   fitted, seconds = {}, {}
   for name, fit_key in zip(methods.fits, keys, strict=True):
-    fitted[name], seconds[name] = _timed(own[name], mesh, (fit_key, *train))
-  metrics, _ = _timed(own['judge'], mesh, (judge_key, train, test, fitted), repeats=1)
+    fitted[name], seconds[name] = _timed(own[name], mesh, fit_key, train)
+  metrics, _ = _timed(own['judge'], mesh, judge_key, (train, test, fitted), repeats=1)
+  means = [f'{name} {jnp.mean(values):.3f}' for name, values in metrics.items()]
+  means += [f'{name} {value:.2g} s' for name, value in seconds.items()]
+  sizes = f'{config.draws} draws of {task.facts.examples}, {task.facts.dim} channels'
+  say(f'{task.name} ({sizes}): {", ".join(means)}')
   return Solved(jax.device_get(fitted), jax.device_get(metrics), seconds)
 
 
@@ -140,12 +148,6 @@ def _shapes(records: tuple[int, ...], dim: int) -> tuple[jax.ShapeDtypeStruct, .
   return features, jax.ShapeDtypeStruct(records, jnp.int32)
 
 
-def _everywhere(shapes: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
-  """Returns shapes of arrays that are whole on every device."""
-  whole = parallel.replicated(mesh)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
-
-
 def _on_draws(
   function: Callable[..., PyTree], axes: Any, mesh: jax.sharding.Mesh
 ) -> Callable[..., PyTree]:
@@ -159,14 +161,14 @@ def _on_draws(
 
 
 def _timed(
-  call: Call, mesh: jax.sharding.Mesh, values: tuple[Any, ...], repeats: int = 3
+  call: Call, mesh: jax.sharding.Mesh, keys: Array, values: tuple[Any, ...], repeats: int = 3
 ) -> tuple[PyTree, float]:
-  """Returns what a program makes of `values`, and its seconds, see `Solved`."""
+  """Returns what a program makes of keys and `values`, and its seconds, see `Solved`."""
   function, shapes = call.make(mesh)
   compiled = jax.jit(function).lower(*shapes).compile()
-  arguments, seconds = parallel.place(values, shapes), []
+  values, seconds = parallel.place(values, shapes[1:]), []
   while not seconds or (len(seconds) < repeats and seconds[0] < 1):
     began = time.perf_counter()
-    out = jax.block_until_ready(compiled(*arguments))
+    out = jax.block_until_ready(compiled(keys, *values))
     seconds.append(time.perf_counter() - began)
   return out, min(seconds)

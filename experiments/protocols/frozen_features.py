@@ -183,13 +183,7 @@ def task_name(representation: str, shots: int) -> str:
 
 
 def check(config: Settings, rows: Sequence[str], metrics: Sequence[str]) -> Iterator[str]:
-  """Yields what is wrong with the network and with claims.
-
-  Args:
-    config: the settings.
-    rows: names of rows.
-    metrics: patterns of what is measured in each task.
-  """
+  """Yields what is wrong with the network, and with claims about `rows` and patterns of `metrics`."""
   own = config.data
   if 'network' in config.representations:
     if config.backbone is None:
@@ -282,14 +276,7 @@ def draw(
 def cut(
   name: str, shots: Sequence[int], orders: np.ndarray, arrays: Arrays, num_classes: int
 ) -> Iterator[Task]:
-  """Yields a task for each number of shots.
-
-  Args:
-    name: of the representation.
-    shots: images per class; 0: all.
-    orders: see `draw`.
-    arrays: `{train,test}_features` and `_labels`.
-    num_classes: number of classes.
+  """Yields a task for each number of shots of a representation, `{train,test}_features` and `_labels`.
 
   Raises:
     ValueError: for fewer than two training features or classes.
@@ -337,11 +324,6 @@ def programs(config: Settings) -> dict[str, Call]:
     return {}
 
   def make(mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
-    def placed(tree: PyTree, sharding: jax.sharding.NamedSharding) -> PyTree:
-      return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-      )
-
     model = own.make()
     variables = placed(models.abstract_variables(model, task.view), parallel.replicated(mesh))
     batch = placed(task.batch(config.eval_batch_size), parallel.batch_sharding(mesh))
@@ -416,6 +398,13 @@ def extract(config: Settings, variables: Variables, sources: Mapping[str, data.S
       **harness_data.reading(config.data, split),
     )
   return arrays
+
+
+def placed(shapes: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
+  """Returns shapes with a sharding."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+  )
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -56,14 +56,11 @@ def test_what_is_found_does_not_depend_on_the_mesh(tmp_path):
   config = tiny(features=save_features(tmp_path / 'own.npz'), chunk_size=8)
   (task,) = frozen_features.tasks(config, tmp_path)
   found = []
-  for sizes in ((8, 1, 1), (2, 4, 1), (1, 1, 8)):
+  for sizes in ((2, 4, 1), (1, 1, 8)):
     own = dataclasses.replace(config, mesh=Mesh(*sizes))
     solved = draws.solve(own, ibm2.methods(own, 3), task, jax.random.key(0))
     found.append((solved.metrics, solved.fitted['ibm2'].params))
-  for other in found[1:]:
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[0], other
-    )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_a_run_on_own_features_leaves_rows_claims_and_a_picture(tmp_path, capsys):
