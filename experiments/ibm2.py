@@ -6,391 +6,307 @@ below the plain head on clean features, often above it, and clearly above it on 
 
   python -m experiments.ibm2
   python -m experiments.ibm2 --config.features=FILE.npz     # your own features
-  python -m experiments.ibm2 --config=mlcollections_configs/ibm2/imagenet_dino_vit_small.py --workdir=DIR
+  python -m experiments.ibm2 --config=imagenet_dino_vit_small --config.backbone.weights=FILE --workdir=DIR
 
 The file holds `train_features` [records, dim], `train_labels`, `test_features` and `test_labels`; all
-training features are taken, or so many of each class as `'--config.features_shots=(1,5)'` says.
-arXiv 2305.17368.
+training features are taken, or so many of each class as `--config.features_shots=1,5` says. arXiv 2305.17368.
 """
 
+import dataclasses
+import functools
+import operator
 import pathlib
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from ml_collections import ConfigDict
 
-from experiments import frozen_features, launcher, training
-from experiments.frozen_features import Task
-from experiments.results import measured_claims, print_table, results, row
-from jaxlab import models, parallel
-from jaxlab.classifiers import (
-  MaxMargin,
-  feature_std,
-  fit_max_margin,
-  margin_head,
-  noisy_accuracy,
-  train_head,
-)
-from jaxlab.classifiers.bisection import num_iterations
+from experiments.harness import launcher, networks, pictures, results
+from experiments.harness.runs import Call, say
+from experiments.harness.settings import free, section
+from experiments.protocols import draws, frozen_features
+from experiments.protocols.draws import Methods, Solved
+from experiments.protocols.frozen_features import Facts
+from jaxlab import classifiers
+from jaxlab.classifiers import MaxMargin
 from jaxlab.classifiers.noisy_head import initial_params
-from jaxlab.models.classifier_heads import nearest_class_mean
+from jaxlab.models.classifier_heads import WeightNormHead, nearest_class_mean
 
 Array = jax.Array
 PyTree = Any
+Labeled = tuple[Array, Array]
+
+ROWS = {'class means': 'reference', 'naive': 'baseline', 'IbM2': 'method', 'required': 'reference'}
+METRICS = (
+  'accuracy', 'noisy_accuracy', 'epsilon', 'threshold', 'width', 'train_accuracy_below',
+  'train_accuracy_above', 'slack_below', 'slack_above', 'seconds', 'seconds_ratio',
+)  # fmt: skip
 
 
-class Programs(NamedTuple):
-  """The computations on one draw, pure functions of arrays; `jax.vmap` takes them to all draws.
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """The linear head, `scale * x / (|x| + eps) . (g_c v_c / |v_c|)`, and the smoothing of its labels."""
+
+  scale: float = 10.0
+  eps: float = 1e-5
+  smoothing: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """The bisection; names and constants are those of `jaxlab.classifiers.fit_max_margin`."""
+
+  right: float = 10.0
+  tolerance: float = 0.05
+  max_threshold: float = 0.9
+  search_learning_rate: float = 1.0
+  search_epochs: int = 20
+  threshold_epochs: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """The final training, with and without noise; the rate is for 256 examples a step."""
+
+  learning_rate: float = 0.05
+  epochs: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """How heads are judged.
 
   Attributes:
-    ibm2: `(key, features, labels) -> MaxMargin`: threshold, bisection, final training.
-    naive: `(key, features, labels) -> params`: the same head without noise.
-    judge: `(key, features, labels, test_features, test_labels, naive, found) -> metrics`, see there.
+    num_copies: noisy copies of a test feature.
+    chunk_size: test features whose copies are in memory at a time.
+    step: how far below and above epsilon the search's head is tried.
   """
 
-  ibm2: Callable[[Array, Array, Array], MaxMargin]
-  naive: Callable[[Array, Array, Array], PyTree]
-  judge: Callable[..., dict[str, Array]]
+  num_copies: int = 20
+  chunk_size: int = 256
+  step: float = 0.5
 
 
-def programs(config: ConfigDict, num_classes: int, num_examples: int, mesh: Any = None) -> Programs:
-  """Returns IbM2, the baseline and their evaluation as functions of the configuration.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(frozen_features.Settings):
+  """Settings of IbM2.
 
-  Args:
-    config: of `mlcollections_configs/ibm2`.
-    num_classes: of the task.
-    num_examples: of a draw.
-    mesh: devices that share the noisy copies of a chunk, where they divide it.
+  Attributes:
+    head: the linear head.
+    batch_size: examples a step, before they are copied.
+    num_copies: noisy copies of an example in a step.
+    chunk_size: examples whose copies are in memory at a time; 0: the batch.
+    search: of the margin.
+    train: at the margin.
+    eval: of both heads.
   """
-  head = margin_head(num_classes, config.head.scale, config.head.eps)
-  chunk = min(config.chunk_size or config.batch_size, config.batch_size, num_examples)
-  step = {
+
+  head: Head = section(Head)
+  batch_size: int = 256
+  num_copies: int = 200
+  chunk_size: int = free(0)
+  search: Search = section(Search)
+  train: Training = section(Training)
+  eval: Evaluation = free(default_factory=Evaluation)
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from super().check()
+    counts = ('batch_size', 'num_copies', 'search.search_epochs', 'search.threshold_epochs')
+    for name in (*counts, 'train.epochs', 'eval.num_copies', 'eval.chunk_size'):
+      if (value := operator.attrgetter(name)(self)) < 1:
+        yield f'{name}={value}: expected at least 1.'
+    for name in ('search.right', 'search.tolerance', 'head.scale'):
+      if (value := operator.attrgetter(name)(self)) <= 0:
+        yield f'{name}={value}: expected a positive number.'
+    if self.chunk_size < 0:
+      yield f'chunk_size={self.chunk_size}: expected a number of examples, or 0, the batch.'
+    if not 0 <= self.head.smoothing <= 1:
+      yield f'head.smoothing={self.head.smoothing}: expected a share in [0, 1].'
+    if 0 < self.search.right < self.search.tolerance:
+      yield (
+        f'search.tolerance={self.search.tolerance:g} is above search.right={self.search.right:g}: nothing '
+        'would be searched.'
+      )
+
+
+def head(config: Settings, num_classes: int) -> WeightNormHead:
+  """Returns the linear head."""
+  return classifiers.margin_head(num_classes, config.head.scale, config.head.eps)
+
+
+def step(config: Settings, mesh: jax.sharding.Mesh, x: Array) -> dict[str, Any]:
+  """Returns the options of a training step; the copies of a chunk are shared by devices that divide it."""
+  chunk = min(config.chunk_size or config.batch_size, config.batch_size, len(x))
+  return {
     'batch_size': config.batch_size,
     'smoothing': config.head.smoothing,
     'chunk_size': chunk,
-    'sharding': _sharding(mesh, chunk),
+    'sharding': networks.calibration_sharding(mesh, chunk),
   }
 
-  def ibm2(key: Array, x: Array, y: Array) -> MaxMargin:
-    return fit_max_margin(
-      key, head, x, y, **config.train, **config.search, num_copies=config.num_copies, **step
-    )
 
-  def naive(key: Array, x: Array, y: Array) -> PyTree:
-    init_key, train_key = jax.random.split(key)
-    return train_head(
-      train_key, head, initial_params(init_key, head, x), x, y, **config.train, **step
-    )
-
-  def judge(key, x, y, test_x, test_y, naive_params, found) -> dict[str, Array]:
-    return _judge(config, head, step, key, (x, y), (test_x, test_y), naive_params, found)
-
-  return Programs(ibm2, naive, judge)
+def ibm2(config: Settings, classes: int, mesh: Any, key: Array, x: Array, y: Array) -> MaxMargin:
+  """The method on one draw: the threshold, the widest noise that is fitted, and a head trained there."""
+  options = {**dataclasses.asdict(config.train), **dataclasses.asdict(config.search)}
+  options |= {'num_copies': config.num_copies, **step(config, mesh, x)}
+  return classifiers.fit_max_margin(key, head(config, classes), x, y, **options)
 
 
-def _judge(
-  config: ConfigDict,
-  head: nn.Module,
-  step: Mapping[str, Any],
-  key: Array,
-  train: tuple[Array, Array],
-  test: tuple[Array, Array],
-  naive: PyTree,
-  found: MaxMargin,
-) -> dict[str, Array]:
+def naive(config: Settings, classes: int, mesh: Any, key: Array, x: Array, y: Array) -> PyTree:
+  """The baseline on one draw: the same head without noise."""
+  own, (init_key, train_key) = head(config, classes), jax.random.split(key)
+  params = initial_params(init_key, own, x)
+  options = {**dataclasses.asdict(config.train), **step(config, mesh, x)}
+  return classifiers.train_head(train_key, own, params, x, y, **options)
+
+
+def judge(
+  config: Settings, classes: int, mesh: Any, key: Array, train: Labeled, test: Labeled, fitted: PyTree
+) -> dict[str, Array]:  # fmt: skip
   """Returns what one draw shows, shares in [0, 1].
 
-  `{naive,ibm2,means}_accuracy` on clean test features, `{naive,ibm2}_noisy_accuracy` on
-  `eval.num_copies` noisy copies of each with the training deviation and epsilon, the same for both; and
-  `train_accuracy_{below,above}`: the search's head after further `search_epochs` of training at epsilon
-  -+ `eval.step`, on noisy copies of the training features.
+  `{naive,ibm2,means}_accuracy` on clean test features, `{naive,ibm2}_noisy_accuracy` on noisy copies of them
+  with the training deviation and epsilon, the same for both; and `train_accuracy_{below,above}`: that of the
+  search's head on noisy copies of the training features, after further `search_epochs` of training at
+  epsilon -+ `eval.step`. Of the search `epsilon`, `threshold` and the `width` of its last interval.
   """
-  (x, y), (test_x, test_y), epsilon = train, test, found.search.epsilon
+  own, (x, y), search = head(config, classes), train, fitted['ibm2'].search
   test_key, train_key, eval_key = jax.random.split(key, 3)
-  sigma = feature_std(x)
-  heads = jax.tree.map(lambda *leaves: jnp.stack(leaves), naive, found.params)
+  sigma, options = classifiers.feature_std(x), step(config, mesh, x)
+  heads = jax.tree.map(lambda *both: jnp.stack(both), fitted['naive'], fitted['ibm2'].params)
 
   def on_test(**noise: Any) -> Array:
-    options = {'sigma': sigma, 'chunk_size': config.eval.chunk_size, **noise}
-    return jax.vmap(lambda p: noisy_accuracy(test_key, head, p, test_x, test_y, **options))(heads)
-
-  noise = {'sigma': sigma, 'num_copies': config.num_copies}
+    noise |= {'sigma': sigma, 'chunk_size': config.eval.chunk_size}
+    accuracy = functools.partial(classifiers.noisy_accuracy, test_key, own, **noise)
+    return jax.vmap(lambda params: accuracy(params, *test))(heads)
 
   def moved_by(offset: Array) -> Array:
-    moved = jnp.maximum(epsilon + offset, 0)
-    params = train_head(
-      train_key, head, found.search.params, x, y, epsilon=moved, **noise, **step,
+    noise = {'epsilon': jnp.maximum(search.epsilon + offset, 0), 'num_copies': config.num_copies}
+    params = classifiers.train_head(
+      train_key, own, search.params, x, y, sigma=sigma, **noise, **options,
       epochs=config.search.search_epochs, learning_rate=config.search.search_learning_rate,
     )  # fmt: skip
-    return noisy_accuracy(
-      eval_key, head, params, x, y, epsilon=moved, **noise,
-      chunk_size=step['chunk_size'], sharding=step['sharding'],
-    )  # fmt: skip
+    cost = {name: options[name] for name in ('chunk_size', 'sharding')}
+    return classifiers.noisy_accuracy(eval_key, own, params, x, y, sigma=sigma, **noise, **cost)
 
-  clean, noisy = on_test(), on_test(epsilon=epsilon, num_copies=config.eval.num_copies)
+  clean, noisy = on_test(), on_test(epsilon=search.epsilon, num_copies=config.eval.num_copies)
   below, above = jax.vmap(moved_by)(jnp.array([-config.eval.step, config.eval.step]))
-  means = test_x @ nearest_class_mean(x, y, head.num_classes)
+  means = jnp.argmax(test[0] @ nearest_class_mean(x, y, classes), -1)
   return {
-    'means_accuracy': jnp.mean(jnp.argmax(means, -1) == test_y, dtype=x.dtype),
+    'means_accuracy': jnp.mean(means == test[1], dtype=x.dtype),
     'naive_accuracy': clean[0],
     'ibm2_accuracy': clean[1],
     'naive_noisy_accuracy': noisy[0],
     'ibm2_noisy_accuracy': noisy[1],
     'train_accuracy_below': below,
     'train_accuracy_above': above,
+    'epsilon': search.epsilon,
+    'threshold': search.threshold,
+    'width': search.interval[1] - search.interval[0],
   }
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def methods(config: Settings, classes: int) -> Methods:
+  """Returns what is compared on tasks of so many classes."""
+  fits = {fit.__name__: functools.partial(fit, config, classes) for fit in (ibm2, naive)}
+  return Methods(fits, functools.partial(judge, config, classes))
+
+
+def check(config: Settings) -> Iterator[str]:
+  """Yields everything that is wrong with the settings."""
+  yield from frozen_features.check(config, list(ROWS), [f'{name}(_std)?' for name in METRICS])
+
+
+def programs(config: Settings, facts: Facts | None = None) -> dict[str, Call]:
+  """Returns the network's forward pass, both methods on all draws of the largest task, and `judge`."""
+  facts = facts or frozen_features.nominal_facts(config)
+  own = draws.programs(config, facts, methods(config, facts.num_classes))
+  return frozen_features.programs(config) | own
+
+
+def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Runs the plain head and IbM2 on all draws of every task, and compares them."""
-  check(config)
-  metrics: dict[str, dict[str, float]] = {
-    name: {} for name in ('class means', 'naive', 'IbM2', 'required')
-  }
-  traces, singles = {}, {}
+  config = frozen_features.with_features(config)
+  metrics: dict[str, dict[str, float]] = {name: {} for name in ROWS}
+  singles, searches = {}, {}
   for index, task in enumerate(frozen_features.tasks(config, workdir)):
     key = jax.random.fold_in(jax.random.key(config.seed), index)
-    found, values = solve(config, task, key)
-    _add(config, metrics, task.name, values)
-    traces[task.name] = {
-      'threshold': found.search.threshold.tolist(),
-      'trace': found.search.trace.tolist(),
-    }
-    singles[task.name] = {name: np.asarray(v).tolist() for name, v in values.items()}
-    _say(config, task, values)
-  roles = {'naive': 'baseline', 'IbM2': 'method'}
-  rows = [row(name, roles.get(name, 'reference'), own) for name, own in metrics.items()]
-  show(config, rows, traces, singles, workdir)
-  claims = measured_claims(config, rows)
-  return results(config, rows, claims) | {'draws': singles, 'bisection': traces}
+    solved = draws.solve(config, methods(config, task.num_classes), task, key)
+    if np.any(solved.fitted['ibm2'].search.interval[:, 1] >= config.search.right):
+      right = f'raise search.right, now {config.search.right:g}'
+      say(f'warning: {task.name}: epsilon is at the end of the range; {right}.')
+    for name, own in measured(config, solved).items():
+      metrics[name] |= {f'{task.name}_{metric}': value for metric, value in own.items()}
+    seconds = {'seconds': solved.seconds['ibm2'], 'naive_seconds': solved.seconds['naive']}
+    singles[task.name] = {name: v.tolist() for name, v in solved.metrics.items()} | seconds
+    searches[task.name] = solved.fitted['ibm2'].search
+  rows = [results.row(name, role, metrics[name]) for name, role in ROWS.items()]
+  draws.show(config, rows[:3], ('accuracy', 'noisy_accuracy', 'epsilon', 'seconds'))
+  draws.show(config, rows[2:], ('threshold', 'width', 'slack_below', 'slack_above'))
+  draw(config, rows, searches, workdir / 'max_margin.png')
+  traces = {
+    name: {'threshold': own.threshold.tolist(), 'trace': own.trace.tolist()}
+    for name, own in searches.items()
+  }
+  return results.results(config, rows) | {'draws': singles, 'bisection': traces}
 
 
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for what can be seen to be wrong before any feature is computed."""
-  shots = config.features_shots if config.features else config.shots
-  name = 'features_shots' if config.features else 'shots'
-  if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
-    raise ValueError(f'{name}={shots}: expected different numbers of images per class; 0: all.')
-  for name, value in (
-    ('draws', config.draws),
-    ('num_copies', config.num_copies),
-    ('batch_size', config.batch_size),
-    ('eval.num_copies', config.eval.num_copies),
-    ('eval.chunk_size', config.eval.chunk_size),
-  ):
-    if value < 1:
-      raise ValueError(f'{name}={value} must be at least 1.')
-  if not num_iterations(config.search.right, config.search.tolerance):
-    raise ValueError(
-      f'search.tolerance={config.search.tolerance:g} is above search.right={config.search.right:g}: nothing '
-      'would be searched.'
-    )
-  if 'network' in config.representations and not config.features:
-    frozen_features.feature_fn(config, frozen_features.network(config))
+def measured(config: Settings, solved: Solved) -> dict[str, dict[str, float]]:
+  """Returns a task's metrics by row: accuracies in percent, means and deviations of draws.
 
-
-def solve(config: ConfigDict, task: Task, key: Array) -> tuple[MaxMargin, dict[str, Any]]:
-  """Returns what IbM2 finds on all draws of a task, stacked, and the values of `Programs.judge` and time.
-
-  Seconds are those of the compiled programs, of all draws together.
+  `width`, `slack_below` and `slack_above` are those of the worst draw: the length of the last interval, and
+  how far the accuracy below and above epsilon is on its side of the threshold. The row 'required' says what
+  they must reach.
   """
-  draws, count = task.labels.shape
-  if task.num_classes < 2 or count < 2:
-    raise ValueError(
-      f'{task.name}: {count} training features of {task.num_classes} class(es); a margin needs at least 2 '
-      f'of both.'
-    )
-  own = programs(config, task.num_classes, count, training.mesh(config))
-  fit_key, naive_key, judge_key = (jax.random.split(k, draws) for k in jax.random.split(key, 3))
-  x, y = jnp.asarray(task.features), jnp.asarray(task.labels)
+  own, seconds = solved.metrics, solved.seconds
+  names = ('threshold', 'train_accuracy_below', 'train_accuracy_above')
+  threshold, below, above = (100 * own[name] for name in names)
 
-  def timed(fn, *arguments, repeats=1):
-    compiled = jax.jit(jax.vmap(fn)).lower(*arguments).compile()
-    seconds = []
-    for _ in range(repeats):
-      began = time.perf_counter()
-      out = jax.block_until_ready(compiled(*arguments))
-      seconds.append(time.perf_counter() - began)
-    return out, min(seconds)
+  def accuracies(head: str, *kinds: str) -> dict[str, float]:
+    found = [draws.spread(kind, 100 * own[f'{head}_{kind}']) for kind in kinds]
+    return {name: value for item in found for name, value in item.items()}
 
-  found, seconds = timed(own.ibm2, fit_key, x, y)
-  naive, naive_seconds = timed(own.naive, naive_key, x, y, repeats=3)
-  judge = jax.jit(jax.vmap(own.judge, in_axes=(0, 0, 0, None, None, 0, 0)))
-  values = jax.device_get(
-    judge(judge_key, x, y, task.test_features, task.test_labels, naive, found)
-  )
-  found = jax.device_get(found)
-  if np.any(found.search.interval[:, 1] >= config.search.right):
-    training.say(
-      f'warning: {task.name}: epsilon is at the end of the range; raise search.right, now '
-      f'{config.search.right:g}.'
-    )
-  values |= {'epsilon': found.search.epsilon, 'threshold': found.search.threshold}
-  values |= {'width': found.search.interval[:, 1] - found.search.interval[:, 0]}
-  return found, values | {'seconds': seconds, 'naive_seconds': naive_seconds}
-
-
-def _add(config: ConfigDict, metrics: dict, name: str, values: Mapping[str, Any]) -> None:
-  """Adds a task's values to the rows: accuracies in percent, means and population deviations of draws."""
-  percent = {
-    key: 100 * np.asarray(v) for key, v in values.items() if 'accuracy' in key or key == 'threshold'
-  }
-  for title, own in (('class means', 'means'), ('naive', 'naive'), ('IbM2', 'ibm2')):
-    for kind in ('accuracy', 'noisy_accuracy'):
-      if (found := percent.get(f'{own}_{kind}')) is not None:
-        metrics[title][f'{name}_{kind}'] = found.mean()
-        metrics[title][f'{name}_{kind}_std'] = found.std()
-  ratio = values['seconds'] / values['naive_seconds']
-  below = percent['train_accuracy_below'] - percent['threshold']
-  above = percent['threshold'] - percent['train_accuracy_above']
-  metrics['naive'] |= {f'{name}_seconds': values['naive_seconds'], f'{name}_seconds_ratio': 1.0}
-  metrics['IbM2'] |= {
-    f'{name}_epsilon': values['epsilon'].mean(),
-    f'{name}_epsilon_std': values['epsilon'].std(),
-    f'{name}_threshold': percent['threshold'].mean(),
-    f'{name}_width': values['width'].max(),
-    f'{name}_train_accuracy_below': percent['train_accuracy_below'].mean(),
-    f'{name}_train_accuracy_above': percent['train_accuracy_above'].mean(),
-    f'{name}_slack_below': below.min(),
-    f'{name}_slack_above': above.min(),
-    f'{name}_seconds': values['seconds'],
-    f'{name}_seconds_ratio': ratio,
-  }
-  # What the bisection must reach in its worst draw, as a row for claims to name.
-  metrics['required'] |= {
-    f'{name}_width': config.search.tolerance,
-    f'{name}_slack_below': 0.0,
-    f'{name}_slack_above': 0.0,
+  both = ('accuracy', 'noisy_accuracy')
+  return {
+    'class means': accuracies('means', 'accuracy'),
+    'naive': accuracies('naive', *both) | {'seconds': seconds['naive'], 'seconds_ratio': 1.0},
+    'IbM2': {
+      **accuracies('ibm2', *both),
+      **draws.spread('epsilon', own['epsilon']),
+      'threshold': threshold.mean(),
+      'width': own['width'].max(),
+      'train_accuracy_below': below.mean(),
+      'train_accuracy_above': above.mean(),
+      'slack_below': (below - threshold).min(),
+      'slack_above': (threshold - above).min(),
+      'seconds': seconds['ibm2'],
+      'seconds_ratio': seconds['ibm2'] / seconds['naive'],
+    },
+    'required': {'width': config.search.tolerance, 'slack_below': 0.0, 'slack_above': 0.0},
   }
 
 
-def _say(config: ConfigDict, task: Task, values: Mapping[str, Any]) -> None:
-  shares = {name: 100 * np.mean(v) for name, v in values.items() if name.endswith('accuracy')}
-  training.say(
-    f'{task.name} ({config.draws} draws of {task.labels.shape[1]}, {task.features.shape[-1]} '
-    f'channels): naive {shares["naive_accuracy"]:.1f} -> IbM2 {shares["ibm2_accuracy"]:.1f}; with noise '
-    f'{shares["naive_noisy_accuracy"]:.1f} -> {shares["ibm2_noisy_accuracy"]:.1f}; epsilon '
-    f'{np.mean(values["epsilon"]):.2f}; {values["seconds"]:.1f} s'
-  )
-
-
-def lower(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.stages.Lowered]:
-  """Returns the programs of a setting, lowered for a mesh, at its largest number of shots.
-
-  `features`: a batch of images through the network (where there is one); `ibm2`: the whole search and the
-  final training on all draws; `naive`: the baseline.
-  """
-  check(config)
-  everywhere, lowered = parallel.replicated(mesh), {}
-
-  def abstract(shape, dtype, sharding=everywhere):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  if 'network' in config.representations:
-    model = frozen_features.network(config)
-    image = tuple(config.data.stored_image)
-    variables = jax.tree.map(
-      lambda leaf: abstract(leaf.shape, leaf.dtype), models.abstract_variables(model, image)
-    )
-    batch = (config.eval_batch_size, *image)
-    images = abstract(batch, jnp.uint8, parallel.batch_sharding(mesh))
-    fn = frozen_features.feature_fn(config, model)
-    lowered['features'] = jax.jit(fn).lower(variables, images)
-    dim = lowered['features'].out_info.shape[-1]
-  else:
-    dim = config.relu.units
-  classes = config.data.num_classes
-  count = config.data.train_size if 0 in config.shots else classes * max(config.shots)
-  own = programs(config, classes, count, mesh)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.draws))
-  arguments = (
-    abstract(keys.shape, keys.dtype),
-    abstract((config.draws, count, dim), jnp.float32),
-    abstract((config.draws, count), jnp.int32),
-  )
-  for name in ('ibm2', 'naive'):
-    lowered[name] = jax.jit(jax.vmap(getattr(own, name))).lower(*arguments)
-  return lowered
-
-
-def _sharding(mesh: Any, chunk: int) -> Any:
-  """Returns how a chunk of examples lies on the devices: split, or None where they do not divide it."""
-  if mesh is None or mesh.size == 1 or chunk % (mesh.shape['data'] * mesh.shape['fsdp']):
-    return None
-  return parallel.batch_sharding(mesh)
-
-
-def show(
-  config: ConfigDict,
-  rows: list,
-  traces: Mapping[str, Any],
-  singles: Mapping[str, Any],
-  workdir: Any,
+def draw(
+  config: Settings, rows: Any, searches: Mapping[str, classifiers.Search], path: pathlib.Path
 ) -> None:
-  """Prints the table, and draws the bisections and the accuracies with and without noise."""
-  kinds = ('accuracy', 'noisy_accuracy', 'epsilon', 'threshold', 'width', 'train_accuracy_below')
-  kinds += ('train_accuracy_above', 'slack_below', 'slack_above', 'seconds', 'seconds_ratio')
-  title = f'{config.paper}, {config.setting}, seed {config.seed}'
-  print_table(title, rows, [f'{name}_{kind}' for name in traces for kind in kinds])
-  if jax.process_index():
-    return
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  figure, (left, right) = plt.subplots(1, 2, figsize=(5 + 1.5 * len(traces), 4))
-  for index, (name, own) in enumerate(traces.items()):
-    color = f'C{index % 10}'
-    for number, steps in enumerate(own['trace']):
-      epsilon, accuracy = np.asarray(steps)[:, :2].T
-      label = name if number == 0 else None
-      left.plot(epsilon, 100 * accuracy, 'o', color=color, alpha=0.6, markersize=4, label=label)
-    for epsilon in singles[name]['epsilon']:
-      left.axvline(epsilon, color=color, alpha=0.3, linewidth=1)
-  left.axhline(100 * config.search.max_threshold, color='gray', linestyle='--', linewidth=1)
-  left.set_xlabel('epsilon tried (lines: found)')
-  left.set_ylabel('training accuracy on noisy copies (%)')
-  left.set_title('bisection, all draws')
-  left.legend(frameon=False, fontsize=8)
-
-  metrics = {item['name']: item['metrics'] for item in rows}
-  places = np.arange(len(traces))
-  for offset, (title_, kind, color, hatch) in enumerate(
-    (
-      ('naive', 'accuracy', '#9aa5b1', ''),
-      ('IbM2', 'accuracy', '#2563eb', ''),
-      ('naive', 'noisy_accuracy', '#d3d9df', '//'),
-      ('IbM2', 'noisy_accuracy', '#93b4f5', '//'),
-    )
-  ):
-    own = metrics[title_]
-    right.bar(
-      places + 0.2 * (offset - 1.5),
-      [own[f'{name}_{kind}'] for name in traces],
-      0.2,
-      yerr=[own[f'{name}_{kind}_std'] for name in traces],
-      color=color,
-      hatch=hatch,
-      capsize=2,
-      label=f'{title_}, {"noisy" if "noisy" in kind else "clean"} test',
-    )
-  right.set_xticks(places, traces, fontsize=8)
-  right.set_ylabel('accuracy (%)')
-  right.set_title(title)
-  right.set_ylim(0, 115)
-  right.legend(frameon=False, fontsize=8, ncol=2, loc='upper left')
-  for axis in (left, right):
-    axis.grid(alpha=0.3, axis='y')
-  figure.tight_layout()
-  figure.savefig(str(workdir / 'max_margin.png'), dpi=120)
-  plt.close(figure)
+  """Draws the bisections of all draws, and the accuracies with and without noise."""
+  with pictures.drawn(path, 1, 2, size=(5 + 1.5 * len(searches), 4)) as (left, right):
+    for index, (name, own) in enumerate(searches.items()):
+      tried, found = own.trace.reshape(-1, 4).T, {'color': f'C{index % 10}'}
+      left.plot(tried[0], 100 * tried[1], 'o', alpha=0.6, markersize=4, label=name, **found)
+      for epsilon in own.epsilon:
+        left.axvline(epsilon, alpha=0.3, linewidth=1, **found)
+    left.axhline(100 * config.search.max_threshold, color='gray', linestyle='--', linewidth=1)
+    left.set_xlabel('epsilon tried (lines: found)')
+    left.set_ylabel('training accuracy on noisy copies (%)')
+    left.set_title('bisection, all draws')
+    left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3, axis='y')
+    draws.draw_bars(right, config, rows, {'accuracy': 'clean test', 'noisy_accuracy': 'noisy test'})
 
 
 if __name__ == '__main__':
-  launcher.main(run, 'ibm2')
+  launcher.main('ibm2')

@@ -32,6 +32,10 @@ KNOWN: dict[str, dict[str, Any]] = {
   },
 }  # fmt: skip
 KNOWN['cifar100'] = {**KNOWN['cifar10'], 'num_classes': 100}
+KNOWN['imagenet2012_subset/1pct'] = {**KNOWN['imagenet2012'], 'train_size': 12811}
+KNOWN['caltech_birds2011'] = {
+  **KNOWN['imagenet2012'], 'num_classes': 200, 'train_size': 5994, 'test_split': 'test',
+}  # fmt: skip
 EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
 
 

@@ -86,7 +86,7 @@ def require(found: Iterable[str]) -> None:
 def override(cls: type, values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
   """Returns plain `values` of the section `cls` with `key.sub=text` pairs put in, read by their type.
 
-  Lists may come as a shell leaves them: `runs=["a","b"]`, `runs=[a,b]`, `runs=a,b`.
+  Lists may come as a shell leaves them: `runs=["a","b"]`, `runs=[a,b]`, `runs=a,b`, `seeds=0`.
 
   Raises:
     SettingsError: for keys that do not exist (with the closest that do) and texts of another type.
@@ -127,6 +127,7 @@ def parse(text: str, kind: Any) -> Any:
     tried.append(names[text])
   with contextlib.suppress(ValueError, SyntaxError):
     tried.append(ast.literal_eval(text))
+    tried.append((tried[-1],))
   tried.append(text)
   if not text.lstrip().startswith('{'):
     inner = text.strip()

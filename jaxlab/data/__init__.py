@@ -16,6 +16,7 @@ from jaxlab.data.pipeline import (
 )
 from jaxlab.data.protocols.few_shot import (
   Episode,
+  few_shot_draws,
   few_shot_split,
   sample_episode,
   sample_episodes,
@@ -173,6 +174,7 @@ __all__ = [
   'erase',
   'example_keys',
   'exponential_counts',
+  'few_shot_draws',
   'few_shot_split',
   'gaussian_blur',
   'grayscale',

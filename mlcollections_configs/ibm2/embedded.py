@@ -7,49 +7,24 @@ show is the margin: higher accuracy under noise.
 
   python -m experiments.ibm2 --config.features=FILE.npz
 
-takes a user's own features in their place: all of them, or `'--config.features_shots=(1,5)'` of each class.
+takes a user's own features in their place: all of them, or `--config.features_shots=1,5` of each class.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
+  """Returns the settings."""
   config = ConfigDict()
-  config.seed = 0
-  config.features = ''
-  config.features_shots = (0,)
+
+  config.data = dict(name='digits')
   config.representations = ('raw', 'relu')
   config.relu = dict(units=256, weight_std=0.25, bias_std=0.3)
   config.shots = (1, 5)
   config.draws = 4
 
-  config.data = dict(
-    name='digits',
-    train_split='train',
-    test_split='test',
-    train_options=dict(),
-    test_options=dict(),
-    train_size=1297,
-    num_classes=10,
-    stored_image=(8, 8, 1),
-  )
-
-  config.head = dict(scale=10.0, eps=1e-5, smoothing=0.1)
-  config.batch_size = 256
   config.num_copies = 50  # 200 in the paper
-  config.chunk_size = 0  # examples whose copies are in memory at a time; 0: the batch
-  config.search = dict(
-    right=10.0,
-    tolerance=0.05,
-    max_threshold=0.9,
-    search_learning_rate=1.0,
-    search_epochs=20,
-    threshold_epochs=100,
-  )
-  config.train = dict(learning_rate=0.05, epochs=100)
-  config.mesh = dict(data=-1, fsdp=1, tensor=1)
-  config.eval = dict(num_copies=20, chunk_size=256, step=0.5)
+  config.eval = dict(num_copies=20)
 
   config.claims = ()
   for name in ('raw_1shot', 'raw_5shot', 'relu_1shot', 'relu_5shot'):

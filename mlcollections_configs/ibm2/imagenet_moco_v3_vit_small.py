@@ -1,7 +1,7 @@
 """IbM2 on ImageNet with features of MoCo v3's ViT-S/16 (12 heads in its code, in place of 6).
 
-  python -m experiments.ibm2 --config=mlcollections_configs/ibm2/imagenet_moco_v3_vit_small.py \
-    --config.model.weights=FILE.safetensors --workdir=DIR
+  python -m experiments.ibm2 --config=imagenet_moco_v3_vit_small \
+    --config.backbone.weights=FILE.safetensors --workdir=DIR
 
 Weights: `vit-s-300ep.pth.tar` of github.com/facebookresearch/moco-v3, its `state_dict` converted once to
 safetensors. All else as with DINO.
@@ -13,14 +13,13 @@ from mlcollections_configs.ibm2 import imagenet_dino_vit_small
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
+  """Returns the settings."""
   config = imagenet_dino_vit_small.get_config()
-  config.model = dict(
-    name='vit_small_patch16_224',
-    num_heads=12,
+  config.backbone = dict(
+    model=dict(name='vit_small_patch16_224', num_heads=12),
     feature='output',  # the class token behind the last norm
-    weights='',
     prefix='module.base_encoder.',
     ignore=(r'head\..*',),
+    published='github.com/facebookresearch/moco-v3 (vit-s-300ep.pth.tar)',
   )
   return config

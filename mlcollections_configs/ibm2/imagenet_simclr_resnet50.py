@@ -1,10 +1,10 @@
 """IbM2 on ImageNet with pooled features (2048 channels) of SimCLR's ResNet-50.
 
-  python -m experiments.ibm2 --config=mlcollections_configs/ibm2/imagenet_simclr_resnet50.py \
-    --config.model.weights=FILE.safetensors --workdir=DIR
+  python -m experiments.ibm2 --config=imagenet_simclr_resnet50 \
+    --config.backbone.weights=FILE.safetensors --workdir=DIR
 
 Weights in torchvision's names as safetensors; those of MMSelfSup or solo-learn begin with `backbone.`
-(`--config.model.prefix=`). Batch 512, 60 epochs; data and view as with DINO.
+(`--config.backbone.prefix=`). Batch 512, 60 epochs; data and view as with DINO.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,16 @@ from mlcollections_configs.ibm2 import imagenet_dino_vit_small
 
 
 def get_config() -> ConfigDict:
-  """Returns the configuration."""
+  """Returns the settings."""
   config = imagenet_dino_vit_small.get_config()
-  imagenet_dino_vit_small.resnet50(config, prefix='backbone.')
+  config.backbone = dict(
+    model=dict(name='resnet50'),
+    prefix='backbone.',
+    ignore=(r'fc\..*',),
+    published='SimCLR, ResNet-50, of MMSelfSup or solo-learn',
+  )
+  config.batch_size = 512
+  config.chunk_size = 64  # of 2048 channels
+  config.search = dict(threshold_epochs=60)
+  config.train = dict(epochs=60)
   return config

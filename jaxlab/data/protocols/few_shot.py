@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxlab.data.sources.source import InMemory, Source, source_labels
+
 
 class Episode(NamedTuple):
   """An N-way K-shot task, or several stacked along a first axis. All int64.
@@ -127,6 +129,76 @@ def few_shot_split(
   classes, members = _members(labels)
   _require_images(classes, members, num_shots, f'num_shots {num_shots}')
   return np.concatenate([rng.permutation(rows)[:num_shots] for rows in members])
+
+
+def few_shot_draws(
+  seed: int,
+  labels: np.ndarray | Source,
+  num_draws: int,
+  num_shots: int,
+  num_classes: int,
+) -> np.ndarray:
+  """Draws several few-shot sets; set i is a function of (seed, i), not of their number.
+
+  A set with fewer shots is a part of the one with more: the first columns. A source whose labels are not in
+  memory is read at random until all classes are complete: a few records for each one that is drawn, not the
+  whole of ImageNet.
+
+  Args:
+    seed: of the list.
+    labels: integers `[pool]`, or a source with them.
+    num_draws: number of sets.
+    num_shots: images per class.
+    num_classes: labels cover 0 .. num_classes - 1.
+
+  Returns:
+    int64 `[num_draws, num_classes, num_shots]`, positions in the pool.
+
+  Raises:
+    ValueError: as `few_shot_split`, num_draws < 1, seed < 0.
+
+  >>> few_shot_draws(0, np.arange(60) % 3, num_draws=4, num_shots=2, num_classes=3).shape
+  (4, 3, 2)
+  """
+  if num_draws < 1:
+    raise ValueError(f'num_draws is {num_draws}, expected a number >= 1.')
+  if seed < 0:
+    raise ValueError(f'seed is {seed}, expected a number >= 0.')
+  generators = [np.random.default_rng((seed, i)) for i in range(num_draws)]
+  if not isinstance(labels, np.ndarray | InMemory) and not hasattr(labels, 'labels'):
+    known = np.full(len(labels), -1)
+    return np.stack([_read_split(g, labels, known, num_shots, num_classes) for g in generators])
+  labels = labels if isinstance(labels, np.ndarray) else source_labels(labels)
+  drawn = [few_shot_split(rng, labels, num_shots, num_classes) for rng in generators]
+  return np.stack(drawn).reshape(num_draws, num_classes, num_shots)
+
+
+def _read_split(
+  rng: np.random.Generator, source: Source, known: np.ndarray, num_shots: int, num_classes: int
+) -> np.ndarray:
+  """Draws a few-shot set from records that are read until it is complete; `known` labels are filled in."""
+  if num_shots < 1:
+    raise ValueError(f'num_shots is {num_shots}, expected a number >= 1.')
+  found: list[list[int]] = [[] for _ in range(num_classes)]
+  missing = num_classes * num_shots
+  for index in map(int, rng.permutation(len(source))):
+    if known[index] < 0:
+      known[index] = source[index]['label']
+      if not 0 <= known[index] < num_classes:
+        raise ValueError(
+          f'record {index} has label {known[index]}, expected 0 .. {num_classes - 1}.'
+        )
+    members = found[known[index]]
+    if len(members) < num_shots:
+      members.append(index)
+      missing -= 1
+    if not missing:
+      return np.array(found)
+  short = [c for c, members in enumerate(found) if len(members) < num_shots]
+  raise ValueError(
+    f'{len(short)} classes have fewer than num_shots {num_shots} images, the first is class {short[0]} with '
+    f'{len(found[short[0]])}.'
+  )
 
 
 def _pool(

@@ -74,6 +74,7 @@ def test_problems_have_full_names():
   ('text', 'kind', 'value'),
   [
     ('3', int, 3),
+    ('3', tuple[int, ...], (3,)),
     ('3', float, 3.0),
     ('3', str, '3'),
     ('none', int | None, None),
