@@ -22,6 +22,10 @@ from jaxlab.evaluation.diagnostics import (
   feature_std,
   mean_cosine,
 )
+from jaxlab.evaluation.ensembles import (
+  Ensemble,
+  ensemble,
+)
 from jaxlab.evaluation.episodes import (
   episode_metrics,
 )
@@ -51,12 +55,14 @@ from jaxlab.evaluation.recalls import (
 
 __all__ = [
   'Calibration',
+  'Ensemble',
   'Neighbors',
   'Probe',
   'Tally',
   'confusion_matrix',
   'confusion_metrics',
   'effective_rank',
+  'ensemble',
   'episode_metrics',
   'expected_calibration_error',
   'feature_std',

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from experiments import launcher
 from experiments.results import results, row
 
-EMBEDDED = launcher.CONFIGS / 'acsr' / 'embedded.py'
+EMBEDDED = launcher.CONFIGS / 'ibm2' / 'embedded.py'
 
 
 @pytest.fixture
@@ -15,18 +15,17 @@ def config():
 
 
 def test_a_config_knows_its_paper_and_setting(config):
-  assert (config.paper, config.setting) == ('acsr', 'embedded')
+  assert (config.paper, config.setting) == ('ibm2', 'embedded')
 
 
 @pytest.mark.parametrize(
   ('assignment', 'key', 'value'),
   [
-    ('finetune.steps=3', 'steps', 3),
-    ('finetune.optimizer.learning_rate=1', 'learning_rate', 1.0),
-    ('finetune.trained=all', 'trained', 'all'),
-    ('ensemble_betas=[0.5]', 'ensemble_betas', (0.5,)),
-    ('ensemble_betas=(0.1, 0.5)', 'ensemble_betas', (0.1, 0.5)),
-    ('finetune.augment=none', 'augment', None),
+    ('search.search_epochs=3', 'search_epochs', 3),
+    ('train.learning_rate=1', 'learning_rate', 1.0),
+    ('data.name=other', 'name', 'other'),
+    ('shots=[5]', 'shots', (5,)),
+    ('shots=(1, 2)', 'shots', (1, 2)),
   ],
 )
 def test_an_override_is_read_by_the_type_of_what_is_there(config, assignment, key, value):
@@ -40,10 +39,10 @@ def test_an_override_is_read_by_the_type_of_what_is_there(config, assignment, ke
 @pytest.mark.parametrize(
   ('assignment', 'message'),
   [
-    ('memberz=3', 'unknown key. Did you mean members'),
-    ('members=many', 'expected int as in 4, got str'),
-    ('members', 'expected --config.key=value'),
-    ('finetune.step=x', 'Did you mean finetune.steps'),
+    ('drawz=3', 'unknown key. Did you mean draws'),
+    ('draws=many', 'expected int as in 4, got str'),
+    ('draws', 'expected --config.key=value'),
+    ('train.epoch=x', 'Did you mean train.epochs'),
   ],
 )
 def test_a_wrong_override_says_what_was_expected(config, assignment, message):
@@ -52,15 +51,15 @@ def test_a_wrong_override_says_what_was_expected(config, assignment, message):
 
 
 def test_a_mistyped_config_is_answered_by_those_that_exist():
-  with pytest.raises(ValueError, match=r'mini_imagenet\.py'):
-    launcher.load_config('mlcollections_configs/acsr/mini_imagenett.py')
+  with pytest.raises(ValueError, match=r'ibm2/embedded\.py'):
+    launcher.load_config('mlcollections_configs/ibm2/embeddedd.py')
 
 
 def test_user_errors_end_with_one_line_and_status_2(capsys):
   with pytest.raises(SystemExit) as stop:
-    launcher.main(lambda config, workdir: {}, 'acsr', ['--config.memberz=3'])
+    launcher.main(lambda config, workdir: {}, 'ibm2', ['--config.drawz=3'])
   assert stop.value.code == 2
-  assert capsys.readouterr().err.startswith('error: --config.memberz: unknown key.')
+  assert capsys.readouterr().err.startswith('error: --config.drawz: unknown key.')
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_the_run(tmp_path):
@@ -79,7 +78,7 @@ def test_a_run_leaves_complete_results(tmp_path, config):
     'paper', 'setting', 'seed', 'rows', 'claims', 'seconds', 'config', 'versions', 'device',
   }  # fmt: skip
   assert written['rows'] == [{'name': 'a', 'role': 'baseline', 'metrics': {'x': 1.0}}]
-  assert written['config']['members'] == config.members
+  assert written['config']['draws'] == config.draws
 
 
 def test_results_refuse_what_a_report_could_not_read():

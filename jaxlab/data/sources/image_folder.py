@@ -16,6 +16,11 @@ class ImageFolder:
     root: the folder.
     decode: False leaves `image` as the file's bytes, for `DecodeImage`.
 
+  Attributes:
+    class_names: of the labels 0, 1, ...
+    num_classes: their number.
+    labels: int32 `[records]`, known without reading a file.
+
   Raises:
     FileNotFoundError: if root is no folder.
     ValueError: if it has no subfolders, or a class has no images.
@@ -38,6 +43,7 @@ class ImageFolder:
       if not files:
         raise ValueError(f'class folder {folder} holds no images ({", ".join(self.extensions)}).')
       self._files += [(file, label) for file in files]
+    self.labels = np.array([label for _, label in self._files], np.int32)
     self._decode = decode
 
   def __len__(self) -> int:

@@ -177,7 +177,7 @@ def test_image_folder_sorts_classes_and_files(tmp_path):
   (tmp_path / 'b' / 'notes.txt').write_text('no image')
   source = data.ImageFolder(tmp_path)
   assert source.class_names == ('a', 'b') and len(source) == 3
-  assert [int(source[i]['label']) for i in range(3)] == [0, 1, 1]
+  assert [int(source[i]['label']) for i in range(3)] == source.labels.tolist() == [0, 1, 1]
   np.testing.assert_array_equal(source[2]['image'], _images(1, (3, 5, 3))[0])
   encoded = data.ImageFolder(tmp_path, decode=False)[2]['image']
   assert Image.open(io.BytesIO(encoded)).size == (5, 3)
