@@ -42,7 +42,7 @@ def markdown(runs: Sequence[Results], pictures: Sequence[str] = ()) -> str:
     *([f'{unit[:1].upper()}{unit[1:]}; mean ± deviation over seeds.'] if unit else []),
     _table(together),
     _claims(together),
-    *([f'The paper reports: {text}'] if (text := together['config'].get('reported')) else []),
+    *([f'The paper reports: {text}'] if (text := _reported(together)) else []),
     *(f'![{_escaped(together["setting"])}, seed {runs[0]["seed"]}]({link})' for link in pictures),
     _how(together),
   ]
@@ -53,6 +53,14 @@ def _subject(together: Results) -> str:
   for path in launcher.CONFIGS.glob(f'{together["paper"]}/{together["setting"]}.py'):
     return listing.summary(path)
   return f'{together["paper"]} with settings of its own.'
+
+
+def _reported(together: Results) -> str:
+  """Returns what the paper reports, by the setting of the runs or else by the paper's embedded one."""
+  if text := together['config'].get('reported', ''):
+    return text
+  paper = together['paper']
+  return launcher.load(paper, 'embedded').reported if paper in launcher.papers() else ''
 
 
 def _command(together: Results) -> str:
