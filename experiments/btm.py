@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from experiments.harness import data as harness_data
-from experiments.harness import launcher, networks, runs, settings
+from experiments.harness import launcher, runs, settings
 from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Recipe
@@ -31,7 +31,7 @@ from experiments.protocols import long_tail, long_tail_data, stages
 from experiments.protocols.long_tail import softmax
 from experiments.protocols.long_tail_data import Facts
 from experiments.protocols.stages import CLASSIFIER, Beginning, Derived, Stage
-from jaxlab import data, parallel
+from jaxlab import data, models, parallel
 from jaxlab.training import average_pytrees, recompute_batch_stats
 
 
@@ -218,7 +218,7 @@ def merge(
   if not (config.merging.recompute_batch_stats and merged.get('batch_stats')):
     return merged
   batches = training_inputs(config, stage, train)
-  hooks = networks.eval_mode_hooks(stage.eval_mode)
+  hooks = models.eval_mode_hooks(stage.eval_mode)
   model = stages.classifier(config, stage)
   return recompute_batch_stats(model, merged, batches, hooks=hooks, keep=stage.eval_mode)
 

@@ -269,8 +269,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     z_std = [line['z_std'] for line in trained.history if 'z_std' in line][-1]
     role = 'reference' if factor > 1 else 'baseline' if variant == 'base' else 'method'
     rows.append(results.row(own.title, role, {**judged(trained.variables), 'z_std': z_std}))
-  feature_evaluation.show(config, rows, workdir / 'accuracy_over_bits.png', 'z_std')
-  return results.results(config, rows)
+  feature_evaluation.draw(config, rows, workdir / 'accuracy_over_bits.png')
+  return results.results(config, rows, feature_evaluation.shown(config, 'z_std'), 'accuracies in %')
 
 
 if __name__ == '__main__':

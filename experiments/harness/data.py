@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 
+from experiments.harness import sources
 from experiments.harness.sections import Mesh
 from experiments.harness.settings import free
 from jaxlab import data, parallel
@@ -36,7 +37,6 @@ KNOWN['imagenet2012_subset/1pct'] = {**KNOWN['imagenet2012'], 'train_size': 1281
 KNOWN['caltech_birds2011'] = {
   **KNOWN['imagenet2012'], 'num_classes': 200, 'train_size': 5994, 'test_split': 'test',
 }  # fmt: skip
-EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Images:
   @property
   def needs(self) -> str:
     """Where the data come from, in a sentence."""
-    return needs(self.name, self.train_options.get('root'))
+    return sources.needs(self.name, self.train_options.get('root'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,20 +129,9 @@ class Tokens:
   @property
   def needs(self) -> str:
     """Where the data come from, in a sentence."""
-    return needs(self.name)
-
-
-def needs(name: str, root: str | None = None) -> str:
-  """Returns where a data set comes from, in a sentence."""
-  if name in EMBEDDED:
-    return f'nothing: {name} come with the package'
-  if name == 'fashion_mnist':
-    return "fashion_mnist on disk (Debian's dataset-fashion-mnist), or by TFDS"
-  if name == 'image_folder':
-    return f'images in one folder a class below {root}'
-  if name == 'tokens':
-    return 'files of tokens'
-  return f'{name}: tfds build {name} --file_format=array_record'
+    if self.name == 'tokens':
+      return sources.token_files(self.train_split, self.test_split)
+    return sources.needs(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

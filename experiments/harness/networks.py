@@ -19,39 +19,19 @@ from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Experiment, Recipe
 from experiments.harness.tasks import ImageTask, Task, TokenTask
 from jaxlab import data, models, parallel
-from jaxlab.models.classifier_heads import Classifier, LearnableWeightScaling, NormedLinear
-from jaxlab.models.initializers import (
-  Initializer,
-  kaiming_normal_fan_in,
-  torch_default,
-  torch_default_bias,
+from jaxlab.models.classifier_heads import (
+  Classifier,
+  LearnableWeightScaling,
+  Linear,
+  NormedLinear,
 )
+from jaxlab.models.initializers import kaiming_normal_fan_in, torch_default
 from jaxlab.training import map_batches
 
 Array = jax.Array
 
 HEADS = ('linear', 'scaled', 'cosine')
 KERNELS = {'torch': torch_default, 'kaiming': kaiming_normal_fan_in}
-
-
-class Linear(nn.Module):
-  """`x @ kernel + bias`, the bias drawn as PyTorch's; `LearnableWeightScaling` has the same parameters.
-
-  Attributes:
-    num_classes: number of logits.
-    kernel_init: initializer of the kernel.
-  """
-
-  num_classes: int
-  kernel_init: Initializer = torch_default
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Maps `[..., features]` to logits `[..., num_classes]`."""
-    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.num_classes))
-    bias = self.param('bias', torch_default_bias(x.shape[-1]), (self.num_classes,))
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
-    return x @ kernel + bias
 
 
 def create(model: Mapping[str, Any], **changes: Any) -> nn.Module:
@@ -84,16 +64,6 @@ def classifier(
       f'{", ".join(KERNELS)}.'
     )
   return Classifier(backbone, Linear(num_classes, KERNELS[kernel_init]))
-
-
-def eval_mode_hooks(patterns: Sequence[str]) -> tuple[models.Hook, ...]:
-  """Returns the hooks that call the modules `(x, train)` whose paths match with `train=False`."""
-
-  def call(site: models.Site, call: Any, *args: Any, **_: Any) -> Any:
-    del site
-    return call(args[0], False)
-
-  return tuple(models.Hook(pattern, call=call) for pattern in patterns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,16 +1,106 @@
 """What a run leaves behind: rows of plain numbers, claims about them, a table, a verdict on every claim."""
 
+import base64
 import dataclasses
+import html
+import io
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from experiments.harness.sections import Experiment
 
 ROLES = ('baseline', 'method', 'reference')
+
+
+class Results(dict):
+  """What `results.json` holds of a run, or `summary.json` of several; shows its table and verdicts itself.
+
+  `print` shows them as text, a notebook as a table with the pictures.
+
+  Attributes:
+    workdir: the folder where they lie; None: they were not written.
+  """
+
+  def __init__(self, found: Mapping[str, Any], workdir: Any = None):
+    super().__init__(found)
+    self.workdir = workdir
+
+  @property
+  def pictures(self) -> list[Any]:
+    """The pictures' paths; of several seeds, those of the first."""
+    if self.workdir is None:
+      return []
+    folder = self.workdir / f'seed{self["seeds"][0]}' if 'seeds' in self else self.workdir
+    return sorted(folder.glob('*.png'))
+
+  @property
+  def title(self) -> str:
+    """Paper, setting, seeds, and what the numbers are."""
+    seeds = ', '.join(map(str, self['seeds'])) if 'seeds' in self else self['seed']
+    word = 'seeds' if 'seeds' in self else 'seed'
+    unit = self['table']['title']
+    return f'{self["paper"]}, {self["setting"]}, {word} {seeds}' + f': {unit}' * bool(unit)
+
+  @property
+  def verdicts(self) -> list[str]:
+    """A sentence on every claim."""
+    return [str(verdict) for verdict in judged(self)]
+
+  def __repr__(self) -> str:
+    parts = [table(self.title, self['rows'], self['table']['metrics']), *self.verdicts]
+    if self.workdir is not None:
+      name = 'summary.json' if 'seeds' in self else 'results.json'
+      parts += [f'Results: {self.workdir / name}', *(f'Picture: {p}' for p in self.pictures)]
+    return '\n'.join(parts)
+
+  def _repr_html_(self) -> str:
+    names = shown(self['rows'], self['table']['metrics'])
+    head = ''.join(f'<th>{html.escape(name)}</th>' for name in ('', *names))
+    body = ''.join(
+      f'<tr><th>{html.escape(item["name"])}</th>'
+      + ''.join(f'<td>{cell(item["metrics"].get(name))}</td>' for name in names)
+      + '</tr>'
+      for item in self['rows']
+    )
+    verdicts = ''.join(f'<li>{html.escape(text)}</li>' for text in self.verdicts)
+    pictures = ''.join(
+      f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+      for path in self.pictures
+    )
+    return (
+      f'<p>{html.escape(self.title)}</p><table><tr>{head}</tr>{body}</table>'
+      f'<ul>{verdicts}</ul>{pictures}'
+    )
+
+
+class Verdict(NamedTuple):
+  """How a claim came out.
+
+  Attributes:
+    claim: as in the results.
+    difference: of method and baseline, over seeds their mean; positive is better.
+    deviation: over seeds; None: of one run.
+    holds: whether the difference is at least the claim's margin.
+  """
+
+  claim: Mapping[str, Any]
+  difference: float
+  deviation: float | None
+  holds: bool
+
+  def __str__(self) -> str:
+    claim = self.claim
+    spread = '' if self.deviation is None else f' ± {self.deviation:.3g}'
+    return (
+      f'{"holds" if self.holds else "does not hold"}: {claim["statement"]} ({claim["method"]} against '
+      f'{claim["baseline"]}: {self.difference:+.3g}{spread}, margin {claim["margin"]:g})'
+    )
 
 
 def row(name: str, role: str, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -49,33 +139,53 @@ def check_claims(config: Experiment, rows: Sequence[str], metrics: Sequence[str]
       yield f'claim {claim.statement!r}: there is no metric {claim.metric!r}.'
 
 
-def results(config: Experiment, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Returns a run's results, with the claims about rows that were run and metrics that were measured."""
-  metrics = {item['name']: item['metrics'] for item in rows}
+def results(
+  config: Experiment,
+  rows: Sequence[Mapping[str, Any]],
+  metrics: Sequence[str] | None = None,
+  title: str = '',
+) -> dict[str, Any]:
+  """Returns a run's results, with the claims about rows that were run and metrics that were measured.
+
+  Args:
+    config: the experiment.
+    rows: see `row`.
+    metrics: those that its table shows, in this order; None: all.
+    title: what the numbers are, such as 'recalls in %'.
+  """
+  measured = {item['name']: item['metrics'] for item in rows}
   kept = []
   for claim in config.claims:
-    if all(claim.metric in metrics.get(side, ()) for side in (claim.baseline, claim.method)):
+    if all(claim.metric in measured.get(side, ()) for side in (claim.baseline, claim.method)):
       kept.append(dataclasses.asdict(claim))
     elif jax.process_index() == 0:
       print(f'Not judged, as it was not measured: {claim.statement} ({claim.method}).')
+  if metrics is None:
+    metrics = dict.fromkeys(name for item in rows for name in item['metrics'])
   return {
     'paper': config.paper,
     'setting': config.setting,
     'seed': config.seed,
     'rows': [dict(item) for item in rows],
     'claims': kept,
+    'table': {'title': title, 'metrics': list(metrics)},
   }
 
 
-def judged(found: Mapping[str, Any]) -> list[tuple[dict[str, Any], float, bool]]:
-  """Returns each claim of some results with the difference (positive is better) and whether it holds."""
-  metrics = {item['name']: item['metrics'] for item in found['rows']}
+def judged(found: Mapping[str, Any]) -> list[Verdict]:
+  """Returns the verdict on each claim of some results, of one run or of several (`seeds.summary`)."""
+  if 'seeds' in found:
+    return [
+      Verdict(claim, *(claim['difference'][k] for k in ('mean', 'deviation')), claim['holds'])
+      for claim in found['claims']
+    ]
   verdicts = []
+  metrics = {item['name']: item['metrics'] for item in found['rows']}
   for claim in found['claims']:
     sign = 1 if claim['higher_is_better'] else -1
     method, baseline = (metrics[claim[side]][claim['metric']] for side in ('method', 'baseline'))
     difference = sign * (method - baseline)
-    verdicts.append((claim, difference, difference >= claim['margin']))
+    verdicts.append(Verdict(claim, difference, None, difference >= claim['margin']))
   return verdicts
 
 
@@ -86,25 +196,29 @@ def save_json(path: Any, value: Any) -> None:
   partial.replace(path)
 
 
-def print_table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> None:
-  """Prints a comparison, rows down and metrics across, once for all processes.
+def shown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+  """Returns those of `metrics` that some row has."""
+  return [name for name in metrics if any(name in item['metrics'] for item in rows)]
 
-  Where a terminal is too narrow, the metrics are cut into several tables; no number is.
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+  """Returns a comparison as text, rows down and metrics across.
+
+  Where the terminal is too narrow, the metrics are cut into several tables; no number is.
   """
-  if jax.process_index():
-    return
+  from rich import box
   from rich.console import Console
   from rich.table import Table
   from rich.text import Text
 
-  console = Console()
-  shown = [m for m in metrics if any(m in item['metrics'] for item in rows)]
+  console = Console(file=io.StringIO(), force_jupyter=False, force_terminal=False)
+  unicode = (sys.stdout.encoding or 'utf-8').lower().startswith('utf')
   cells = {
-    m: [number(item['metrics'][m]) if m in item['metrics'] else '' for item in rows] for m in shown
+    name: [cell(item['metrics'].get(name)) for item in rows] for name in shown(rows, metrics)
   }
   first = max([len(item['name']) for item in rows], default=0) + 4
   parts, room = [[]], console.width - first
-  for metric in shown:
+  for metric in cells:
     width = max(len(metric), *map(len, cells[metric])) + 3
     if width > room and parts[-1]:
       parts, room = [*parts, []], console.width - first
@@ -112,27 +226,36 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence
     room -= width
   console.print(Text(title))
   for part in parts:
-    table = Table()
-    table.add_column('', no_wrap=True)
+    drawn = Table(box=box.HEAVY_HEAD if unicode else box.ASCII)
+    drawn.add_column('', no_wrap=True)
     for metric in part:
-      table.add_column(Text(metric), justify='right', no_wrap=True)
+      drawn.add_column(Text(metric), justify='right', no_wrap=True)
     for index, item in enumerate(rows):
-      table.add_row(Text(item['name']), *(cells[metric][index] for metric in part))
-    console.print(table, soft_wrap=True)
+      drawn.add_row(Text(item['name']), *(cells[metric][index] for metric in part))
+    console.print(drawn, soft_wrap=True)
+  return console.file.getvalue().rstrip()
 
 
-def print_verdicts(found: Mapping[str, Any]) -> None:
-  """Prints every claim with its figure and whether it holds."""
-  if jax.process_index():
-    return
-  for claim, difference, holds in judged(found):
-    word = 'holds' if holds else 'DOES NOT HOLD'
-    print(
-      f'{word}: {claim["statement"]} ({claim["method"]} against {claim["baseline"]}: '
-      f'{difference:+.3g}, margin {claim["margin"]:g})'
-    )
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> None:
+  """Prints `table`, once for all processes."""
+  if jax.process_index() == 0:
+    print(table(title, rows, metrics))
 
 
-def number(value: float) -> str:
-  """Returns a number as tables show it."""
-  return f'{value:.1f}' if abs(value) >= 2 else f'{value:.3f}'
+def cell(value: float | Mapping[str, float | None] | None) -> str:
+  """Returns a number, or the mean and deviation of several, as tables show it; nothing for None.
+
+  >>> cell(12.345), cell({'mean': 51.0, 'deviation': 1.414}), cell(208896.0)
+  ('12.3', '51.0 ± 1.4', '208896')
+  """
+  if value is None:
+    return ''
+  mean, deviation = (
+    (value['mean'], value['deviation']) if isinstance(value, Mapping) else (value, None)
+  )
+  size = abs(mean)
+  digits = 1 if size >= 10 else 2 if size >= 2 else 3
+  if not math.isfinite(mean) or (size >= 100 and mean == int(mean) and not deviation):
+    digits = 0
+  spread = '' if deviation is None else f' ± {deviation:.{digits}f}'
+  return f'{mean:.{digits}f}{spread}'

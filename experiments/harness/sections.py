@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import PartitionSpec
 
-from experiments.harness.settings import found_by, free, section
+from experiments.harness.settings import entries, found_by, free, section
 from jaxlab import parallel
 from jaxlab.training import make_optimizer, make_schedule
 from jaxlab.training.schedules import per_epoch
@@ -53,6 +53,8 @@ class Experiment:
     checkpoint_every: steps between checkpoints.
     claims: judged at the end.
     pictured: names of the rows that are drawn; none: all.
+    reported: what the paper reports, in a sentence or two with data and network; the paper's page shows it
+      next to what was measured.
   """
 
   paper: str = free('')
@@ -64,6 +66,15 @@ class Experiment:
   checkpoint_every: int = free(1000)
   claims: tuple[Claim, ...] = free(())
   pictured: tuple[str, ...] = free(())
+  reported: str = free('')
+
+  def __str__(self) -> str:
+    """Returns all settings, `key=value` a line."""
+    return '\n'.join(f'{key}={text}' for key, text in entries(self))
+
+  def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+    """What a notebook shows."""
+    printer.text(str(self))
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""

@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import os
 import re
 import shlex
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -83,67 +85,119 @@ def require(found: Iterable[str]) -> None:
     raise SettingsError(listed)
 
 
-def override(cls: type, values: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-  """Returns plain `values` of the section `cls` with `key.sub=text` pairs put in, read by their type.
+def override(
+  cls: type, values: Mapping[str, Any], changes: Sequence[str] | Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns plain `values` of the section `cls` with changes put in.
 
-  Lists may come as a shell leaves them: `runs=["a","b"]`, `runs=[a,b]`, `runs=a,b`, `seeds=0`.
+  Args:
+    cls: the section.
+    values: plain values.
+    changes: `key.sub=text` pairs, or values by key; texts are read by the key's type. Lists may come as a
+      shell leaves them: `runs=["a","b"]`, `runs=[a,b]`, `runs=a,b`, `seeds=0`.
 
   Raises:
     SettingsError: for keys that do not exist (with the closest that do) and texts of another type.
   """
+  values, problems = overridden(cls, values, changes)
+  require(problems)
+  return values
+
+
+def overridden(
+  cls: type, values: Mapping[str, Any], changes: Sequence[str] | Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns `override`'s values with those changes put in that can be, and what is wrong with the others."""
   problems, values = [], _copied(values)
   keys = _keys(cls, values)
-  for assignment in assignments:
-    key, separator, text = assignment.partition('=')
+  texts = not isinstance(changes, Mapping)
+  for change in changes:
+    key, separator, text = change.partition('=') if texts else (change, '=', '')
     kind = _type_at(cls, values, key.split('.'))
     if not separator:
-      problems.append(f'--config.{assignment}: expected --config.key=value.')
+      problems.append(f'--config.{change}: expected --config.key=value.')
     elif kind is None:
       close = difflib.get_close_matches(key, keys, 3, 0.4)
       hint = f'Did you mean {", ".join(close)}?' if close else f'Keys: {", ".join(keys)}.'
       problems.append(f'--config.{key}: unknown key. {hint}')
     else:
       try:
-        _put(values, key.split('.'), parse(text, kind))
+        text = text if texts else changes[key]
+        text = os.fspath(text) if isinstance(text, os.PathLike) else text
+        value = parse(text, kind) if isinstance(text, str) else text
+        _put(values, key.split('.'), value)
       except ValueError as error:
         problems.append(f'--config.{key}={text}: {error}')
-  if problems:
-    raise SettingsError(problems)
-  return values
+  return values, problems
 
 
 def parse(text: str, kind: Any) -> Any:
   """Returns the value that a text stands for, of type `kind`.
 
+  Lists and mappings may have lost the quotes of their words, as a shell takes them away.
+
   >>> parse('[a,b]', tuple[str, ...]), parse('(1, 2)', tuple[int, int]), parse('none', float | None)
   (('a', 'b'), (1, 2), None)
+  >>> parse('[[a,none],[b,2]]', tuple[tuple[str, int | None], ...]), parse('{a:[b,c]}', Any)
+  ((('a', None), ('b', 2)), {'a': ('b', 'c')})
 
   Raises:
     ValueError: if it stands for none.
   """
-  names = {'true': True, 'false': False, 'none': None, 'True': True, 'False': False, 'None': None}
-  tried = []
-  if text in names:
-    tried.append(names[text])
-  with contextlib.suppress(ValueError, SyntaxError):
-    tried.append(ast.literal_eval(text))
-    tried.append((tried[-1],))
-  tried.append(text)
-  if not text.lstrip().startswith('{'):
-    inner = text.strip()
-    inner = inner[1:-1] if inner[:1] + inner[-1:] in ('[]', '()') else inner
-    items = [item.strip().strip('\'"') for item in inner.split(',')]
-    tried.append(tuple(item for item in items if item))
   kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+  wrapped = text.strip()[:1] + text.strip()[-1:] in ('[]', '()', '{}')
   if str in kinds:
-    tried = [text] + [None] * (text in ('none', 'None') and type(None) in kinds)
-    tried.reverse()
+    tried = [None] * (text in ('none', 'None') and type(None) in kinds) + [text]
+  else:
+    tried = [_unquoted(text, _literal)] * wrapped + [_literal(text), text]
+    tried += [_unquoted(text if wrapped else f'[{text}]', word) for word in (_literal, _word)]
   for value in tried:
     found: list[str] = []
     converted = _convert(kind, value, '', found)
     if not found:
       return converted
   raise ValueError(f'expected {_named(kind)}')
+
+
+def _literal(text: str) -> Any:
+  """Returns the Python value that a text is, or else the text."""
+  names = {'true': True, 'false': False, 'none': None, 'inf': float('inf'), '-inf': float('-inf')}
+  if text in names:
+    return names[text]
+  with contextlib.suppress(ValueError, SyntaxError, TypeError), warnings.catch_warnings():
+    warnings.simplefilter('ignore', SyntaxWarning)  # `1if`
+    return ast.literal_eval(text)
+  return _word(text)
+
+
+def _word(text: str) -> str:
+  return text.strip().strip('\'"')
+
+
+def _unquoted(text: str, word: Callable[[str], Any]) -> Any:
+  """Returns a list or mapping, `[a,[b,none]]` or `{a:1}`; `word` reads what is neither."""
+  text = text.strip()
+  ends = text[:1] + text[-1:]
+  if ends in ('[]', '()'):
+    return tuple(_unquoted(part, word) for part in _parts(text[1:-1]))
+  if ends == '{}':
+    pairs = [part.partition(':')[::2] for part in _parts(text[1:-1])]
+    return {_word(name): _unquoted(value, word) for name, value in pairs}
+  return word(text)
+
+
+def _parts(text: str) -> list[str]:
+  """Returns what stands between the commas that are in no brackets or quotes."""
+  parts, depth, quote = [''], 0, ''
+  for before, letter in zip(f',{text}', text):
+    if letter == quote or (not quote and letter in '\'"' and not before.isalnum()):
+      quote = '' if quote else letter
+    depth += 0 if quote else (letter in '[({') - (letter in '])}')
+    if letter == ',' and not depth and not quote:
+      parts.append('')
+    else:
+      parts[-1] += letter
+  return [part.strip() for part in parts if part.strip()]
 
 
 def identity(config: Any) -> Any:
@@ -166,20 +220,25 @@ def plain(config: Any) -> Any:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def assignments(config: Any) -> list[str]:
-  """Returns `--config.key=value` of every key, quoted for a shell."""
+def entries(config: Any) -> Iterator[tuple[str, str]]:
+  """Yields every key of a section with its value as a text that `parse` reads."""
 
-  def leaves(value: Any, path: str) -> Iterator[str]:
+  def leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if dataclasses.is_dataclass(value):
       value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping) and value:
       for name, child in value.items():
-        yield from leaves(child, f'{path}.{name}')
+        yield from leaves(child, f'{path}.{name}' if path else name)
     else:
-      text = value if isinstance(value, str) else _written(_listed(value))
-      yield shlex.quote(f'--config{path}={text}')
+      yield path, value if isinstance(value, str) else _written(_listed(value))
 
-  return list(leaves(config, ''))
+  return leaves(config, '')
+
+
+def assignments(config: Any, leave_out: Sequence[str] = ()) -> list[str]:
+  """Returns `--config.key=value` of every key but some, quoted for a shell."""
+  pairs = [pair for pair in entries(config) if pair[0] not in leave_out]
+  return [shlex.quote(f'--config.{key}={text}') for key, text in pairs]
 
 
 def _listed(value: Any) -> Any:

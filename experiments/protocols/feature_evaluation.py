@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from experiments.harness import data as harness_data
-from experiments.harness import pictures, results
+from experiments.harness import pictures
 from experiments.harness.runs import Variables
 from experiments.harness.sections import Experiment
 from experiments.harness.settings import found_by, section
@@ -204,16 +204,17 @@ def calibration_images(config: Experiment, source: data.Source) -> Array:
   return jax.jit(config.task.augmented)(keys, batch)
 
 
-def show(
-  config: Experiment, rows: Sequence[Mapping[str, Any]], picture: pathlib.Path, *extra: str
-) -> None:
-  """Prints accuracy over bit-widths for all rows, with `extra` metrics, and draws the probe's."""
-  names = ('fp', *config.eval.bits)
-  shown = [f'{kind}_{bits}' for kind in ('probe', 'knn') for bits in names]
-  fewest = config.eval.bits[-1:]
-  shown += [f'{kind}_{bits}' for kind in ('drop', 'transfer', 'cosine') for bits in fewest]
-  title = pictures.title(config)
-  results.print_table(f'{title}: accuracy in %', rows, [*shown, *extra])
+def shown(config: Experiment, *extra: str) -> list[str]:
+  """Returns the metrics that a table shows: accuracies over bit-widths, and `extra` ones."""
+  names, fewest = ('fp', *config.eval.bits), config.eval.bits[-1:]
+  found = [f'{kind}_{bits}' for kind in ('probe', 'knn') for bits in names]
+  found += [f'{kind}_{bits}' for kind in ('drop', 'transfer', 'cosine') for bits in fewest]
+  return [*found, *extra]
+
+
+def draw(config: Experiment, rows: Sequence[Mapping[str, Any]], picture: pathlib.Path) -> None:
+  """Draws the probe's accuracy over bit-widths for all rows."""
+  names, title = ('fp', *config.eval.bits), pictures.title(config)
   with pictures.drawn(picture, size=(7, 4.2)) as axis:
     for item in rows:
       if config.pictured and item['name'] not in config.pictured:

@@ -177,11 +177,9 @@ class Comparison:
     return {name: 100 * float(value) for name, value in found.items() if np.isfinite(value)}
 
   def finish(self, extra: Sequence[str] = (), note: str = '') -> dict[str, Any]:
-    """Draws the recalls, prints the table, with `extra` metrics and a `note`, and returns the results."""
+    """Draws the recalls and returns the results; the table has `extra` metrics and a `note` above it."""
     self.draw(self.workdir / 'recalls.png')
-    title = f'{pictures.title(self.config)}: recalls in %{note}'
-    results.print_table(title, self.rows, [*METRICS, *extra])
-    return results.results(self.config, self.rows)
+    return results.results(self.config, self.rows, [*METRICS, *extra], f'recalls in %{note}')
 
   def draw(self, path: pathlib.Path) -> None:
     """Draws the recall of every class for the rows `config.pictured`; classes sorted by training images."""

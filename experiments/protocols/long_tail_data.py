@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from experiments.harness import data as harness_data
+from experiments.harness import sources
 from experiments.harness.data import KNOWN, Augment, Images
 from experiments.harness.settings import found_by
 from experiments.protocols.features import read_features
@@ -95,15 +96,13 @@ class LongTailed(Images):
   @property
   def needs(self) -> str:
     """Where the data come from, in a sentence."""
-    if self.imbalance.kind != 'listed':
-      return super().needs
-    lists = (self.train_options, self.test_options, self.validation_options or {})
-    files = ', '.join(str(options['path']) for options in lists if options)
-    return (
-      f'{files} (lines "path label", published with Liu et al. 2019, Large-Scale Long-Tailed '
-      f'Recognition, and in the code of BagofTricks-LT) and the photographs at these paths below '
-      f'{self.train_options["root"]}'
-    )
+    if self.imbalance.kind == 'listed':
+      lists = (self.train_options, self.test_options, self.validation_options or {})
+      files = [str(options['path']) for options in lists if options]
+      return sources.listed(self.name, files, str(self.train_options['root']))
+    if self.imbalance.kind in ('exponential', 'step'):
+      return f'{super().needs}; the long-tailed selection is made from it'
+    return super().needs
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""

@@ -137,8 +137,14 @@ def compare(
   roles = {'float': 'reference', 'PTQ': 'baseline'}
   roles |= {title: item.role for title, item in (*methods.items(), *further.items())}
   listed = [row(title, roles[title], found) for title, found in rows.items() if found]
-  show(config, listed, reports, workdir)
-  return results.results(config, listed)
+  draw(config, listed, reports, workdir)
+  kinds = kinds_of(config)
+  shown = [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
+  for what in ('megabytes', 'logit_mse_ratio'):
+    shown += [f'{name}_{bits}_{what}' for name in kinds for bits in config.bits]
+  for what in ('parameters', 'multiply_adds'):
+    shown += [f'{name}_extra_{what}' for name in kinds]
+  return results.results(config, listed, shown)
 
 
 class _At(NamedTuple):
@@ -183,22 +189,20 @@ def _text(metrics: Mapping[str, float]) -> str:
   return ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
 
 
-def show(
-  config: Settings, rows: list[dict[str, Any]], reports: Mapping[tuple, Any], workdir: Any
-) -> None:
-  """Prints the table; draws accuracy over bits and the errors of all blocks at the lowest bit-width."""
-  kinds = {
-    name: 'perplexity' if isinstance(config.network[name].data, harness_data.Tokens) else 'accuracy'
+def kinds_of(config: Settings) -> dict[str, str]:
+  """Returns the metric that says how good each network is."""
+  tokens = harness_data.Tokens
+  return {
+    name: 'perplexity' if isinstance(config.network[name].data, tokens) else 'accuracy'
     for name in config.networks
   }
-  title = pictures.title(config)
-  results.print_table(
-    title, rows,
-    [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
-    + [f'{name}_{bits}_{what}' for what in ('megabytes', 'logit_mse_ratio')
-       for name in kinds for bits in config.bits]
-    + [f'{name}_extra_{what}' for name in kinds for what in ('parameters', 'multiply_adds')],
-  )  # fmt: skip
+
+
+def draw(
+  config: Settings, rows: list[dict[str, Any]], reports: Mapping[tuple, Any], workdir: Any
+) -> None:
+  """Draws accuracy over bits and the errors of all blocks at the lowest bit-width."""
+  kinds, title = kinds_of(config), pictures.title(config)
   rows = [item for item in rows if not config.pictured or item['name'] in config.pictured]
   size = {'size': (4.5 * len(kinds), 3.6), 'squeeze': False}
   with pictures.drawn(workdir / 'accuracy_over_bits.png', 1, len(kinds), **size) as axes:

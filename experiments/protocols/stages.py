@@ -173,7 +173,7 @@ def run(config: Staged, table: Table, name: str) -> Run:
     loss=own.loss,
     teacher=classifier(config, get(table, own.teacher)) if own.teacher else None,
     frozen=own.frozen,
-    hooks=networks.eval_mode_hooks(own.eval_mode),
+    hooks=models.eval_mode_hooks(own.eval_mode),
     repeats=own.sampler is not None,
     draw=streams,
   )

@@ -10,7 +10,6 @@ says otherwise. Needs the TPU compiler: pip install libtpu.
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -22,12 +21,20 @@ from typing import Any
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   """Returns the command line's options; `overrides` are the `--config.key=value`."""
   parser = argparse.ArgumentParser(
-    prog='python -m experiments aot', description=__doc__.split('\n')[0], allow_abbrev=False
+    prog='python -m experiments aot',
+    description=__doc__,
+    epilog='--config.KEY=VALUE changes an entry of the settings.',
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
   )
-  parser.add_argument('--config', required=True, help='<paper>/<setting>, or a file')
-  parser.add_argument('--topology', default='v5e:4x4', help='v5e:16x16, v6e:4x4, v5p:4x4x4, ...')
-  parser.add_argument('--mesh', default='', help='data=-1,fsdp=4,tensor=1')
-  parser.add_argument('--json', help='write the report to this file as well')
+  parser.add_argument(
+    '--config', required=True, metavar='PAPER/SETTING', help='or a file in the folder of a paper'
+  )
+  parser.add_argument(
+    '--topology', default='v5e:4x4', help='v5e:16x16, v6e:4x4, v5p:4x4x4, ...; default: %(default)s'
+  )
+  parser.add_argument('--mesh', default='', help='such as data=-1,fsdp=4,tensor=1')
+  parser.add_argument('--json', metavar='FILE', help='write the report to this file as well')
   options, rest = parser.parse_known_args(arguments)
   unknown = [text for text in rest if not text.startswith('--config.')]
   if unknown:
@@ -37,50 +44,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def lower(config: Any, mesh: Any) -> dict[str, Any]:
-  """Returns the lowered programs of `experiments.<paper>` by name, for nominal facts.
-
-  Raises:
-    ValueError: if there is no such experiment, or its settings cannot be.
-  """
-  if importlib.util.find_spec(f'experiments.{config.paper}') is None:
-    raise ValueError(f'there is no experiments/{config.paper}.py for this config.')
+  """Returns the lowered programs of `experiments.<paper>` by name, for nominal facts."""
   module = importlib.import_module(f'experiments.{config.paper}')
-  if hasattr(module, 'lower'):
-    return module.lower(config, mesh)
-  if not hasattr(module, 'Settings'):
-    from jaxlab.parallel import aot
-
-    return {'step': aot.lower_step(module.program(config), mesh)}
   return {name: item.lower(mesh) for name, item in module.programs(config).items()}
 
 
-def load(path: str, overrides: list[str]) -> Any:
-  """Returns the settings of `<paper>/<setting>`, or of a file in a paper's folder."""
+def load(text: str, changes: list[str]) -> Any:
+  """Returns the settings of `<paper>/<setting>`, or of a file in a paper's folder.
+
+  Raises:
+    ValueError: if there are none, or they cannot be.
+  """
   from experiments.harness import launcher
 
-  paper = pathlib.Path(path).resolve().parent.name if path.endswith('.py') else path.split('/')[0]
-  found = importlib.util.find_spec(f'experiments.{paper}')
-  if found and hasattr(importlib.import_module(f'experiments.{paper}'), 'Settings'):
-    config = launcher.load(paper, path if path.endswith('.py') else path.split('/')[-1], overrides)
-    launcher.check(config)
-    return config
-  from experiments.launcher import load_config, override
-
-  config = load_config(path)
-  override(config, overrides)
-  return config
+  path = pathlib.Path(text)
+  if path.suffix == '.py':
+    return launcher.load_checked(path.resolve().parent.name, path, changes)
+  paper, _, setting = text.partition('/')
+  return launcher.load_checked(paper, setting or 'embedded', changes)
 
 
 def mesh_sizes(text: str, config: Any) -> dict[str, int]:
-  """Returns the axes' sizes from `data=-1,fsdp=4`, else from `config.mesh`, else `data=-1`.
+  """Returns the axes' sizes from `data=-1,fsdp=4`, else from `config.mesh`.
 
   >>> mesh_sizes('data=-1,fsdp=4', None)
   {'data': -1, 'fsdp': 4}
   """
   if not text:
-    own = config.mesh if hasattr(config, 'mesh') else {}
-    own = dataclasses.asdict(own) if dataclasses.is_dataclass(own) else dict(own)
-    return {name: int(size) for name, size in own.items()}
+    return dataclasses.asdict(config.mesh)
   sizes = dict(part.partition('=')[::2] for part in text.split(','))
   for name, size in sizes.items():
     if name not in ('data', 'fsdp', 'tensor') or not size.lstrip('-').isdigit():
@@ -92,18 +83,19 @@ def show(found: dict[str, Any]) -> None:
   """Prints the report as a table, one column a program."""
   from rich.console import Console
   from rich.table import Table
+  from rich.text import Text
 
   def size_of(count: int) -> str:
     return f'{count / 2**30:.2f} GiB' if count >= 2**28 else f'{count / 2**20:.2f} MiB'
 
   console = Console()
   axes = ' x '.join(f'{name} {size}' for name, size in found['mesh'].items())
-  console.print(f'{found["config"]} on {found["topology"]}: {axes}', soft_wrap=True)
+  console.print(Text(f'{found["config"]} on {found["topology"]}: {axes}'), soft_wrap=True)
   table = Table()
-  table.add_column('per chip')
+  table.add_column('per chip', no_wrap=True)
   programs = found['programs'].values()
   for name in found['programs']:
-    table.add_column(name, justify='right')
+    table.add_column(Text(name), justify='right', no_wrap=True)
   for name in next(iter(programs))['hbm']:
     sizes = [program['hbm'][name] for program in programs]
     if name == 'fits':
@@ -118,7 +110,7 @@ def show(found: dict[str, Any]) -> None:
     totals = [program['collectives'].get(kind) for program in programs]
     table.add_row(kind, *(f'{t["count"]} x, {size_of(t["bytes"])}' if t else '' for t in totals))
   table.add_row('compile time', *(f'{program["compile_seconds"]:.1f} s' for program in programs))
-  console.print(table)
+  console.print(table, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -162,9 +154,12 @@ def _environment() -> None:
 
 
 def command(arguments: list[str] | None = None) -> None:
-  """Runs `main` from the command line; errors end it with one line."""
+  """Runs `main` from the command line; errors end it with a line."""
   _environment()
-  try:
-    main(arguments)
-  except (ValueError, ModuleNotFoundError, MemoryError) as error:
-    sys.exit(f'experiments aot: {error}')
+  from experiments.harness import launcher
+
+  with launcher.errors_without_traceback():
+    try:
+      main(arguments)
+    except (ModuleNotFoundError, MemoryError) as error:
+      raise ValueError(str(error)) from error

@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   options = parse(arguments)
   from rich.console import Console
 
-  from experiments import results
+  from experiments.harness import results
 
   console = Console()
   found: dict[str, Any] = {'machine': machine()}

@@ -1,20 +1,13 @@
 """Lists the papers, their settings, and what each needs."""
 
+import argparse
 import ast
-import dataclasses
-import importlib
-import importlib.util
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import shutil
+import textwrap
+from collections.abc import Sequence
 
-from experiments.harness import launcher
-
-
-def names() -> list[str]:
-  """Returns the papers that have both settings and a module."""
-  folders = sorted(path.parent.name for path in launcher.CONFIGS.glob('*/embedded.py'))
-  return [name for name in folders if importlib.util.find_spec(f'experiments.{name}')]
+from experiments.harness import launcher, sources
 
 
 def summary(path: pathlib.Path) -> str:
@@ -22,50 +15,56 @@ def summary(path: pathlib.Path) -> str:
   return (ast.get_docstring(ast.parse(path.read_text())) or '').partition('\n')[0]
 
 
-def papers() -> None:
+def paper_summary(paper: str) -> str:
+  """Returns the first line of a paper's docstring."""
+  return summary(pathlib.Path(__file__).parents[1] / f'{paper}.py')
+
+
+def papers(arguments: Sequence[str] = ()) -> None:
   """Prints one line a paper."""
-  width = max(map(len, names()))
-  for name in names():
-    print(f'{name:{width}}  {summary(pathlib.Path(__file__).parents[1] / f"{name}.py")}')
+  del arguments
+  names = launcher.papers()
+  width = max(map(len, names))
+  for name in names:
+    print(f'{name:{width}}  {paper_summary(name)}')
   print(
-    '\npython -m experiments.PAPER runs one; python -m experiments list PAPER shows its settings.'
+    '\npython -m experiments.PAPER runs one; python -m experiments list PAPER shows its settings;\n'
+    'python -m experiments help shows the other commands.'
   )
 
 
-def settings(chosen: Sequence[str] = ()) -> None:
-  """Prints the settings of some papers (default: all) with what each needs.
-
-  Raises:
-    SystemExit: with status 2, for a paper that does not exist.
-  """
-  if unknown := [name for name in chosen if name not in names()]:
-    print(f'there is no paper {", ".join(unknown)}; papers: {", ".join(names())}')
-    raise SystemExit(2)
-  for paper in chosen or names():
-    print(f'{paper}: {summary(pathlib.Path(__file__).parents[1] / f"{paper}.py")}')
-    for path in launcher.settings(paper):
-      print(f'  {path.stem}: {summary(path)}')
-      for text in needs(paper, path):
-        print(f'    {text}')
-    print()
+def main(arguments: Sequence[str]) -> None:
+  """Prints the settings of some papers with what each needs."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments list',
+    description='Lists settings, and the data and public weights that each needs.',
+  )
+  parser.add_argument('papers', nargs='*', metavar='PAPER', help='default: all')
+  chosen = parser.parse_args(arguments).papers
+  with launcher.errors_without_traceback():
+    for paper in chosen:
+      launcher.settings(paper)  # all names are looked at before the first is shown
+    for paper in chosen or launcher.papers():
+      show(paper)
 
 
-def needs(paper: str, path: pathlib.Path) -> Iterator[str]:
-  """Yields what a setting needs: data, public weights."""
-  if not hasattr(importlib.import_module(f'experiments.{paper}'), 'Settings'):
-    return
-  found = dict.fromkeys(_needs(launcher.load(paper, path)))
-  yield from found
+def show(paper: str) -> None:
+  """Prints a paper's settings and what each needs."""
+  print(f'{paper}: {paper_summary(paper)}')
+  for path in launcher.settings(paper):
+    print(_wrapped(f'{path.stem}: {summary(path)}', 2))
+    for text in sources.needed(launcher.load(paper, path)):
+      print(_wrapped(f'needs {text}', 4))
+  print()
 
 
-def _needs(value: Any) -> Iterator[str]:
-  if hasattr(value, 'needs'):
-    yield f'needs {value.needs}'
-  if getattr(value, 'pretrained', None):
-    yield f'needs weights {value.pretrained} (huggingface.co/timm)'
-  if isinstance(value, Mapping):
-    for child in value.values():
-      yield from _needs(child)
-  elif dataclasses.is_dataclass(value):
-    for field in dataclasses.fields(value):
-      yield from _needs(getattr(value, field.name))
+def _wrapped(text: str, indent: int) -> str:
+  """Returns text in lines of the terminal's width; paths and addresses stay whole."""
+  return textwrap.fill(
+    text,
+    max(shutil.get_terminal_size().columns, 60),
+    initial_indent=' ' * indent,
+    subsequent_indent=' ' * (indent + 2),
+    break_long_words=False,
+    break_on_hyphens=False,
+  )

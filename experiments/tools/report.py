@@ -1,171 +1,233 @@
-"""Collects the results of runs over seeds: a Markdown table, the claims, and a picture.
+"""Sums up runs over seeds: tables, claims, a picture, and a paper's page.
 
-  python -m experiments report runs/ssql/embedded [more directories ...] [--picture=FILE.png]
+  python -m experiments report runs/gml/embedded [more directories ...] [--page] [--picture=FILE.png]
 
-A directory is searched for `results.json` files. Runs of one paper and setting are seeds of one experiment
-and must share their configuration but for the seed. A claim holds when the mean over seeds of
-`method - baseline` (turned round where lower is better) is at least its margin.
+Directories are searched for `results.json` files, as `python -m experiments.PAPER --seeds=0,1,2` leaves them.
+Runs of one paper and setting are seeds of one experiment and must have the same settings but for the seed. A
+claim holds when the mean over seeds of `method - baseline` (turned round where lower is better) is at least
+its margin. What was found is printed as Markdown.
+
+With `--page` it is written into the paper's page, `mlcollections_configs/PAPER/README.md`, between two
+markers for each setting; what stands around them is kept, so a page's prose is written by hand.
 """
 
 import argparse
-import collections
-import itertools
-import json
-import math
 import pathlib
-import statistics
-import sys
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-Run = dict[str, Any]
+from experiments.harness import launcher, machine, seeds
+from experiments.harness import settings as sections
+from experiments.harness.results import Results, cell, judged, shown
+from experiments.tools import listing
+
+# From so many metrics on they stand below each other, rows across.
+_MANY = 10
 
 
-def collect(directories: Sequence[str | pathlib.Path]) -> dict[tuple[str, str], list[Run]]:
-  """Returns all runs below `directories` by (paper, setting), in order of seed.
+def markdown(runs: Sequence[Results], pictures: Sequence[str] = ()) -> str:
+  """Returns what the runs of a setting say together: table, claims, what the paper reports, how it was run.
 
-  Raises:
-    ValueError: if there is none, a file is no result, a seed occurs twice, or configurations differ in
-      more than the seed.
+  Args:
+    runs: of several seeds.
+    pictures: links to the pictures that are shown.
   """
-  files = sorted({p for folder in directories for p in pathlib.Path(folder).rglob('results.json')})
-  if not files:
-    raise ValueError(f'No results.json below {", ".join(map(str, directories))}.')
-  groups = collections.defaultdict(list)
-  for file in files:
-    try:
-      run = json.loads(file.read_text())
-      groups[run['paper'], run['setting']].append(run | {'file': str(file)})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(f'{file} is not the result of an experiment: {error!r}.') from None
-  for name, runs in groups.items():
-    runs.sort(key=lambda run: run['seed'])
-    _check_group(name, runs)
-  return dict(groups)
+  together = seeds.summary(runs)
+  unit = together['table']['title']
+  parts = [
+    f'### `{together["setting"]}`: {_subject(together)}',
+    f'```\n{_command(together)}\n```',
+    *([f'{unit[:1].upper()}{unit[1:]}; mean ± deviation over seeds.'] if unit else []),
+    _table(together),
+    _claims(together),
+    *([f'The paper reports: {text}'] if (text := _reported(together)) else []),
+    *(f'![{_escaped(together["setting"])}, seed {runs[0]["seed"]}]({link})' for link in pictures),
+    _how(together),
+  ]
+  return '\n\n'.join(part for part in parts if part) + '\n'
 
 
-def _check_group(name: tuple[str, str], runs: list[Run]) -> None:
-  for earlier, later in itertools.pairwise(runs):
-    if earlier['seed'] == later['seed']:
-      raise ValueError(f'Seed {later["seed"]} twice: {earlier["file"]} and {later["file"]}.')
-  first = {**runs[0]['config'], 'seed': None}
-  for run in runs[1:]:
-    other = {**run['config'], 'seed': None}
-    different = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
-    if different:
-      raise ValueError(
-        f'{"/".join(name)}: {runs[0]["file"]} and {run["file"]} differ in {", ".join(different)}.'
-      )
+def _subject(together: Results) -> str:
+  for path in launcher.CONFIGS.glob(f'{together["paper"]}/{together["setting"]}.py'):
+    return listing.summary(path)
+  return f'{together["paper"]} with settings of its own.'
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-  """Returns the mean and the sample standard deviation (NaN for a single value)."""
-  deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-  return statistics.fmean(values), deviation
+def _reported(together: Results) -> str:
+  """Returns what the paper reports, by the setting of the runs or else by the paper's embedded one."""
+  if text := together['config'].get('reported', ''):
+    return text
+  paper = together['paper']
+  return launcher.load(paper, 'embedded').reported if paper in launcher.papers() else ''
 
 
-def aggregate(runs: list[Run]) -> dict[str, dict[str, tuple[float, float]]]:
-  """Returns `{row: {metric: (mean, deviation)}}` over the seeds that have the row."""
-  values: dict[str, dict[str, list[float]]] = {}
-  for run in runs:
-    for row in run['rows']:
-      for metric, value in row['metrics'].items():
-        values.setdefault(row['name'], {}).setdefault(metric, []).append(value)
-  return {
-    row: {metric: mean_and_deviation(v) for metric, v in metrics.items()}
-    for row, metrics in values.items()
-  }
+def _command(together: Results) -> str:
+  """Returns the command of the runs, with what differs from the setting's file."""
+  paper, setting = together['paper'], together['setting']
+  parts = [f'python -m experiments.{paper}']
+  parts += [f'--config={setting}'] * (setting != 'embedded')
+  parts += [f'--seeds={",".join(map(str, together["seeds"]))}']
+  try:
+    own = dict(sections.entries(sections.plain(launcher.load(paper, setting))))
+  except (ValueError, ImportError):  # a paper or setting that is not here
+    own = None
+  for key, text in sections.entries(together['config']) if own is not None else ():
+    if key not in ('paper', 'setting', 'reported') and own.get(key) != text:
+      parts.append(shlex.quote(f'--config.{key}={text}'))
+  return ' '.join(parts)
 
 
-def judge(runs: list[Run]) -> list[dict[str, Any]]:
-  """Returns each claim with `difference` (mean, deviation over seeds; positive is better) and `holds`."""
-  verdicts = []
-  for claim in runs[0]['claims']:
-    sign = 1 if claim['higher_is_better'] else -1
-    differences = []
-    for run in runs:
-      metrics = {row['name']: row['metrics'] for row in run['rows']}
-      method, baseline = metrics[claim['method']], metrics[claim['baseline']]
-      differences.append(sign * (method[claim['metric']] - baseline[claim['metric']]))
-    mean, deviation = mean_and_deviation(differences)
-    verdicts.append(
-      claim
-      | {'difference': (mean, deviation), 'holds': mean >= claim['margin'], 'seeds': len(runs)}
+def _table(together: Results) -> str:
+  rows, names = together['rows'], shown(together['rows'], together['table']['metrics'])
+  cells = [[cell(item['metrics'].get(name)) for name in names] for item in rows]
+  heads = [
+    f'**{_escaped(item["name"])}**' if item['role'] == 'method' else _escaped(item['name'])
+    for item in rows
+  ]
+  if len(names) > _MANY:
+    return _grid(heads, list(map(_escaped, names)), list(zip(*cells)))
+  return _grid(list(map(_escaped, names)), heads, cells)
+
+
+def _claims(together: Results) -> str:
+  if not together['claims']:
+    return ''
+  lines = []
+  for verdict in judged(together):
+    claim = verdict.claim
+    between = f'{claim["method"]} against {claim["baseline"]}, {claim["metric"]}'
+    spread = '' if verdict.deviation is None else f' ± {verdict.deviation:.2g}'
+    word = 'holds' if verdict.holds else '**does not hold**'
+    lines.append(
+      [_escaped(between), f'{verdict.difference:+.3g}{spread}', f'{claim["margin"]:g}', word]
     )
-  return verdicts
+  heads = [_escaped(claim['statement']) for claim in together['claims']]
+  return _grid(['', 'better by', 'margin', ''], heads, lines, 'claim')
 
 
-def _cell(value: tuple[float, float]) -> str:
-  mean, deviation = value
-  digits = 1 if abs(mean) >= 10 else 2
-  spread = '' if math.isnan(deviation) else f' ± {deviation:.{digits}f}'
-  return f'{mean:.{digits}f}{spread}'
+def _grid(
+  columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]], corner: str = ''
+) -> str:
+  lines = [[corner, *columns], ['---'] * (len(columns) + 1)]
+  lines += [[name, *line] for name, line in zip(rows, cells, strict=True)]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def markdown(groups: dict[tuple[str, str], list[Run]]) -> str:
-  """Returns a table for each experiment (metrics down, rows across) and its claims, as Markdown."""
-  parts = []
-  for (paper, setting), runs in groups.items():
-    table = aggregate(runs)
-    metrics = list(dict.fromkeys(m for row in table.values() for m in row))
-    seeds = ', '.join(str(run['seed']) for run in runs)
-    parts.append(f'### {paper}, {setting} (seeds {seeds})\n')
-    parts.append(f'| | {" | ".join(table)} |\n|---|{"---|" * len(table)}')
-    for metric in metrics:
-      cells = [_cell(row[metric]) if metric in row else '' for row in table.values()]
-      parts.append(f'| {metric} | {" | ".join(cells)} |')
-    for verdict in judge(runs):
-      word = 'holds' if verdict['holds'] else 'does NOT hold'
-      parts.append(
-        f'\n- {verdict["statement"]}: **{word}** (difference {_cell(verdict["difference"])}, '
-        f'margin {verdict["margin"]:g}, {verdict["seeds"]} seeds)'
-      )
-    parts.append('')
-  return '\n'.join(parts)
+def _how(together: Results) -> str:
+  count = len(together['seeds'])
+  runs = f'Seed{"s" * (count > 1)} {", ".join(map(str, together["seeds"]))}'
+  machines = ' and '.join(machine.sentence(item) for item in together['machines'])
+  versions = {item['jax'] for item in together['versions'] if 'jax' in item}
+  jax = f'; jax {", ".join(sorted(versions))}' if versions else ''
+  return (
+    f'{runs}; {machines}{jax}; {together["seconds"] / count:.0f} s a seed. Small networks move by points '
+    'with machine, threads and seeds.'
+  )
 
 
-def picture(groups: dict[tuple[str, str], list[Run]], path: pathlib.Path) -> None:
+def _escaped(text: str) -> str:
+  """Returns text that Markdown shows as it is, also in a table."""
+  return re.sub(r'([\\|*_<>\[\]`])', r'\\\1', text)
+
+
+def write_page(runs: Sequence[Results], page: pathlib.Path) -> None:
+  """Writes what the runs of a setting say together into a page, in place of what it said before.
+
+  Pictures of the first seed go to `.assets` next to the settings' folder where there is one, else next to the
+  page.
+  """
+  first = runs[0]
+  paper, setting = first['paper'], first['setting']
+  assets = launcher.CONFIGS.parent / '.assets'
+  if not assets.is_dir() or page.parent != launcher.CONFIGS / paper:
+    assets = page.parent
+  page.parent.mkdir(parents=True, exist_ok=True)
+  links = []
+  for picture in first.pictures:
+    target = assets / '_'.join([paper, *[setting] * (setting != 'embedded'), picture.name])
+    target.write_bytes(picture.read_bytes())
+    links.append(target.name if assets == page.parent else f'../../.assets/{target.name}')
+  text = page.read_text() if page.exists() else f'# {_title(paper)}\n'
+  page.write_text(placed(text, setting, markdown(runs, links)))
+
+
+def placed(text: str, setting: str, found: str) -> str:
+  """Returns a page with `found` between the markers of a setting.
+
+  A page without them gets them below its heading `## Measured`, or at its end.
+  """
+  begin, end = f'<!-- report of {setting} -->', f'<!-- end of the report of {setting} -->'
+  block = f'{begin}\n\n{found.strip()}\n\n{end}'
+  if begin in text and end in text:
+    return text[: text.index(begin)] + block + text[text.index(end) + len(end) :]
+  heading = re.search(r'^## Measured\n', text, re.MULTILINE)
+  if heading is None:
+    return f'{text.rstrip()}\n\n## Measured\n\n{block}\n'
+  rest = text[heading.end() :].lstrip('\n')
+  return f'{text[: heading.end()]}\n{block}\n' + (f'\n{rest}' if rest else '')
+
+
+def _title(paper: str) -> str:
+  return listing.paper_summary(paper) if paper in launcher.papers() else paper
+
+
+def picture(groups: dict[tuple[str, str], list[Results]], path: pathlib.Path) -> None:
   """Draws the claims' metrics, method next to baseline, with the deviation over seeds."""
-  import matplotlib
+  from experiments.harness import pictures
 
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(len(groups), 1, figsize=(8, 3.2 * len(groups)), squeeze=False)
-  for axis, ((paper, setting), runs) in zip(axes[:, 0], groups.items(), strict=True):
-    table = aggregate(runs)
-    claims = runs[0]['claims']
-    for offset, side, color in ((-0.2, 'baseline', '#9aa5b1'), (0.2, 'method', '#2563eb')):
-      values = [table[claim[side]][claim['metric']] for claim in claims]
-      axis.bar(
-        [i + offset for i in range(len(claims))],
-        [mean for mean, _ in values],
-        0.4,
-        yerr=[0 if math.isnan(d) else d for _, d in values],
-        label=', '.join(dict.fromkeys(claim[side] for claim in claims)),
-        color=color,
-        capsize=3,
-      )
-    axis.set_xticks(range(len(claims)), [claim['metric'] for claim in claims])
-    axis.set_title(f'{paper}, {setting} ({len(runs)} seeds)')
-    axis.legend(frameon=False)
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  options = {'size': (8, 3.2 * len(groups)), 'squeeze': False}
+  with pictures.drawn(path, len(groups), 1, **options) as axes:
+    for axis, ((paper, setting), runs) in zip(axes[:, 0], groups.items(), strict=True):
+      together = seeds.summary(runs)
+      rows: dict[str, Any] = {item['name']: item['metrics'] for item in together['rows']}
+      claims = together['claims']
+      for offset, side, color in ((-0.2, 'baseline', '#9aa5b1'), (0.2, 'method', '#2563eb')):
+        values = [rows[claim[side]][claim['metric']] for claim in claims]
+        axis.bar(
+          [i + offset for i in range(len(claims))],
+          [value['mean'] for value in values],
+          0.4,
+          yerr=[value['deviation'] or 0 for value in values],
+          label=', '.join(dict.fromkeys(claim[side] for claim in claims)),
+          color=color,
+          capsize=3,
+        )
+      axis.set_xticks(range(len(claims)), [claim['metric'] for claim in claims])
+      axis.set_title(f'{paper}, {setting} ({len(runs)} seeds)')
+      axis.legend(frameon=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Prints the report of the directories given on the command line."""
-  parser = argparse.ArgumentParser(prog='python -m experiments report', description=__doc__)
-  parser.add_argument('directories', nargs='+')
-  parser.add_argument('--picture', type=pathlib.Path, help='also draw a picture into this file')
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments report',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument('directories', nargs='+', metavar='DIR', help='with results.json below')
+  parser.add_argument(
+    '--page',
+    nargs='?',
+    type=pathlib.Path,
+    const=pathlib.Path(),
+    metavar='FILE',
+    help="write the paper's page, or this file",
+  )
+  parser.add_argument(
+    '--picture', type=pathlib.Path, metavar='FILE', help='draw the claims into this file'
+  )
   options = parser.parse_args(arguments)
-  try:
-    groups = collect(options.directories)
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    raise SystemExit(2) from error
-  print(markdown(groups))
-  if options.picture:
-    picture(groups, options.picture)
-    print(f'Picture: {options.picture}')
+  with launcher.errors_without_traceback():
+    groups = seeds.collect(options.directories)
+    for (paper, _), runs in groups.items():
+      if options.page is None:
+        print(markdown(runs))
+      else:
+        own = options.page if options.page.name else launcher.CONFIGS / paper / 'README.md'
+        write_page(runs, own)
+        print(f'Page: {own}')
+    if options.picture:
+      picture(groups, options.picture)
+      print(f'Picture: {options.picture}')

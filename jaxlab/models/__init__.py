@@ -27,6 +27,7 @@ from jaxlab.models.checkpoints import (
 from jaxlab.models.classifier_heads import (
   Classifier,
   LearnableWeightScaling,
+  Linear,
   NormedLinear,
   WeightNormHead,
   nearest_class_mean,
@@ -62,6 +63,7 @@ from jaxlab.models.intercept import (
   any_of,
   apply,
   capture,
+  eval_mode_hooks,
   map_matching,
   module_paths,
 )
@@ -122,6 +124,7 @@ __all__ = [
   'Hook',
   'HookPoint',
   'LearnableWeightScaling',
+  'Linear',
   'Llama',
   'MLPHead',
   'MobileNetV2',
@@ -145,6 +148,7 @@ __all__ = [
   'capture',
   'conv_general_dilated',
   'create',
+  'eval_mode_hooks',
   'fast_convolutions',
   'from_config',
   'from_torch',

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 
 from jaxlab.models.heads import unit
-from jaxlab.models.initializers import torch_default, torch_default_bias
+from jaxlab.models.initializers import Initializer, torch_default, torch_default_bias
 
 Array = jax.Array
 
@@ -42,6 +42,32 @@ class NormedLinear(nn.Module):
     kernel = self.param('kernel', _unit_columns, (x.shape[-1], self.num_classes))
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return unit(x, -1) @ unit(kernel, 0)
+
+
+class Linear(nn.Module):
+  """`x @ kernel + bias`, the bias drawn as PyTorch's; `LearnableWeightScaling` has the same parameters.
+
+  Attributes:
+    num_classes: number of logits.
+    kernel_init: initializer of the kernel; default: PyTorch's.
+    dtype: of the computation; None: as the input.
+  """
+
+  num_classes: int
+  kernel_init: Initializer = torch_default
+  dtype: Any = None
+
+  def __post_init__(self):
+    _require_classes('Linear', self.num_classes)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Maps `[..., features]` to logits `[..., num_classes]`."""
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.num_classes))
+    bias = self.param('bias', torch_default_bias(x.shape[-1]), (self.num_classes,))
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel + bias
 
 
 class LearnableWeightScaling(nn.Module):

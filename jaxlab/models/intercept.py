@@ -240,6 +240,19 @@ def apply(
     return model.apply(variables, *args, **kwargs)
 
 
+def eval_mode_hooks(patterns: Sequence[str]) -> tuple[Hook, ...]:
+  """Returns hooks under which modules `(x, train)` whose paths match run with `train=False`.
+
+  Their batch normalization then keeps and uses its running statistics, as a frozen backbone's should.
+  """
+
+  def call(site: Site, call: Callable[..., Any], x: Any, *_: Any, **__: Any) -> Any:
+    del site
+    return call(x, False)
+
+  return tuple(Hook(pattern, call=call) for pattern in patterns)
+
+
 def module_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
   """Returns the paths of all modules that `model(*args, **kwargs)` calls, in order of first call.
 

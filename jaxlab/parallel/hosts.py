@@ -21,7 +21,8 @@ def initialize(
   With an address, given here or in `JAX_COORDINATOR_ADDRESS` (then also `JAX_NUM_PROCESSES` and
   `JAX_PROCESS_ID`), it calls `jax.distributed.initialize` with it. Without one it looks for a TPU pod:
   more than one worker or slice in the environment, or in the metadata of the virtual machine. On a
-  single host it does nothing. On the CPU backend, collectives between processes go through gloo.
+  single host it does nothing, nor where it has done so already. On the CPU backend, collectives between
+  processes go through gloo.
 
   Args:
     coordinator_address: `host:port` of process 0.
@@ -31,6 +32,8 @@ def initialize(
   Raises:
     ValueError: if only a part of the three is given.
   """
+  if jax.distributed.is_initialized():
+    return
   given = {
     'coordinator_address': coordinator_address or os.environ.get('JAX_COORDINATOR_ADDRESS'),
     'num_processes': _number(num_processes, 'JAX_NUM_PROCESSES'),

@@ -103,12 +103,12 @@ class Progress:
       from rich import progress
 
       self._bar = progress.Progress(
-        progress.TextColumn('{task.description}'),
+        progress.TextColumn('{task.description}', markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn('{task.fields[numbers]}'),
+        progress.TextColumn('{task.fields[numbers]}', markup=False),
         console=self._console,
       )
       self._task = self._bar.add_task(
@@ -158,7 +158,8 @@ class Progress:
   def say(self, text: str) -> None:
     """Prints a line without disturbing the bar."""
     if self._visible:
-      (self._bar.console if self._bar is not None else self._console).print(text, highlight=False)
+      console = self._bar.console if self._bar is not None else self._console
+      console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

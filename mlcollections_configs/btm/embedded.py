@@ -42,6 +42,10 @@ def get_config() -> ConfigDict:
     claim('mean recall at least 1 point above CE', 'mean', 'CE', 'merged', 1.0),
     claim('mean at most 0.5 below a single subset', 'mean', 'single subset', 'merged', -0.5),
   )
+  config.reported = (
+    'Balanced subsets raise harmonic and geometric mean strongly at a lower mean; merging and a '
+    'second stage keep the mean almost as it was (ImageNet-LT, Places-LT, iNaturalist 2018).'
+  )
   return config
 
 

@@ -48,6 +48,10 @@ def get_config() -> ConfigDict:
     claim('they level with the temperature (CE)', 'virtual_rise', 'class counts', 'CE', 0.0),
     claim('they level with the temperature (BSCE)', 'virtual_rise', 'class counts', 'BSCE', 0.0),
   )
+  config.reported = (
+    "CIFAR-100-LT, ratio 100, ResNet-32, mean accuracy in BagofTricks-LT, the authors' code: "
+    'cross-entropy 38.3, DiVE 45.5; CIFAR-10-LT 70.4 and 78.9.'
+  )
   return config
 
 

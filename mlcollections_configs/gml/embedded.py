@@ -36,6 +36,11 @@ def get_config() -> ConfigDict:
     claim('post-hoc adjustment: mean within 3 of BSCE', 'mean', 'BSCE', 'post-hoc', -3.0),
     claim('... and not more than 3 above', 'mean', 'post-hoc', 'BSCE', -3.0),
   )
+  config.reported = (
+    'Harmonic mean and lowest recall rise clearly for every method that GML is put upon '
+    '(CIFAR-100-LT, ImageNet-LT, Places-LT), at a mean within about a point; the ensemble gives '
+    'back most of that point.'
+  )
   return config
 
 

@@ -39,4 +39,8 @@ def get_config() -> ConfigDict:
     gain('NBC', 'resnet', '4w4a', -0.5),
     gain('NBC', 'resnet', '8w8a', -0.5),
   )
+  config.reported = (
+    'Up to 2 points above earlier compensation methods, large gains over RepQ-ViT at 4w4a on '
+    "ImageNet, a third of the float network's latency and size."
+  )
   return config

@@ -50,4 +50,9 @@ def get_config() -> ConfigDict:
     gain('QwT*', 'resnet', '2w3a', 0.0, 'QwT'),
     gain('QwT*', 'resnet', '2w3a', 1.0, 'PTQ*'),
   )
+  config.reported = (
+    'ImageNet at 4w4a, accuracy before and with QwT: DeiT-T 58.2 and 61.4, ViT-S 65.8 and 70.8, '
+    'ViT-B 68.5 and 76.3, ResNet-18 58.3 and 68.9, ResNet-50 68.4 and 74.5; at 6w6a some tenths '
+    'of a point.'
+  )
   return config

@@ -44,4 +44,8 @@ def get_config() -> ConfigDict:
     gain('QwT-v2', 'resnet', '4w4a', -0.5),
     gain('QwT-v2', 'resnet', '8w8a', -0.5),
   )
+  config.reported = (
+    'As good as QwT or better (ImageNet, COCO, CLIP, DiT, LLaMA), with far fewer parameters: for '
+    'ViT-S 83 thousand, QwT 1.77 million.'
+  )
   return config

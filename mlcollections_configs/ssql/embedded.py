@@ -41,6 +41,10 @@ def get_config() -> ConfigDict:
     claim('linear probe at 2w4a is not lower', 'probe_2w4a', 0.0),
     claim('centered cosine of float and 2w4a features is at least 0.05 higher', 'cosine_2w4a', 0.05),
   )  # fmt: skip
+  config.reported = (
+    'Large gains at few bits over self-supervised baselines (CIFAR, ImageNet), accuracy in float '
+    'equal or better in most cases, by one pretraining for all bit-widths.'
+  )
   return config
 
 

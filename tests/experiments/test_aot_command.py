@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 import types
@@ -5,6 +6,8 @@ import types
 import pytest
 from small_program import make_program
 
+from experiments.harness import launcher
+from experiments.harness.sections import Experiment
 from experiments.tools import aot
 from jaxlab.parallel import aot as library
 from jaxlab.parallel import make_mesh
@@ -14,19 +17,32 @@ from ml_collections import ConfigDict
 
 
 def get_config():
-  return ConfigDict({'batch': 16, 'mesh': {'data': -1, 'fsdp': 1}})
+  return ConfigDict({'batch': 16})
 """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Experiment):
+  batch: int
+
+
+def programs(config):
+  def lower(mesh):
+    return library.lower_step(make_program(batch=config.batch), mesh)
+
+  return {'step [a]': types.SimpleNamespace(lower=lower)}
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-  """The config file of a paper called `toy`, compiled for this machine's devices."""
+  """The settings' file of a paper called `toy`, compiled for this machine's devices."""
   module = types.ModuleType('experiments.toy')
-  module.program = lambda config: make_program(batch=config.batch)
+  module.Settings, module.programs, module.check = Settings, programs, lambda config: ()
   module.__spec__ = types.SimpleNamespace(name='experiments.toy')
   monkeypatch.setitem(sys.modules, 'experiments.toy', module)
   monkeypatch.setattr(library, 'tpu_topology_mesh', lambda topology, **axes: make_mesh(**axes))
-  path = tmp_path / 'toy' / 'small.py'
+  monkeypatch.setattr(launcher, 'CONFIGS', tmp_path)
+  path = tmp_path / 'toy' / 'embedded.py'
   path.parent.mkdir()
   path.write_text(CONFIG)
   return str(path)
@@ -37,9 +53,12 @@ def test_report_is_printed_and_written(config, tmp_path, capsys):
   found = aot.main([f'--config={config}', '--topology=v5e:4x4', f'--json={out}'])
   assert json.loads(out.read_text()) == found
   assert found['mesh'] == {'data': 8, 'fsdp': 1, 'tensor': 1}
-  assert found['programs']['step']['flops'] > 0
+  assert found['programs']['step [a]']['flops'] > 0
   text = capsys.readouterr().out
   assert 'HBM temporaries' in text and 'all-reduce' in text and 'v5e:4x4' in text
+  assert 'step [a]' in text
+  named = aot.main(['--config=toy/embedded', '--topology=v5e:4x4'])
+  assert named['programs']['step [a]']['flops'] == found['programs']['step [a]']['flops']
 
 
 @pytest.mark.parametrize(
@@ -56,9 +75,9 @@ def test_what_does_not_fit_is_refused(config, arguments, message):
     aot.main([f'--config={config}', *arguments])
 
 
-def test_config_without_experiment_is_refused(config, tmp_path):
-  other = tmp_path / 'nothing_like_it' / 'small.py'
+def test_a_setting_of_no_paper_is_refused(config, tmp_path):
+  other = tmp_path / 'tyo' / 'small.py'
   other.parent.mkdir()
   other.write_text(CONFIG)
-  with pytest.raises(ValueError, match=r'no experiments/nothing_like_it\.py'):
+  with pytest.raises(ValueError, match=r"there is no paper 'tyo'\. Did you mean toy"):
     aot.main([f'--config={other}'])

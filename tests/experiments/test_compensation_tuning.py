@@ -114,6 +114,7 @@ def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
   assert {c['method'] for c in found['claims']} >= {'QwT', 'QwT*'}
 
   capsys.readouterr()
+  (tmp_path / 'run' / 'results.json').unlink()
   again = launcher.run('qwt', workdir=tmp_path / 'run', overrides=changes)
   assert again['rows'] == found['rows']
   assert 'vit-2w3a-QwT-seed0: finished before' in capsys.readouterr().out

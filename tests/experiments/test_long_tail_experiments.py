@@ -106,6 +106,7 @@ def test_gml_adds_rows_without_training_and_resumes(tmp_path, capsys):
   assert rows['tau-norm']['tau'] in config.tau.grid
   assert set(rows['CE + GML']) >= {'mean', 'harmonic', 'geometric', 'lowest', 'many', 'few', 'ece'}
   capsys.readouterr()
+  (tmp_path / 'results.json').unlink()
   again = launcher.launch(config, tmp_path)
   assert again['rows'] == found['rows']
   assert 'ce: finished before, at step' in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_runs_leave_all_rows_and_share_the_float_network(tmp_path, capsys):
   floats = [path.name for path in (tmp_path / 'networks').iterdir()]
   assert floats == ['vit-seed0']
   text = capsys.readouterr().out
-  assert text.count('vit in float: accuracy') == 3 and 'extra_parameters' in text
+  assert text.count('vit in float: accuracy') == 3 and 'extra_parameters' in str(found)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_the_momentum_encoder_follows_as_if_moved_before_every_step():
   assert not np.array_equal(stats, first.extra['target']['batch_stats']['backbone']['bn1']['mean'])
 
 
-def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path, capsys):
+def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path):
   changes = ['recipe.epochs=1', 'recipe.batch_size=256', "eval.bits=('8w8a', '2w4a')"]
   config = tiny_config(*changes, 'eval.calibration=32', "data.test_options={'pastes': 1}")
   outcome = launcher.launch(config, tmp_path)
@@ -152,7 +152,7 @@ def test_a_run_leaves_both_methods_and_the_untrained_network(tmp_path, capsys):
     assert abs(metrics['probe_8w8a'] - metrics['probe_fp']) < 8
     assert metrics['cosine_8w8a'] > 0.99 > metrics['cosine_2w4a']
   assert (tmp_path / 'accuracy_over_bits.png').stat().st_size > 1000
-  assert 'probe_2w4a' in capsys.readouterr().out
+  assert 'probe_2w4a' in str(outcome)
 
 
 @pytest.mark.parametrize(

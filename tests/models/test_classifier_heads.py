@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from golden_vectors import assert_close, golden
 from random_variables import random_images, random_variables, run
 
@@ -9,13 +10,14 @@ from jaxlab.models import create, module_paths
 from jaxlab.models.classifier_heads import (
   Classifier,
   LearnableWeightScaling,
+  Linear,
   NormedLinear,
   WeightNormHead,
   nearest_class_mean,
   tau_normalize,
 )
 
-HEADS = (NormedLinear(3), LearnableWeightScaling(3), WeightNormHead(3))
+HEADS = (NormedLinear(3), LearnableWeightScaling(3), WeightNormHead(3), Linear(3))
 
 
 @golden('long_tail_protocols', 'normed_linear')
@@ -56,6 +58,22 @@ def test_tau_normalized_kernel_agrees_with_reference(vectors, dtype, rtol):
     kernel = jnp.asarray(vectors['in_classifier_weight_classes_by_features'].T, dtype)
     assert_close(tau_normalize(kernel, vectors.param('tau')).T, vectors['out_weight'], rtol)
     np.testing.assert_array_equal(tau_normalize(kernel, 0.0), kernel)
+
+
+def test_a_linear_head_has_the_parameters_of_weight_scaling_but_its_factors():
+  x = random_images((5, 6))
+  params = random_variables(Linear(3), x)['params']
+  assert {name: leaf.shape for name, leaf in params.items()} == {'kernel': (6, 3), 'bias': (3,)}
+  logits = run(Linear(3), {'params': params}, x)
+  assert_close(logits, x @ params['kernel'] + params['bias'], 1e-6)
+  scaled = {'params': {**params, 'scale': jnp.full((3,), 2.0)}}
+  assert_close(run(LearnableWeightScaling(3), scaled, x), 2 * logits, 1e-6)
+  drawn = Linear(400).init(jax.random.key(0), jnp.zeros((1, 25)))['params']
+  for leaf in (drawn['kernel'], drawn['bias']):  # PyTorch's: uniform within +-1/sqrt(features)
+    assert 0.19 < float(jnp.abs(leaf).max()) <= 0.2
+  ones = Linear(3, kernel_init=nn.initializers.ones).init(jax.random.key(0), x)
+  np.testing.assert_array_equal(ones['params']['kernel'], np.ones((6, 3)))
+  assert run(Linear(3, dtype=jnp.bfloat16), {'params': params}, x).dtype == jnp.bfloat16
 
 
 def test_cosines_do_not_depend_on_lengths_and_weight_norm_logits_only_through_g():

@@ -6,7 +6,16 @@ from flax import linen as nn
 from golden_vectors import assert_close
 from random_variables import random_images, random_variables
 
-from jaxlab.models import Hook, ResNet, ViT, apply, capture, map_matching, module_paths
+from jaxlab.models import (
+  Hook,
+  ResNet,
+  ViT,
+  apply,
+  capture,
+  eval_mode_hooks,
+  map_matching,
+  module_paths,
+)
 
 VIT = {'patch_size': 4, 'image_size': 8, 'width': 8, 'depth': 2, 'num_heads': 2, 'num_classes': 3}
 RESNET = {'stage_sizes': (2,), 'width': 4, 'widths': (4,), 'stem': 'cifar', 'num_classes': 3}
@@ -355,3 +364,24 @@ def test_map_matching_changes_the_matching_leaves_alone(net):
   np.testing.assert_array_equal(gradient(params)['dense0']['bias'], 3)
   with pytest.raises(ValueError, match=r"No parameter matches pattern 'dense/kernel'\. Closest"):
     map_matching(lambda path, leaf: leaf, params, 'dense/kernel')
+
+
+@pytest.mark.parametrize('by_name', [True, False])
+def test_modules_in_eval_mode_keep_their_statistics(by_name):
+  model, images = ResNet(**RESNET), random_images((4, 8, 8, 3))
+  variables = random_variables(model, images)
+  hooks = eval_mode_hooks(['layer1_0'])
+  given = {'train': True} if by_name else {}
+  args = (images,) if by_name else (images, True)
+  y, changed = apply(model, variables, *args, hooks=hooks, mutable=['batch_stats'], **given)
+  old, new = variables['batch_stats'], changed['batch_stats']
+  for path in ('layer1_0', 'layer1_1'):
+    same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (old[path], new[path])))]
+    assert all(same) if path == 'layer1_0' else not any(same)
+  trained, _ = apply(model, variables, images, True, mutable=['batch_stats'])
+  assert not np.allclose(y, trained)
+  assert_close(apply(model, variables, images, hooks=hooks), apply(model, variables, images), 1e-6)
+  with pytest.raises(ValueError, match='layer9'):
+    apply(
+      model, variables, images, True, hooks=eval_mode_hooks(['layer9']), mutable=['batch_stats']
+    )

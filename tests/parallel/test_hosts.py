@@ -55,6 +55,14 @@ def test_processes_are_taken_from_arguments_or_environment(calls, monkeypatch):
   assert calls == [given, given]
 
 
+def test_a_second_call_does_nothing(calls, monkeypatch):
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
+  hosts.initialize()
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  hosts.initialize()
+  assert len(calls) == 1
+
+
 def test_partial_or_wrong_processes_are_refused(calls):
   with pytest.raises(ValueError, match='num_processes, process_id missing'):
     hosts.initialize('host:1')

@@ -75,6 +75,20 @@ def test_progress_shows_a_bar_on_a_terminal(monkeypatch):
   assert '4/4' in screen.getvalue() and 'loss 1' in screen.getvalue()
 
 
+def test_brackets_of_names_and_texts_are_shown(monkeypatch, capsys):
+  with Progress('vit [a]', 0, 4) as progress:
+    progress.say('in /runs/[b]/' + 100 * 'x')
+  assert capsys.readouterr().out == 'in /runs/[b]/' + 100 * 'x' + '\n'
+  screen = io.StringIO()
+  screen.isatty = lambda: True
+  monkeypatch.setattr('sys.stdout', screen)
+  monkeypatch.setenv('TERM', 'xterm')
+  with Progress('vit [a]', 0, 4) as progress:
+    progress.advance(1)
+    progress.say('in [b]')
+  assert 'vit [a]' in screen.getvalue() and 'in [b]' in screen.getvalue()
+
+
 def test_silent_progress_prints_nothing(capsys):
   with Progress('distill', 0, 4, visible=False) as progress:
     progress.advance(1)

@@ -1,9 +1,13 @@
 import json
+import re
+import shlex
+import subprocess
 
 import pytest
 
 from experiments import gml
 from experiments.harness import launcher, results
+from experiments.harness.settings import plain
 
 
 @pytest.fixture
@@ -29,15 +33,27 @@ def test_settings_are_found_by_name_and_by_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('setting', 'message'),
+  ('paper', 'setting', 'message'),
   [
-    ('cifar100', 'gml has no such setting, only cifar100_lt'),
-    (launcher.CONFIGS / 'btm' / 'embedded.py', 'is a setting of btm, not of gml'),
+    ('gml', 'cifar100', r'gml has no such setting\. Did you mean cifar100_lt'),
+    ('gml', 'no', 'There are embedded, cifar100_lt'),
+    ('gml', 'inaturalist2018', r'It is a setting of btm, dive\.'),
+    ('gml', 'btm/cifar100_lt', 'is a setting of btm, not of gml'),
+    ('gml', launcher.CONFIGS / 'btm' / 'embedded.py', 'is a setting of btm, not of gml'),
+    ('gml', 'configs/gml/cifar100_lt.py', r'no such file; gml has --config=cifar100_lt\.'),
+    ('gmll', 'embedded', r"there is no paper 'gmll'\. Did you mean gml\?"),
   ],
 )
-def test_other_settings_are_refused(setting, message):
+def test_other_settings_are_refused(paper, setting, message):
   with pytest.raises(ValueError, match=message):
-    launcher.find('gml', setting)
+    launcher.find(paper, setting)
+
+
+def test_a_setting_of_the_same_name_elsewhere_is_ones_own(tmp_path):
+  own = tmp_path / 'btm' / 'mine.py'
+  own.parent.mkdir()
+  own.write_text((launcher.CONFIGS / 'gml' / 'embedded.py').read_text())
+  assert launcher.find('gml', own) == own
 
 
 def test_what_follows_from_a_data_set_need_not_be_named():
@@ -46,26 +62,68 @@ def test_what_follows_from_a_data_set_need_not_be_named():
   assert config.data.mean == 0.0  # the setting says so
 
 
-def test_all_problems_are_told_at_once():
-  pairs = ['network.epochs=0', 'gml.power=0.5', 'runs=[ce,gml,bsc]', 'eval_batch_size=100']
-  with pytest.raises(ValueError) as caught:
-    launcher.check(launcher.load('gml', 'embedded', pairs))
-  for text in ('network.epochs=0', "'bsc'", 'eval_batch_size=100 does not divide'):
-    assert text in str(caught.value), text
-
-
-def test_user_errors_end_with_status_2(capsys):
+def test_all_problems_are_told_at_once(capsys, monkeypatch):
+  monkeypatch.setattr(gml, 'run', pytest.fail)
+  keys = ('network.epochs=0', 'runs=["ce",gml,bsc]', 'eval_batch_size=100', 'sed=1', 'gml.power=x')
   with pytest.raises(SystemExit) as stop:
-    launcher.main('gml', ['--config.seeed=3'])
+    launcher.main('gml', [f'--config.{key}' for key in keys])
   assert stop.value.code == 2
-  assert capsys.readouterr().err.startswith('error: --config.seeed: unknown key. Did you mean seed')
+  text = capsys.readouterr().err
+  for problem in (
+    'network.epochs=0: expected at least 1',
+    "'bsc'",
+    'eval_batch_size=100 does not divide',
+    '--config.sed: unknown key. Did you mean seed',
+    '--config.gml.power=x: expected float',
+  ):
+    assert problem in text, problem
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
+    ('--sed=3', r'Did you mean --seeds\?'),
+    ('--x', r'--config\.KEY=VALUE'),
+    ('ce', 'unknown arguments'),
+  ],
+)
+def test_unknown_arguments_end_with_status_2(argument, message, capsys):
+  with pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [argument])
+  assert stop.value.code == 2
+  assert re.search(message, capsys.readouterr().err)
+
+
+def test_lists_come_as_a_shell_passes_them(tmp_path):
+  commands = {
+    """--config.runs=["ce","gml"]""": ('ce', 'gml'),
+    """--config.runs='["ce"]'""": ('ce',),
+    """--config.runs=ce,gml""": ('ce', 'gml'),
+    """--config.runs="('ce', 'gml')" """: ('ce', 'gml'),
+  }
+  for text, expected in commands.items():
+    (passed,) = subprocess.run(
+      ['bash', '-c', f'printf %s {text}'], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert launcher.load('gml', 'embedded', [passed.removeprefix('--config.')]).runs == expected
+
+
+def test_printed_settings_can_be_pasted_back(capsys):
+  launcher.main('gml', ['--config=cifar100_lt', '--print_config', '--config.runs=ce,ldam'])
+  text = capsys.readouterr().out
+  program, *pasted = shlex.split(text.replace('\\\n', ''))[2:]
+  assert program == 'experiments.gml' and pasted[0] == '--config=cifar100_lt'
+  launcher.main('gml', [*pasted, '--print_config'])
+  assert capsys.readouterr().out == text
+  config = launcher.load('gml', 'cifar100_lt', [p.removeprefix('--config.') for p in pasted[1:]])
+  assert plain(config) == plain(launcher.load('gml', 'cifar100_lt', ['runs=ce,ldam']))
 
 
 def test_a_run_leaves_complete_results_and_says_its_verdicts(tmp_path, capsys, run):
   launcher.main('gml', [f'--workdir={tmp_path}'])
   written = json.loads((tmp_path / 'results.json').read_text())
   assert set(written) == {
-    'paper', 'setting', 'seed', 'rows', 'claims', 'seconds', 'config', 'versions', 'device',
+    'paper', 'setting', 'seed', 'rows', 'claims', 'table', 'seconds', 'config', 'versions', 'machine',
   }  # fmt: skip
   assert written['rows'][0] == {
     'name': 'CE',
@@ -76,21 +134,51 @@ def test_a_run_leaves_complete_results_and_says_its_verdicts(tmp_path, capsys, r
     'statement', 'method', 'baseline', 'metric', 'margin', 'higher_is_better',
   }  # fmt: skip
   assert written['config']['network']['epochs'] == 60
+  assert written['machine']['threads'] >= 1 and written['machine']['device'] == 'cpu'
   text = capsys.readouterr().out
-  assert (
-    'DOES NOT HOLD: lowest recall at least 1 point above CE' in text and '+0.5, margin 1' in text
-  )
+  assert 'does not hold: lowest recall at least 1 point above CE' in text
+  assert '+0.5, margin 1' in text and '│ CE + GML │' in text
   assert 'holds: mean recall' in text and str(tmp_path / 'results.json') in text
   assert 'Not judged, as it was not measured' in text
 
 
 def test_a_work_directory_belongs_to_one_experiment(tmp_path, run):
-  launcher.run('gml', workdir=tmp_path)
-  launcher.run('gml', workdir=tmp_path)
-  with pytest.raises(
-    ValueError, match='that of another experiment: paper=gml setting=embedded seed=0'
+  launcher.run('gml', workdir=tmp_path / 'one')
+  before = {path: path.read_bytes() for path in (tmp_path / 'one').iterdir()}
+  there = 'holds gml/embedded, seed 0; this is '
+  for paper, setting, changes, this in (
+    ('gml', 'embedded', {'seed': 1}, 'gml/embedded, seed 1'),
+    ('gml', 'cifar100_lt', {}, 'gml/cifar100_lt, seed 0'),
+    ('btm', 'embedded', {}, 'btm/embedded, seed 0'),
   ):
-    launcher.run('gml', workdir=tmp_path, overrides={'seed': 1})
+    with pytest.raises(ValueError, match=there + this):
+      launcher.run(paper, setting, workdir=tmp_path / 'one', overrides=changes)
+  with pytest.raises(ValueError, match=f'{there}gml/embedded, several seeds'):
+    launcher.run('gml', workdir=tmp_path / 'one', seeds=(0, 1))
+  assert before == {path: path.read_bytes() for path in (tmp_path / 'one').iterdir()}
+
+
+def test_a_finished_run_says_so_and_shows_its_table(tmp_path, capsys, run, monkeypatch):
+  launcher.main('gml', [f'--workdir={tmp_path}'])
+  first = capsys.readouterr().out
+  monkeypatch.setattr(gml, 'run', pytest.fail)
+  launcher.main('gml', [f'--workdir={tmp_path}'])
+  text = capsys.readouterr().out
+  assert f'Finished before: {tmp_path / "results.json"}' in text
+  assert (
+    text[text.index('gml, embedded, seed 0') :] == first[first.index('gml, embedded, seed 0') :]
+  )
+
+
+def test_other_settings_are_not_taken_for_finished(tmp_path, run, monkeypatch):
+  launcher.run('gml', workdir=tmp_path)
+  calls = []
+  monkeypatch.setattr(
+    gml, 'run', lambda config, workdir: calls.append(1) or results.results(config, [])
+  )
+  launcher.run('gml', workdir=tmp_path, overrides={'pictured': ()})
+  launcher.run('gml', workdir=tmp_path, overrides={'pictured': ()})
+  assert calls == [1]
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_the_run(tmp_path, monkeypatch):
@@ -102,11 +190,71 @@ def test_a_workdir_that_cannot_be_written_is_refused_before_the_run(tmp_path, mo
 
 def test_seeds_have_folders_of_their_own_and_one_summary(tmp_path, capsys, run, monkeypatch):
   launcher.main('gml', [f'--workdir={tmp_path}', '--seeds=0,2'])
-  assert {path.name for path in tmp_path.iterdir()} == {'seed0', 'seed2'}
-  assert '51.0 ± 1.4' in capsys.readouterr().out
+  folders = {path.name for path in tmp_path.iterdir()}
+  assert folders == {'seed0', 'seed2', 'summary.json', 'experiment.json'}
+  text = capsys.readouterr().out
+  assert 'seeds 0, 2' in text and '51.0 ± 1.4' in text
+  assert 'does not hold: lowest recall at least 1 point above CE' in text
+  written = json.loads((tmp_path / 'summary.json').read_text())
+  assert written['rows'][0]['metrics']['mean'] == {'mean': 51.0, 'deviation': pytest.approx(2**0.5)}
+  (claim,) = [c for c in written['claims'] if c['metric'] == 'mean' and c['method'] == 'CE + GML']
+  assert claim['difference']['mean'] == 9.0 and claim['holds'] and claim['seeds'] == 2
   monkeypatch.setattr(gml, 'run', pytest.fail)
   launcher.main('gml', [f'--workdir={tmp_path}', '--seeds=0,2'])
-  assert 'seed 2: finished before' in capsys.readouterr().out
+  assert capsys.readouterr().out.count('Finished before') == 2
+
+
+def test_a_signal_ends_a_series_and_the_same_command_goes_on(tmp_path, run, monkeypatch):
+  finish, calls = gml.run, []
+
+  def interrupted(config, workdir):
+    calls.append(config.seed)
+    if config.seed == 1 and calls.count(1) == 1:
+      raise SystemExit(0)  # as a training does once it has saved
+    return finish(config, workdir)
+
+  monkeypatch.setattr(gml, 'run', interrupted)
+  with pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [f'--workdir={tmp_path}', '--seeds=0,1,2'])
+  assert stop.value.code == 0 and calls == [0, 1]
+  assert not (tmp_path / 'summary.json').exists()
+  launcher.main('gml', [f'--workdir={tmp_path}', '--seeds=0,1,2'])
+  assert calls == [0, 1, 1, 2] and (tmp_path / 'summary.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--seeds=0,0'], 'seeds=0,0: expected different ones'),
+    (['--seeds='], 'expected different ones'),
+    (['--seeds=a'], 'expected tuple'),
+    (['--seeds=0,1', '--config.seed=2'], '--seeds and --config.seed'),
+  ],
+)
+def test_bad_seeds_are_refused(arguments, message, capsys, tmp_path):
+  with pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [f'--workdir={tmp_path}', *arguments])
+  assert stop.value.code == 2 and message in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('error', 'status', 'message'),
+  [
+    (ValueError('wrong'), 2, 'error: wrong'),
+    (FileNotFoundError('gone'), 2, 'error: gone\ngml/embedded needs\n  nothing: digits comes with'),
+    (FloatingPointError('nan'), 1, 'error: nan'),
+    (KeyboardInterrupt(), 130, 'the same command goes on'),
+  ],
+)
+def test_what_ends_a_run_leaves_no_traceback(error, status, message, tmp_path, capsys, monkeypatch):
+  def run(config, workdir):
+    raise error
+
+  monkeypatch.setattr(gml, 'run', run)
+  with pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [f'--workdir={tmp_path}'])
+  assert stop.value.code == status and message in capsys.readouterr().err
 
 
 def test_no_number_of_a_table_is_cut_off(capsys, monkeypatch):

@@ -83,6 +83,20 @@ def test_problems_have_full_names():
     ('["a","b"]', tuple[str, ...], ('a', 'b')),
     ('[a,b]', tuple[str, ...], ('a', 'b')),
     ('a', tuple[str, ...], ('a',)),
+    ('4w4a,2w4a', tuple[str, ...], ('4w4a', '2w4a')),
+    ('["4w4a"]', tuple[str, ...], ('4w4a',)),
+    ("['a,b','c']", tuple[str, ...], ('a,b', 'c')),
+    ("[it's,b]", tuple[str, ...], ("it's", 'b')),
+    ('[1,2]', tuple[str, ...], ('1', '2')),
+    ('[none,0.1]', tuple[float | None, ...], (None, 0.1)),
+    (
+      '[[kernel,[fsdp,none]]]',
+      tuple[tuple[str, tuple[str | None, ...]], ...],
+      (('kernel', ('fsdp', None)),),
+    ),
+    ('{a:[b,2]}', Mapping[str, Any], {'a': ('b', 2)}),
+    ('[x]', str, '[x]'),
+    ('inf', float, float('inf')),
     ('()', tuple[str, ...], ()),
     ('(1, 2)', tuple[int, float], (1, 2.0)),
     ('0.5', float | tuple[float, ...], 0.5),
@@ -99,6 +113,20 @@ def test_texts_are_read_by_type(text, kind, value):
 def test_texts_of_another_type_are_refused(text, kind):
   with pytest.raises(ValueError, match='expected'):
     parse(text, kind)
+
+
+def test_values_may_be_given_in_place_of_texts():
+  values = {'inner': {'rate': 1.0}, 'named': {'x': {'rate': 1.0}}}
+  changes = {'names': ('a', 'b'), 'named.x.rate': 2, 'limit': '5', 'pair': [3, 4]}
+  found = fill(Outer, override(Outer, values, changes))
+  assert (found.names, found.named['x'].rate, found.limit, found.pair) == (
+    ('a', 'b'),
+    2.0,
+    5,
+    (3, 4.0),
+  )
+  with pytest.raises(settings.SettingsError, match=r"size='?2\.5'?: expected int"):
+    fill(Outer, override(Outer, values, {'size': 2.5}))
 
 
 def test_every_key_can_be_overridden():

@@ -1,0 +1,145 @@
+"""What settings need that does not come with the package: data sets, public weights, and where they are."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
+
+_BUILD = 'tfds build {} --file_format=array_record'
+# What data sets of the TFDS catalogue are called elsewhere.
+CATALOGUE = {
+  'cifar10': 'CIFAR-10',
+  'cifar100': 'CIFAR-100',
+  'imagenet2012': 'ImageNet (ILSVRC 2012)',
+  'imagenet2012_subset': 'the public 1 % or 10 % of ImageNet',
+  'caltech_birds2011': 'CUB-200-2011',
+}
+# TFDS downloads all but these by itself.
+_BY_HAND = (
+  'ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org, after registration) in '
+  '~/tensorflow_datasets/downloads/manual, then '
+)
+
+# Folders of classes, by the name of their root: what it is, who published the split, and where.
+FEW_SHOT = {
+  'mini_imagenet': (
+    'mini-ImageNet', 'ImageNet (image-net.org) by the split of Ravi & Larochelle 2017, lists in '
+    'github.com/twitter-research/meta-learning-lstm, data/miniImagenet', 64, 20,
+  ),
+  'tiered_imagenet': (
+    'tiered-ImageNet', 'ImageNet (image-net.org) by the split of Ren et al. 2018, lists in '
+    'github.com/renmengye/few-shot-ssl-public, l2kl/data/tiered_imagenet_split', 351, 160,
+  ),
+  'cifar_fs': (
+    'CIFAR-FS', 'CIFAR-100 (www.cs.toronto.edu/~kriz/cifar.html) by the split of Bertinetto et al. 2019, '
+    'github.com/bertinetto/r2d2', 64, 20,
+  ),
+  'cub': (
+    'CUB-200-2011', 'www.vision.caltech.edu/datasets/cub_200_2011, by the split of Chen et al. 2019: of '
+    'every four classes the first and third are base, the fourth novel', 100, 50,
+  ),
+}  # fmt: skip
+
+# Published long-tailed lists: the data set, where its images are, and the folders that the lists name.
+_LISTS = 'github.com/facebookresearch/classifier-balancing, data'
+LONG_TAILED = {
+  'ImageNet_LT': (
+    'ImageNet-LT (Liu et al. 2019)', 'ImageNet, image-net.org',
+    'train/n01440764/*.JPEG (training and validation) and val/n01440764/*.JPEG (test)',
+  ),
+  'Places_LT': (
+    'Places-LT (Liu et al. 2019)', 'Places365-Standard, places2.csail.mit.edu',
+    'train/airfield/*.jpg and so on, as the lists say',
+  ),
+  'iNaturalist18': (
+    'iNaturalist 2018', 'github.com/visipedia/inat_comp, 2018',
+    'train_val2018/Plantae/7477/*.jpg',
+  ),
+}  # fmt: skip
+
+
+def needs(name: str, root: str | None = None) -> str:
+  """Returns what a data set is and where it comes from.
+
+  Args:
+    name: see `jaxlab.data.load`.
+    root: of image folders.
+  """
+  if name in EMBEDDED:
+    return f'nothing: {name} comes with the package'
+  if name == 'fashion_mnist':
+    return (
+      'Fashion-MNIST: idx files in /usr/share/datasets/fashion-mnist (apt install dataset-fashion-mnist) or '
+      f'in $JAXLAB_FASHION_MNIST_DIR, or {_BUILD.format(name)}'
+    )
+  if name == 'image_folder':
+    return folders(root or 'ROOT')
+  by_hand = _BY_HAND if name.startswith('imagenet2012') else ''
+  base = name.partition('/')[0].partition(':')[0]
+  return f'{CATALOGUE.get(base, name)}: {by_hand}{_BUILD.format(name)}'
+
+
+def folders(root: str) -> str:
+  """Returns what images in folders of classes are and where they come from."""
+  known = FEW_SHOT.get(pathlib.PurePath(root).name)
+  if known is None:
+    return f'images in a folder a class, {root}/SPLIT/CLASS/*.jpg'
+  name, origin, base, novel = known
+  return (
+    f'{name}: {origin}; images in a folder a class, {root}/base/CLASS/*.jpg ({base} classes) and '
+    f'{root}/novel/CLASS/*.jpg ({novel} classes)'
+  )
+
+
+def listed(name: str, files: Sequence[str], root: str) -> str:
+  """Returns what a published long-tailed list is and where it and its photographs come from."""
+  title, origin, layout = LONG_TAILED.get(name, (name, 'its publisher', 'as the lists say'))
+  lists = f' ({_LISTS}/{name})' if name in LONG_TAILED else ''
+  return (
+    f'{title}: the lists {", ".join(files)}{lists}, a line "path label" for every image; below {root} the '
+    f'photographs at these paths ({origin}): {layout}'
+  )
+
+
+def token_files(*paths: str) -> str:
+  """Returns what files of tokens are."""
+  return (
+    f"{', '.join(paths)}: the tokens of a text by the model's own tokenizer, an integer array in a .npy file "
+    'each (jaxlab.data.TokenFile)'
+  )
+
+
+def weights(names: Sequence[str]) -> str:
+  """Returns where public weights come from (names of `jaxlab.models.load_pretrained`)."""
+  found = [name.partition('.')[2] if '/' in name else f'timm/{name}' for name in names]
+  return f'public weights, downloaded when they are first used: huggingface.co/{", ".join(found)}'
+
+
+def needed(config: Any) -> list[str]:
+  """Returns what some settings need, a text for every data set and one for all public weights."""
+  data, names = dict.fromkeys(_data(config)), dict.fromkeys(_weights(config))
+  return [*data, *([weights(list(names))] if names else [])]
+
+
+def _data(value: Any) -> Iterator[str]:
+  if hasattr(value, 'needs'):
+    yield value.needs
+  for child in _children(value):
+    yield from _data(child)
+
+
+def _weights(value: Any) -> Iterator[str]:
+  if getattr(value, 'pretrained', None):
+    yield value.pretrained
+  for child in _children(value):
+    yield from _weights(child)
+
+
+def _children(value: Any) -> list[Any]:
+  if isinstance(value, Mapping):
+    return list(value.values())
+  if dataclasses.is_dataclass(value):
+    return [getattr(value, field.name) for field in dataclasses.fields(value)]
+  return []

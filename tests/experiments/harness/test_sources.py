@@ -1,0 +1,55 @@
+import importlib
+
+import pytest
+
+from experiments.harness import launcher, sources
+
+SETTINGS = [
+  (paper, path.stem)
+  for paper in launcher.papers()
+  if hasattr(importlib.import_module(f'experiments.{paper}'), 'Settings')
+  for path in launcher.settings(paper)
+]
+
+
+@pytest.mark.parametrize(('paper', 'setting'), SETTINGS)
+def test_every_setting_says_what_it_needs(paper, setting):
+  needed = sources.needed(launcher.load(paper, setting))
+  assert needed
+  if setting == 'embedded':
+    assert all(text.startswith('nothing: ') for text in needed)
+
+
+@pytest.mark.parametrize(
+  ('paper', 'setting', 'texts'),
+  [
+    ('gml', 'cifar100_lt', ['tfds build cifar100 --file_format=array_record', 'long-tailed selection']),
+    ('gml', 'imagenet_lt', [
+      'data/ImageNet_LT_train.txt', 'data/ImageNet_LT_test.txt', 'classifier-balancing, data/ImageNet_LT',
+      'below data/ImageNet_LT', 'train/n01440764/*.JPEG', '"path label"',
+    ]),
+    ('gml', 'places_lt', ['data/Places_LT_val.txt', 'huggingface.co/timm/resnet152.tv_in1k']),
+    ('btm', 'inaturalist2018', ['data/iNaturalist18_val.txt', 'train_val2018/Plantae']),
+    ('gml', 'fashion_mnist', ['apt install dataset-fashion-mnist', '$JAXLAB_FASHION_MNIST_DIR']),
+    ('qwt', 'llama3_8b', ['c4.npy, wikitext2.npy', 'huggingface.co/meta-llama/Meta-Llama-3-8B']),
+    ('ssql', 'imagenet_resnet50', ['ILSVRC2012_img_train.tar', 'tfds build imagenet2012']),
+  ],
+)  # fmt: skip
+def test_what_is_not_in_the_package_is_said_in_full(paper, setting, texts):
+  needed = ' | '.join(sources.needed(launcher.load(paper, setting)))
+  for text in texts:
+    assert text in needed, text
+
+
+@pytest.mark.parametrize(
+  ('root', 'text'),
+  [
+    ('data/mini_imagenet', 'data/mini_imagenet/base/CLASS/*.jpg (64 classes)'),
+    ('/d/tiered_imagenet', 'renmengye/few-shot-ssl-public'),
+    ('data/cifar_fs', 'bertinetto/r2d2'),
+    ('data/cub', 'CUB-200-2011'),
+    ('photos', 'photos/SPLIT/CLASS/*.jpg'),
+  ],
+)
+def test_folders_of_classes_are_described(root, text):
+  assert text in sources.needs('image_folder', root)
