@@ -4,7 +4,6 @@ from typing import Any, Literal, NamedTuple
 
 from flax import linen as nn
 
-from experiments.harness import networks
 from jaxlab import models
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.wide_resnet import WideResNet
@@ -45,5 +44,5 @@ def part(backbone: nn.Module, choice: Choice) -> Part:
   last = rf'layer{len(backbone.stage_sizes)}_\d+'
   patterns = {'classifier': (), 'last_stage': (f'backbone/{last}/.*',), 'all': ('backbone/.*',)}
   frozen_norms = (rf'(?!{last}/)(.*/)?(bn\d|downsample_1)',) if choice == 'last_stage' else ()
-  hooks = networks.eval_mode_hooks(frozen_norms)
+  hooks = models.eval_mode_hooks(frozen_norms)
   return Part(('head/.*', *patterns[choice]), choice != 'classifier', hooks)
