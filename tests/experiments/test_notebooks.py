@@ -1,0 +1,39 @@
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+import experiments
+
+NOTEBOOKS = sorted((pathlib.Path(experiments.__file__).parent / 'notebooks').glob('*.ipynb'))
+
+
+def install_cells(notebook):
+  return [cell for cell in notebook.cells if 'install' in cell.metadata.get('tags', ())]
+
+
+def test_there_is_a_notebook_a_family_and_all_install_the_same():
+  assert [path.stem for path in NOTEBOOKS] == [
+    'few_images', 'quantize_a_trained_network', 'the_worst_class'
+  ]  # fmt: skip
+  cells = [install_cells(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
+  assert all(len(found) == 1 for found in cells)
+  assert len({found[0].source for found in cells}) == 1
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_is_kept_without_outputs(path, tmp_path, monkeypatch):
+  root = str(pathlib.Path(experiments.__file__).parents[1])
+  monkeypatch.setenv('PYTHONPATH', root)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  notebook = nbformat.read(path, as_version=4)
+  assert not any(cell.get('outputs') for cell in notebook.cells)
+  (install,) = install_cells(notebook)
+  notebook.cells.remove(install)
+  resources = {'metadata': {'path': str(tmp_path)}}
+  nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+  shown = [
+    output for cell in notebook.cells for output in cell.get('outputs', ()) if 'data' in output
+  ]
+  assert any('<td>' in output['data'].get('text/html', '') for output in shown)
