@@ -107,7 +107,7 @@ def test_finetuning_follows_the_paper_step_by_step(name):
 def test_members_draw_from_disjoint_parts_of_the_base_images():
   assert acsr.parts(11, 4) == [(0, 2), (2, 4), (4, 6), (6, 11)]
   assert acsr.parts(11, 1) == [(0, 11)]
-  with pytest.raises(ValueError, match='expected 1 to 11, .*; got 12'):
+  with pytest.raises(ValueError, match=r'expected 1 to 11, .*; got 12'):
     acsr.parts(11, 12)
 
 
