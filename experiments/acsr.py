@@ -98,7 +98,7 @@ def parts(num_base: int, members: int) -> list[tuple[int, int]]:
     ValueError: if there are fewer base images than members.
   """
   if not 1 <= members <= num_base:
-    raise ValueError(f'members={members}: expected 1 to {num_base}, a base image for each.')
+    raise ValueError(f'expected 1 to {num_base}, a base image for each; got {members}.')
   size = num_base // members
   return [(i * size, num_base if i == members - 1 else (i + 1) * size) for i in range(members)]
 

@@ -145,6 +145,8 @@ def check(config: Settings) -> Iterator[str]:
   """Yields what is wrong with settings that depend on one another."""
   own, recipe = config.data, config.recipe
   cropped = own.stored_image != own.view
+  if any(side > stored for side, stored in zip(own.view, own.stored_image, strict=True)):
+    yield f'data.image_size={own.image_size}: expected at most the side of {own.stored_image}.'
   if cropped and config.augment.kind != 'resized_crop' and not config.checkpoint:
     yield f"augment.kind={config.augment.kind!r}: expected 'resized_crop', images are stored larger."
   if cropped and config.fine_tuning.augment.kind == 'pad_crop':
@@ -158,6 +160,9 @@ def check(config: Settings) -> Iterator[str]:
   if own.train_size is not None:
     if recipe.batch_size > own.train_size:
       yield f'recipe.batch_size={recipe.batch_size} exceeds data.train_size={own.train_size}.'
+    elif recipe.epochs > 0 and recipe.batch_size > 0:
+      steps = own.train_size // recipe.batch_size
+      yield from found_by('recipe.schedule', recipe.schedule.make, recipe.epochs, steps)
     if not 1 <= config.base.judged <= config.num_base:
       yield f'base.judged={config.base.judged}: expected 1 to {config.num_base}, the base images.'
   try:
