@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 import time
@@ -351,6 +352,10 @@ def errors_without_traceback() -> Iterator[None]:
   """Ends the program with a line in place of a traceback for what a user can do something about."""
   try:
     yield
+    sys.stdout.flush()
+  except BrokenPipeError as error:  # the reader, such as `head`, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(1) from error
   except (ValueError, FileNotFoundError, ConnectionError) as error:
     print(f'error: {error}', file=sys.stderr)
     raise SystemExit(2) from error

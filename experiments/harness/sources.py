@@ -7,7 +7,7 @@ from typing import Any
 
 EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
 
-_BUILD = 'tfds build {} --file_format=array_record'
+_BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
 # What data sets of the TFDS catalogue are called elsewhere.
 CATALOGUE = {
   'cifar10': 'CIFAR-10',

@@ -25,12 +25,13 @@ def papers(arguments: Sequence[str] = ()) -> None:
   del arguments
   names = launcher.papers()
   width = max(map(len, names))
-  for name in names:
-    print(f'{name:{width}}  {paper_summary(name)}')
-  print(
-    '\npython -m experiments.PAPER runs one; python -m experiments list PAPER shows its settings;\n'
-    'python -m experiments help shows the other commands.'
-  )
+  with launcher.errors_without_traceback():
+    for name in names:
+      print(f'{name:{width}}  {paper_summary(name)}')
+    print(
+      '\npython -m experiments.PAPER runs one; python -m experiments list PAPER shows its settings;\n'
+      'python -m experiments help shows the other commands.'
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -57,8 +57,7 @@ def tpu_topology_mesh(
   """
   if importlib.util.find_spec('libtpu') is None:
     raise ModuleNotFoundError(
-      "The TPU compiler is missing. Install it (Linux, x86): pip install 'jaxlab[tpu]', or "
-      'pip install libtpu.'
+      'The TPU compiler is missing. Install it (Linux, x86): pip install libtpu.'
     )
   from jax.experimental import topologies
 

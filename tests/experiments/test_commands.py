@@ -1,4 +1,6 @@
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +58,9 @@ def test_every_command_has_help(name, capsys):
 def test_commands_are_there():
   for module, function in commands.COMMANDS.values():
     assert callable(getattr(importlib.import_module(f'experiments.tools.{module}'), function))
+
+
+def test_a_reader_that_has_seen_enough_sees_no_traceback():
+  command = f'{sys.executable} -m experiments list gml | head -1'
+  done = subprocess.run(['bash', '-c', command], capture_output=True, text=True)
+  assert done.stdout.startswith('gml: ') and not done.stderr
