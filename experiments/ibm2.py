@@ -44,6 +44,8 @@ METRICS = (
   'train_accuracy_above', 'slack_below', 'slack_above', 'seconds', 'seconds_ratio',
 )  # fmt: skip
 
+SHOWN = ('accuracy', 'noisy_accuracy', 'epsilon', 'seconds')
+
 
 @dataclasses.dataclass(frozen=True)
 class Head:
@@ -244,14 +246,13 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     singles[task.name] = {name: v.tolist() for name, v in solved.metrics.items()} | seconds
     searches[task.name] = solved.fitted['ibm2'].search
   rows = [results.row(name, role, metrics[name]) for name, role in ROWS.items()]
-  draws.show(config, rows[:3], ('accuracy', 'noisy_accuracy', 'epsilon', 'seconds'))
-  draws.show(config, rows[2:], ('threshold', 'width', 'slack_below', 'slack_above'))
   draw(config, rows, searches, workdir / 'max_margin.png')
   traces = {
     name: {'threshold': own.threshold.tolist(), 'trace': own.trace.tolist()}
     for name, own in searches.items()
   }
-  return results.results(config, rows) | {'draws': singles, 'bisection': traces}
+  found = results.results(config, rows, SHOWN, 'accuracies in %', config.task_names)
+  return found | {'draws': singles, 'bisection': traces}
 
 
 def measured(config: Settings, solved: Solved) -> dict[str, dict[str, float]]:

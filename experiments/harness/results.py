@@ -53,20 +53,21 @@ class Results(dict):
     return [str(verdict) for verdict in judged(self)]
 
   def __repr__(self) -> str:
-    parts = [table(self.title, self['rows'], self['table']['metrics']), *self.verdicts]
+    parts = [table(self.title, lines(self), self['table']['metrics']), *self.verdicts]
     if self.workdir is not None:
       name = 'summary.json' if 'seeds' in self else 'results.json'
       parts += [f'Results: {self.workdir / name}', *(f'Picture: {p}' for p in self.pictures)]
     return '\n'.join(parts)
 
   def _repr_html_(self) -> str:
-    names = shown(self['rows'], self['table']['metrics'])
+    rows = lines(self)
+    names = shown(rows, self['table']['metrics'])
     head = ''.join(f'<th>{html.escape(name)}</th>' for name in ('', *names))
     body = ''.join(
       f'<tr><th>{html.escape(item["name"])}</th>'
       + ''.join(f'<td>{cell(item["metrics"].get(name))}</td>' for name in names)
       + '</tr>'
-      for item in self['rows']
+      for item in rows
     )
     verdicts = ''.join(f'<li>{html.escape(text)}</li>' for text in self.verdicts)
     pictures = ''.join(
@@ -144,6 +145,7 @@ def results(
   rows: Sequence[Mapping[str, Any]],
   metrics: Sequence[str] | None = None,
   title: str = '',
+  parts: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Returns a run's results, with the claims about rows that were run and metrics that were measured.
 
@@ -152,6 +154,8 @@ def results(
     rows: see `row`.
     metrics: those that its table shows, in this order; None: all.
     title: what the numbers are, such as 'recalls in %'.
+    parts: of the experiment, such as its data sets, each of which has its own metrics `<part>_<metric>`: the
+      table has a line for each of them and each row, and `metrics` are named without the part.
   """
   measured = {item['name']: item['metrics'] for item in rows}
   kept = []
@@ -168,8 +172,26 @@ def results(
     'seed': config.seed,
     'rows': [dict(item) for item in rows],
     'claims': kept,
-    'table': {'title': title, 'metrics': list(metrics)},
+    'table': {'title': title, 'metrics': list(metrics), 'parts': list(parts)},
   }
+
+
+def lines(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Returns the lines of a table of results: its rows, or those of each part that have metrics of it."""
+  parts = found['table'].get('parts')
+  if not parts:
+    return found['rows']
+  each = []
+  for part in parts:
+    for item in found['rows']:
+      own = {
+        name.removeprefix(f'{part}_'): value
+        for name, value in item['metrics'].items()
+        if name.startswith(f'{part}_')
+      }
+      if not own.keys().isdisjoint(found['table']['metrics']):
+        each.append({'name': f'{part} {item["name"]}', 'role': item['role'], 'metrics': own})
+  return each
 
 
 def judged(found: Mapping[str, Any]) -> list[Verdict]:

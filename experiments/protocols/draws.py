@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness import pictures, results
+from experiments.harness import pictures
 from experiments.harness.runs import Call, say
 from experiments.protocols.frozen_features import Facts, Settings, Task, placed
 from jaxlab import parallel
@@ -101,17 +101,6 @@ def solve(config: Settings, methods: Methods, task: Task, key: Array) -> Solved:
 def spread(name: str, values: np.ndarray) -> dict[str, float]:
   """Returns mean and population deviation over draws, under `name` and `name_std`."""
   return {name: values.mean(), f'{name}_std': values.std()}
-
-
-def show(config: Settings, rows: Sequence[Row], metrics: Sequence[str]) -> None:
-  """Prints `metrics`, a line for each task and row."""
-  lines = []
-  for task in config.task_names:
-    for item in rows:
-      held = {m: item['metrics'].get(f'{task}_{m}') for m in metrics}
-      held = {m: value for m, value in held.items() if value is not None}
-      lines.append(results.row(f'{task} {item["name"]}', item['role'], held))
-  results.print_table(pictures.title(config), lines, metrics)
 
 
 def draw_bars(axis: Any, config: Settings, rows: Sequence[Row], metrics: Mapping[str, str]) -> None:

@@ -118,12 +118,11 @@ class Comparison:
     self.rows.append(results.row(name, role, mean))
 
   def finish(self, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """Draws the accuracies, prints the table, with `extra` metrics, and returns the results."""
+    """Draws the accuracies, and returns the results, whose table has `extra` metrics behind the others."""
     names = self.config.pictured or tuple(self.accuracies)
     shown = {name: self.accuracies[name] for name in names if name in self.accuracies}
     draw(self.config, shown or self.accuracies, self.workdir / 'episode_accuracies.png')
-    results.print_table(pictures.title(self.config), self.rows, [*METRICS, *extra])
-    return results.results(self.config, self.rows)
+    return results.results(self.config, self.rows, [*METRICS, *extra], 'accuracies in %')
 
 
 def run_tasks(

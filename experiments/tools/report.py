@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.harness import launcher, machine, seeds
 from experiments.harness import settings as sections
-from experiments.harness.results import Results, cell, judged, shown
+from experiments.harness.results import Results, cell, judged, lines, shown
 from experiments.tools import listing
 
 # From so many metrics on they stand below each other, rows across.
@@ -80,7 +80,8 @@ def _command(together: Results) -> str:
 
 
 def _table(together: Results) -> str:
-  rows, names = together['rows'], shown(together['rows'], together['table']['metrics'])
+  rows = lines(together)
+  names = shown(rows, together['table']['metrics'])
   cells = [[cell(item['metrics'].get(name)) for name in names] for item in rows]
   heads = [
     f'**{_escaped(item["name"])}**' if item['role'] == 'method' else _escaped(item['name'])

@@ -67,3 +67,16 @@ def test_seeds_are_summed_up_by_row_and_claim(tmp_path):
 )
 def test_cells_show_a_few_digits(value, text):
   assert results.cell(value) == text
+
+
+def test_a_table_has_a_line_for_each_part_and_row():
+  config = Experiment(paper='p', setting='s')
+  rows = [
+    results.row('plain', 'baseline', {'raw_accuracy': 1.0, 'raw_other': 2.0, 'relu_accuracy': 3.0}),
+    results.row('needed', 'reference', {'raw_other': 4.0}),
+  ]
+  found = results.results(config, rows, ['accuracy'], parts=['raw', 'relu'])
+  assert [(item['name'], item['metrics']['accuracy']) for item in results.lines(found)] == [
+    ('raw plain', 1.0), ('relu plain', 3.0)
+  ]  # fmt: skip
+  assert 'raw plain' in str(results.Results(found)) and 'needed' not in str(results.Results(found))
