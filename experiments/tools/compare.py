@@ -29,7 +29,7 @@ from experiments.protocols import quantized_networks
 from experiments.protocols.quantized_networks import Settings
 from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
-from jaxlab.quantizers.execution import integer_network
+from jaxlab.quantizers.networks.execution import integer_network
 from jaxlab.training import map_batches
 
 Array = jax.Array

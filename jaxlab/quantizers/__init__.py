@@ -7,7 +7,66 @@ quantized network is its variables and hooks around its modules (`repq`, `percen
 """
 
 from jaxlab.quantizers import compensation
-from jaxlab.quantizers.affine import (
+from jaxlab.quantizers.networks.execution import (
+  IntegerNetwork,
+  export_network,
+  integer_hooks,
+  integer_network,
+  load_integer_network,
+  save_integer_network,
+)
+from jaxlab.quantizers.networks.folding import (
+  fold_batch_norm,
+  fold_batch_norms,
+)
+from jaxlab.quantizers.networks.gptq import (
+  gptq_array,
+  gptq_ptq,
+)
+from jaxlab.quantizers.networks.input_ranges import (
+  recalibration_hook,
+)
+from jaxlab.quantizers.networks.lsq import (
+  lsq_apply,
+  lsq_hooks,
+  lsq_kernels,
+  lsq_variables,
+)
+from jaxlab.quantizers.networks.operands import (
+  EDGES,
+  MAX_BITS,
+  MIN_BITS,
+  Quantized,
+  edge_policy,
+  operand_hooks,
+  quantize_kernels,
+)
+from jaxlab.quantizers.networks.percentile import (
+  percentile_ptq,
+)
+from jaxlab.quantizers.networks.post_training import (
+  collect_ranges,
+  fake_quantize_hooks,
+  ptq,
+  quantize_weights,
+  range_hooks,
+)
+from jaxlab.quantizers.networks.repq import (
+  norm_dense_pairs,
+  reparametrize,
+  repq,
+)
+from jaxlab.quantizers.networks.rules import (
+  BitPolicy,
+  parse_bits,
+)
+from jaxlab.quantizers.networks.storage import (
+  load_quantized,
+  restore,
+  save_quantized,
+  size_in_bytes,
+)
+from jaxlab.quantizers.numerics.affine import (
   AffineParams,
   AffineQuantizer,
   affine_fake_quantize,
@@ -19,19 +78,7 @@ from jaxlab.quantizers.affine import (
   params_from_range,
   quantize,
 )
-from jaxlab.quantizers.execution import (
-  IntegerNetwork,
-  export_network,
-  integer_hooks,
-  integer_network,
-  load_integer_network,
-  save_integer_network,
-)
-from jaxlab.quantizers.folding import (
-  fold_batch_norm,
-  fold_batch_norms,
-)
-from jaxlab.quantizers.gptq import (
+from jaxlab.quantizers.numerics.gptq import (
   GPTQKernel,
   GPTQResult,
   HessianState,
@@ -42,14 +89,7 @@ from jaxlab.quantizers.gptq import (
   output_error,
   unfold,
 )
-from jaxlab.quantizers.gptq_network import (
-  gptq_array,
-  gptq_ptq,
-)
-from jaxlab.quantizers.input_ranges import (
-  recalibration_hook,
-)
-from jaxlab.quantizers.integer import (
+from jaxlab.quantizers.numerics.integers import (
   as_qarray,
   grouped_integer_dot,
   integer_conv,
@@ -57,7 +97,7 @@ from jaxlab.quantizers.integer import (
   pack_int4,
   unpack_int4,
 )
-from jaxlab.quantizers.learned import (
+from jaxlab.quantizers.numerics.learned import (
   dorefa_activations,
   dorefa_mean_weights,
   dorefa_scaled_activations,
@@ -69,13 +109,7 @@ from jaxlab.quantizers.learned import (
   pact_penalty,
   scale_gradient,
 )
-from jaxlab.quantizers.learned_hooks import (
-  lsq_apply,
-  lsq_hooks,
-  lsq_kernels,
-  lsq_variables,
-)
-from jaxlab.quantizers.logarithmic import (
+from jaxlab.quantizers.numerics.logarithmic import (
   log2_dequantize,
   log2_fake_quantize,
   log2_quantize,
@@ -84,33 +118,10 @@ from jaxlab.quantizers.logarithmic import (
   log_sqrt2_quantize,
   log_sqrt2_scale,
 )
-from jaxlab.quantizers.operands import (
-  EDGES,
-  MAX_BITS,
-  MIN_BITS,
-  Quantized,
-  edge_policy,
-  operand_hooks,
-  quantize_kernels,
-)
-from jaxlab.quantizers.percentile import (
-  percentile_ptq,
-)
-from jaxlab.quantizers.policy import (
-  BitPolicy,
-  parse_bits,
-)
-from jaxlab.quantizers.post_training import (
-  collect_ranges,
-  fake_quantize_hooks,
-  ptq,
-  quantize_weights,
-  range_hooks,
-)
-from jaxlab.quantizers.quantiles import (
+from jaxlab.quantizers.numerics.quantiles import (
   select_quantiles,
 )
-from jaxlab.quantizers.ranges import (
+from jaxlab.quantizers.numerics.ranges import (
   Observer,
   averaged_min_max_observer,
   averaged_running_min_max_observer,
@@ -123,12 +134,7 @@ from jaxlab.quantizers.ranges import (
   quantile_observer,
   top_k_percentile_range,
 )
-from jaxlab.quantizers.repq import (
-  norm_dense_pairs,
-  reparametrize,
-  repq,
-)
-from jaxlab.quantizers.requantization import (
+from jaxlab.quantizers.numerics.requantization import (
   FixedPoint,
   fixed_point_constants,
   flip_negative_channels,
@@ -137,16 +143,12 @@ from jaxlab.quantizers.requantization import (
   requantize_constants,
   requantize_fixed_point,
 )
-from jaxlab.quantizers.rounding import (
+from jaxlab.quantizers.numerics.rounding import (
   clip_inclusive,
   round_straight_through,
 )
-from jaxlab.quantizers.storage import (
+from jaxlab.quantizers.numerics.storage import (
   QuantizedArray,
-  load_quantized,
-  restore,
-  save_quantized,
-  size_in_bytes,
   store,
 )
 

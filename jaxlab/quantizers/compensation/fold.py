@@ -2,8 +2,8 @@
 
 from flax import traverse_util
 
-from jaxlab.quantizers import operands
 from jaxlab.quantizers.compensation.driver import COLLECTION, Compensated
+from jaxlab.quantizers.networks import operands
 
 
 def fold_compensation(compensated: Compensated) -> operands.Quantized:

@@ -9,8 +9,8 @@ from flax import traverse_util
 from jaxlab.models.blockwise import Part, relative
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
-from jaxlab.quantizers.input_ranges import recalibration_hook
-from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
+from jaxlab.quantizers.networks.input_ranges import recalibration_hook
+from jaxlab.quantizers.networks.operands import COLLECTION as QUANTIZATION
 
 Array = jax.Array
 PyTree = Any

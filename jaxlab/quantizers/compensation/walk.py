@@ -32,8 +32,8 @@ from jaxlab.quantizers.compensation.recalibration import (
   recalibrate,
   with_constants,
 )
-from jaxlab.quantizers.input_ranges import renewed_constants
-from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
+from jaxlab.quantizers.networks.input_ranges import renewed_constants
+from jaxlab.quantizers.networks.operands import COLLECTION as QUANTIZATION
 
 Array = jax.Array
 PyTree = Any
