@@ -2,13 +2,13 @@
 
 A quantizer is a frozen dataclass of static choices plus a pytree of arrays, with free functions
 `calibrate`, `quantize`, `dequantize`, `fake_quantize`; one without static choices is free functions alone. A
-quantized network is its variables and hooks around its modules (`repq`, `percentile_ptq`, `ptq`), and
-`compensation` gives back a part of what it lost.
+network is quantized by rules over its modules (`Rule`); every method (`ptq`, `percentile_ptq`, `repq`,
+`gptq_ptq`, `lsq`) returns a `Quantized` network, to which `compensation` gives back a part of what it lost,
+and of which `integer_network` makes integers.
 """
 
 from jaxlab.quantizers import compensation
 from jaxlab.quantizers.networks.execution import (
-  IntegerNetwork,
   export_network,
   integer_hooks,
   integer_network,
@@ -26,18 +26,10 @@ from jaxlab.quantizers.networks.gptq import (
 from jaxlab.quantizers.networks.input_ranges import (
   recalibration_hook,
 )
-from jaxlab.quantizers.networks.lsq import (
-  lsq_apply,
-  lsq_hooks,
-  lsq_kernels,
-  lsq_variables,
-)
+from jaxlab.quantizers.networks.lsq import lsq
 from jaxlab.quantizers.networks.operands import (
-  EDGES,
   MAX_BITS,
   MIN_BITS,
-  Quantized,
-  edge_policy,
   operand_hooks,
   quantize_kernels,
 )
@@ -51,14 +43,18 @@ from jaxlab.quantizers.networks.post_training import (
   quantize_weights,
   range_hooks,
 )
+from jaxlab.quantizers.networks.quantized import Quantized
 from jaxlab.quantizers.networks.repq import (
   norm_dense_pairs,
   reparametrize,
   repq,
 )
 from jaxlab.quantizers.networks.rules import (
-  BitPolicy,
+  EDGES,
+  Rule,
+  edge_rules,
   parse_bits,
+  uniform_rules,
 )
 from jaxlab.quantizers.networks.storage import (
   load_quantized,
@@ -158,15 +154,14 @@ __all__ = [
   'MIN_BITS',
   'AffineParams',
   'AffineQuantizer',
-  'BitPolicy',
   'FixedPoint',
   'GPTQKernel',
   'GPTQResult',
   'HessianState',
-  'IntegerNetwork',
   'Observer',
   'Quantized',
   'QuantizedArray',
+  'Rule',
   'accumulate_hessian',
   'affine_fake_quantize',
   'as_qarray',
@@ -183,7 +178,7 @@ __all__ = [
   'dorefa_mean_weights',
   'dorefa_scaled_activations',
   'dorefa_weights',
-  'edge_policy',
+  'edge_rules',
   'export_network',
   'fake_quantize',
   'fake_quantize_hooks',
@@ -211,13 +206,10 @@ __all__ = [
   'log_sqrt2_fake_quantize',
   'log_sqrt2_quantize',
   'log_sqrt2_scale',
-  'lsq_apply',
+  'lsq',
   'lsq_fake_quantize',
-  'lsq_hooks',
-  'lsq_kernels',
   'lsq_plus_fake_quantize',
   'lsq_scale',
-  'lsq_variables',
   'min_max',
   'min_max_observer',
   'mse_range',
@@ -255,5 +247,6 @@ __all__ = [
   'store',
   'top_k_percentile_range',
   'unfold',
+  'uniform_rules',
   'unpack_int4',
 ]

@@ -10,6 +10,7 @@ import jax
 from flax import linen as nn
 
 from jaxlab.models.anatomy import anatomy
+from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.blockwise import (
   Part,
   array_leaves,
@@ -21,7 +22,8 @@ from jaxlab.models.blockwise import (
 from jaxlab.models.intercept import Hook, Site, any_of, apply
 from jaxlab.quantizers.networks import operands
 from jaxlab.quantizers.networks.input_ranges import input_constants, search_hook
-from jaxlab.quantizers.networks.operands import COLLECTION, Plan
+from jaxlab.quantizers.networks.operands import Plan
+from jaxlab.quantizers.networks.quantized import COLLECTION
 from jaxlab.quantizers.networks.rules import Bits
 
 Array = jax.Array
@@ -31,14 +33,20 @@ Kinds = tuple[tuple[str, str], ...]
 
 
 def calibrate_inputs(
-  model: nn.Module, variables: Mapping[str, PyTree], x: Array, todo: Plan, **kwargs: Any
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  x: Array,
+  todo: Plan,
+  parts: Anatomy | None = None,
+  **kwargs: Any,
 ) -> Constants:
   """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
 
   Ranges are fixed in order of execution (`search_hook`). Per-channel constants also hold `value`
   `[channels]`, what the channels of scale 0 are equal to.
 
-  Blocks of equal settings and shapes share one compilation, for all bit-widths. A model without blocks that
+  Blocks (of the anatomy `parts`, or of the model's own) with equal settings and shapes share one compilation,
+  for all bit-widths. A model without blocks that
   follow each other, and one that is traced, is a single program (compiled at each call if the model has
   unhashable fields).
   """
@@ -49,7 +57,7 @@ def calibrate_inputs(
     network, whole = None, _whole
   else:
     try:
-      network, whole = _cut(model, _Shapes.of(arrays), todo.kinds, kwargs), _jitted_whole
+      network, whole = _cut(model, _Shapes.of(arrays), todo.kinds, kwargs, parts), _jitted_whole
     except TypeError:  # the model cannot be hashed
       network, whole = None, None
   if network is not None:
@@ -105,10 +113,12 @@ class _Network(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _cut(model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple) -> _Network | None:
+def _cut(
+  model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple, parts: Anatomy | None
+) -> _Network | None:
   """Returns the model in blocks, for equal arguments the same objects; None if it has no blocks in a row."""
   variables, x = shapes.tree()
-  pattern = _block_pattern(model)
+  pattern = _block_pattern(model, parts)
   places: dict[str, int] = {}
   finished: list[str] = []
 
@@ -135,13 +145,13 @@ def _cut(model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple) -> _Net
   return _Network(root, tuple(blocks), tuple(inside), tuple(map(tuple, outside)))
 
 
-def _block_pattern(model: nn.Module) -> str:
+def _block_pattern(model: nn.Module, parts: Anatomy | None) -> str:
   """Returns the pattern of the blocks, for a model without an anatomy of the usual names of blocks.
 
   Where it cuts changes what is compiled, never a result.
   """
   try:
-    paths = anatomy(model).block_paths
+    paths = (anatomy(model) if parts is None else parts).block_paths
   except (TypeError, ValueError):
     paths = ()
   return any_of(paths) if paths else r'(.*/)?(blocks?|layers?|h|features|stages?)(\d*_\d+)+'

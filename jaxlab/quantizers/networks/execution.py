@@ -1,6 +1,7 @@
 """Networks run with real integers: codes for kernels, int32 accumulators, the float kernels gone.
 
-`integer_network` turns what `percentile_ptq` or `repq` (or a compensation behind them) made into
+`integer_network` turns a network whose layers have quantized kernels and inputs (of `percentile_ptq`, `repq`,
+`gptq_ptq` or `lsq`, perhaps compensated) into
 
 - the collection `'integers'`, at each layer that runs in integers: `kernel`, a `QuantizedArray` (a byte a
   code, or two codes a byte up to 4 bits, unpacked inside the compiled call), and `input`,
@@ -21,10 +22,12 @@ clipping bounds by at most half a step of the input; elements between the bounds
 layer, a value on a rounding tie may fall to either side.
 """
 
+import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +36,9 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 
-from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.networks import operands
+from jaxlab.quantizers.networks.quantized import Collections, Quantized, check_quantized
 from jaxlab.quantizers.networks.storage import load_quantized, save_quantized
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
 from jaxlab.quantizers.numerics.integers import integer_conv, integer_dot, pack_int4
@@ -46,21 +50,6 @@ PyTree = Any
 COLLECTION = 'integers'
 LAYERS = (nn.Dense, nn.Conv)
 AFFINE = {'scale', 'zero_point', 'low', 'high'}
-
-
-class IntegerNetwork(NamedTuple):
-  """A network for `jaxlab.models.apply(model, variables, x, hooks=hooks)`, kernels as integers.
-
-  Attributes:
-    variables: `params` without the kernels that became codes, the collections `'integers'` and
-      `'quantization'` (what of it is still needed), and all others as they were.
-    hooks: those of the fake-quantized network behind one that runs layers in integers.
-    skipped: layers that stay in float, by path, and why.
-  """
-
-  variables: dict[str, PyTree]
-  hooks: tuple[Hook, ...]
-  skipped: dict[str, str]
 
 
 def integer_hooks() -> tuple[Hook, ...]:
@@ -75,11 +64,11 @@ def integer_hooks() -> tuple[Hook, ...]:
   return (Hook('.*', call=_run_site, collection=COLLECTION), *operands.operand_hooks())
 
 
-def integer_network(quantized: Any) -> IntegerNetwork:
+def integer_network(quantized: Quantized) -> Quantized:
   """Returns a quantized network with integers for kernels; see the module's docstring.
 
-  A layer becomes integers if both its kernel and its input have affine constants in `'quantization'`. It
-  stays in float, with the reason in `skipped`, if it has not, or if
+  A layer becomes integers if both its kernel and its input have affine constants in `'quantization'`, or
+  learned steps. It stays in float, with the reason in `skipped`, if it has not, or if
 
   - the input's range has no extent (such inputs are not quantized);
   - the int32 accumulator could overflow;
@@ -88,21 +77,27 @@ def integer_network(quantized: Any) -> IntegerNetwork:
   A constant channel of a kernel, which has no step, becomes the code 1 with the constant for its scale.
 
   Args:
-    quantized: `Quantized` or `compensation.Compensated`, or anything with their `variables` and `hooks`;
-      arrays concrete. (Kernels in bfloat16 have been rounded once more than their codes.)
+    quantized: of any method here, or of `compensate`; arrays concrete. (Kernels in bfloat16 have been rounded
+      once more than their codes.)
+
+  Returns:
+    The network, without its float kernels: it is compensated before, not after.
 
   Raises:
-    ValueError: if there are no constants (the network was not calibrated), or no layer can be run in
-      integers.
+    ValueError: for what is no `Quantized`, a network in integers, or one in which no layer has a quantized
+      input and kernel, or can be run in integers.
   """
-  variables = dict(quantized.variables)
-  if operands.COLLECTION not in variables:
-    raise ValueError(
-      f'The variables have no collection {operands.COLLECTION!r}: integer_network takes what '
-      f'percentile_ptq or repq return.'
-    )
+  check_quantized(quantized, 'integer_network')
+  if COLLECTION in quantized.variables:
+    raise ValueError('The network is in integers already.')
+  variables, hooks = quantized.unbind()
   params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
   constants = traverse_util.flatten_dict(dict(variables[operands.COLLECTION]), sep='/')
+  if not any(re.search('(^|/)input/', path) for path in constants):
+    raise ValueError(
+      'integer_network multiplies integers by integers, but the inputs of layers are not quantized here: '
+      "give rules for 'input' to percentile_ptq, repq, gptq_ptq or lsq (ptq quantizes kernels and outputs)."
+    )
   integers: dict[str, Any] = {}
   skipped = {}
   for path in _kernel_paths(params):
@@ -112,8 +107,8 @@ def integer_network(quantized: Any) -> IntegerNetwork:
       continue
     integers |= {_join(path, name): value for name, value in layer.items()}
     del params[_join(path, 'kernel')]
-    for name in (f'{operand}/{part}' for operand in ('kernel', 'input') for part in AFFINE):
-      del constants[_join(path, name)]
+    gone = tuple(_join(path, f'{operand}/') for operand in ('kernel', 'input'))
+    constants = {name: leaf for name, leaf in constants.items() if not name.startswith(gone)}
   if not integers:
     reasons = ''.join(f'\n  {path}: {reason}' for path, reason in list(skipped.items())[:8])
     raise ValueError(f'No layer can be run in integers:{reasons}')
@@ -122,25 +117,33 @@ def integer_network(quantized: Any) -> IntegerNetwork:
     operands.COLLECTION: traverse_util.unflatten_dict(constants, sep='/'),
     COLLECTION: traverse_util.unflatten_dict(integers, sep='/'),
   }
-  return IntegerNetwork(variables, (integer_hooks()[0], *quantized.hooks), skipped)
+  changes = {'exact': None, 'prepare': None, 'skipped': skipped}
+  hooks = (integer_hooks()[0], *hooks)
+  return dataclasses.replace(quantized, variables=Collections(variables), hooks=hooks, **changes)
 
 
-def save_integer_network(path: str | os.PathLike, network: IntegerNetwork) -> int:
+def save_integer_network(path: str | os.PathLike, network: Quantized) -> int:
   """Writes the network's variables as one safetensors file; returns its size in bytes.
 
   The layout is that of `save_quantized`: codes are `integers/fc/kernel.codes`.
   """
-  return save_quantized(path, network.variables)
+  return save_quantized(path, network.unbind()[0])
 
 
 def load_integer_network(
-  path: str | os.PathLike, hooks: Sequence[Hook] | None = None
-) -> IntegerNetwork:
+  path: str | os.PathLike,
+  model: nn.Module,
+  *,
+  hooks: Sequence[Hook] | None = None,
+  **kwargs: Any,
+) -> Quantized:
   """Returns the network that `save_integer_network` wrote.
 
   Args:
     path: of the file.
+    model: the module.
     hooks: of the network; None: `integer_hooks()`. Those of a compensated network are the user's to keep.
+    **kwargs: passed to the model, e.g. `train=False`.
 
   Raises:
     ValueError: for another file, or one without integers.
@@ -158,16 +161,12 @@ def load_integer_network(
     owner: _integer_layer(params[_join(owner, 'kernel')], *_constants(constants, owner))
     for owner in _kernel_paths(params)
   }
-  return IntegerNetwork(variables, integer_hooks() if hooks is None else tuple(hooks), skipped)
+  hooks = integer_hooks() if hooks is None else hooks
+  return Quantized(model, variables, hooks=hooks, kwargs=kwargs, skipped=skipped)
 
 
 def export_network(
-  model: nn.Module,
-  network: IntegerNetwork,
-  x: Any,
-  *,
-  platforms: Sequence[str] | None = None,
-  **kwargs: Any,
+  network: Quantized, x: Any, *, platforms: Sequence[str] | None = None, **kwargs: Any
 ) -> jax.export.Exported:
   """Returns the network as StableHLO, a function of its input alone, the integers inside.
 
@@ -175,8 +174,7 @@ def export_network(
   library and without the model's code.
 
   Args:
-    model: the module.
-    network: its integers.
+    network: in integers, or fake-quantized.
     x: an input, or its `jax.ShapeDtypeStruct`; dimensions may be symbolic (`jax.export.symbolic_shape`).
     platforms: `'cpu'`, `'cuda'`, `'tpu'`, ...; None: the present one.
     **kwargs: passed to the model.
@@ -184,17 +182,14 @@ def export_network(
   # The attribute `jax.export` exists only once the module is imported.
   from jax import export
 
-  def run(x: Array) -> Any:
-    return apply(model, network.variables, x, hooks=network.hooks, **kwargs)
-
-  return export.export(jax.jit(run), platforms=platforms)(x)
+  return export.export(jax.jit(lambda x: network(x, **kwargs)), platforms=platforms)(x)
 
 
 def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   if not site.path and COLLECTION not in site.module.variables:
     raise ValueError(
-      f'The variables have no collection {COLLECTION!r}: pass those of `integer_network` (a block: its '
-      f'slice of every collection, which may be empty).'
+      f'The variables have no collection {COLLECTION!r}: call what `integer_network` returns, '
+      f'or pass the variables of its `unbind()` (a block: its slice of every collection, which may be empty).'
     )
   return _run_layer(site, *args) if site.has('kernel') else call(*args, **kwargs)
 
@@ -247,7 +242,7 @@ def _pair(value: int | Sequence[int] | None) -> tuple[int, int]:
 def _no_integer_form(site: Site, reason: str) -> ValueError:
   return ValueError(
     f'{site.path!r} ({type(site.module).__name__}) has no integer form: {reason}. Give its kernel no bits '
-    f'in the policy.'
+    f'by a rule.'
   )
 
 
@@ -323,5 +318,6 @@ def _constants(flat: Mapping[str, Array], path: str) -> tuple[dict[str, Array], 
   both = []
   for operand in ('kernel', 'input'):
     prefix = _join(path, operand) + '/'
-    both.append({n.removeprefix(prefix): v for n, v in flat.items() if n.startswith(prefix)})
+    own = {n.removeprefix(prefix): v for n, v in flat.items() if n.startswith(prefix)}
+    both.append(operands.affine_form(own))
   return both[0], both[1]

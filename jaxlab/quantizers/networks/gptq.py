@@ -30,8 +30,8 @@ from jaxlab.models.blockwise import (
 from jaxlab.models.intercept import Hook, Site, any_of
 from jaxlab.quantizers.networks import operands
 from jaxlab.quantizers.networks.calibration import calibrate_inputs
-from jaxlab.quantizers.networks.operands import COLLECTION, Quantized
-from jaxlab.quantizers.networks.rules import BitPolicy
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, peek
+from jaxlab.quantizers.networks.rules import Rules
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
 from jaxlab.quantizers.numerics.gptq import (
   GPTQKernel,
@@ -51,22 +51,22 @@ PyTree = Any
 def gptq_ptq(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Iterable[Array],
-  policy: BitPolicy,
+  batches: Array | Iterable[Array],
+  rules: Rules,
   *,
-  blocks: str | None = None,
   anatomy: Anatomy | None = None,
+  blocks: str | None = None,
   programs: Programs | None = None,
   options: Mapping[str, Any] = {},
   **kwargs: Any,
 ) -> Quantized:
-  """Post-training quantization with GPTQ kernels, and inputs by percentiles where the policy asks for them.
+  """Post-training quantization with GPTQ kernels, and inputs by percentiles where rules ask for them.
 
   Block by block in order of execution: the Hessians of all its kernels over all batches, in one forward pass
   each; its kernels by `gptq_kernel` (in the kernels' own dtype: in bfloat16 they are rounded once more); its
   outputs with these. A kernel outside of the blocks (a classifier)
-  is rounded to nearest with the same range rule. Then, if `policy.activations` has rules, the inputs'
-  ranges are found in one pass over the first batch (`percentile_ptq`). Batches may be sharded over a mesh:
+  is rounded to nearest with the same range rule. Then, where rules ask for inputs, their ranges are found in
+  one pass over the first batch (as in `percentile_ptq`). Batches may be sharded over a mesh:
   Hessians are sums over the whole batch. A batch is on the devices alone, the others wait in host memory.
   Kernels that lie on a mesh are quantized there, each device a share of the outputs, and stay split as they
   were.
@@ -74,27 +74,27 @@ def gptq_ptq(
   Args:
     model: any Linen module whose blocks run one after another.
     variables: its float variables.
-    batches: calibration inputs `[batch, ...]` of one shape: 128 sequences of 2048 tokens in GPTQ.
-    policy: bit-widths, 2 to 8. Only weights: `BitPolicy(weights=[(r'.*/(mlp|attn)/.*', 4)], activations=[])`.
-    blocks: regular expression of the blocks' paths; None: the blocks of the anatomy.
+    batches: calibration inputs `[batch, ...]` of one shape, 128 sequences of 2048 tokens in GPTQ: Hessians
+      are sums over all of them.
+    rules: over kernels and inputs, 2 to 8 bits. Only weights: `[Rule('.*/(mlp|attn)/.*', 'kernel', 4)]`.
     anatomy: the names of the model's parts; None: `models.anatomy(model)`.
+    blocks: regular expression of the blocks' paths; None: the blocks of the anatomy.
     programs: compiled functions of earlier calls, as in `compensate`.
     options: of `gptq_kernel`: `group_size`, `symmetric`, `mse`, `act_order`, `damping`, ...
     **kwargs: passed to the model, e.g. `train=False`.
 
   Returns:
-    `Quantized`. The constants of a kernel in groups are `scale` and `zero_point` `[groups, features]` and
+    The network. The constants of a kernel in groups are `scale` and `zero_point` `[groups, features]` and
     `group` `[in]`; such a layer runs in float (`integer_network` says so), its codes are `gptq_array`'s.
 
   Raises:
-    ValueError: if there is no batch, the model's parts are not known, a rule names nothing, blocks are
-      nested, shared or stacked, a kernel to be quantized belongs to a grouped convolution, or weights,
-      inputs or Hessians are not finite.
+    ValueError: if there is no batch, the model's parts are not known, a rule names nothing or asks for what
+      is not done here, blocks are nested, shared or stacked, a kernel to be quantized belongs to a grouped
+      convolution, or weights, inputs or Hessians are not finite.
   """
-  batches = list(batches)
-  if not batches:
-    raise ValueError('batches is empty: GPTQ needs at least one calibration batch.')
-  todo = operands.plan(model, variables, batches[0], policy, **kwargs)
+  batches = list(peek(batches)[1])
+  kind = 'group' if options.get('group_size') else 'channel'
+  todo = operands.plan(model, variables, batches[0], rules, 'gptq_ptq', kernels=kind, **kwargs)
   inputs = [(batch,) for batch in batches]
   root, parts = find_blocks(model, variables, inputs[0], kwargs, (), blocks, anatomy)
   programs = Programs() if programs is None else programs
@@ -123,10 +123,11 @@ def gptq_ptq(
   quantized = {**variables, 'params': _tree(params)}
   ranges = {}
   if todo.kinds:
-    ranges = calibrate_inputs(model, quantized, batches[0], todo, **kwargs)
+    ranges = calibrate_inputs(model, quantized, batches[0], todo, anatomy, **kwargs)
   operands.check_finite(ranges, constants)
   quantized[COLLECTION] = operands.collection(ranges, constants, {})
-  return Quantized(quantized, {**variables, COLLECTION: {}}, operands.operand_hooks())
+  hooks = operands.operand_hooks()
+  return Quantized.of(model, quantized, variables, hooks, kwargs=kwargs, anatomy=anatomy)
 
 
 def gptq_array(found: GPTQKernel, bits: int) -> QuantizedArray:
@@ -208,7 +209,7 @@ def _patches(module: nn.Module, x: Array) -> Array:
     return x
   if module.feature_group_count != 1:
     raise ValueError(
-      f'{"/".join(module.path)!r} is a grouped convolution: leave it out of the policy, or quantize each '
+      f'{"/".join(module.path)!r} is a grouped convolution: leave it out of the rules, or quantize each '
       f"group's kernel by gptq_kernel."
     )
   size = module.kernel_size

@@ -11,12 +11,12 @@ from flax import traverse_util
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.networks.operands import (
   CHANNEL,
-  COLLECTION,
   TENSOR,
   affine_constants,
   fake_quantize_operand,
   is_finite,
 )
+from jaxlab.quantizers.networks.quantized import COLLECTION
 from jaxlab.quantizers.networks.rules import Bits
 from jaxlab.quantizers.numerics.logarithmic import log_sqrt2_scale
 

@@ -1,17 +1,17 @@
 """Quantizers on the operands of products: inputs and kernels of layers, both sides of attention's matmuls.
 
-A network quantized here is `(model, variables, hooks)`, used by
-`jaxlab.models.apply(model, variables, x, hooks=hooks)`. Kernels are fake-quantized in `params`; the constants
-are arrays of the collection `'quantization'`, at the module whose operand they quantize:
+Kernels of a quantized network are fake-quantized in `params`; the constants are arrays of the collection
+`'quantization'`, at the module whose operand they quantize:
 
 - `input`: of the module's first argument. Affine `{scale, zero_point, low, high}`, scalars or
-  `[channels]`; log-sqrt2 `{scale, bits}`.
+  `[channels]`; log-sqrt2 `{scale, bits}`; learned `{step, low, high}` (LSQ).
 - `kernel`: of its kernel, `{scale, zero_point, low, high}`, the first two `[features]`: the codes of the
   fake-quantized kernel are `round(kernel / scale) + zero_point`.
+- `output`: of what the module returns, affine, or absent.
 - `bias`: what is added to the output of a layer that has no bias of its own (see `repq`).
 
 The hooks hold no constants and name no path: the same ones serve every network and, given a block's own
-slice of the variables, every block of it. Variables whose collection has no `input` run in float.
+slice of the variables, every block of it. Operands without constants stay in float.
 """
 
 import functools
@@ -26,11 +26,12 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import Hook, HookPoint, Site, any_of, apply
-from jaxlab.quantizers.networks.rules import BitPolicy, Bits, check_rules
+from jaxlab.models.intercept import Hook, HookPoint, Site, apply
+from jaxlab.quantizers.networks.quantized import COLLECTION
+from jaxlab.quantizers.networks.rules import Bits, Rules, check_accepted, check_matches, decide
 from jaxlab.quantizers.numerics import affine
 from jaxlab.quantizers.numerics.affine import AffineParams, AffineQuantizer
+from jaxlab.quantizers.numerics.learned import lsq_fake_quantize
 from jaxlab.quantizers.numerics.logarithmic import log_sqrt2_fake_quantize
 from jaxlab.quantizers.numerics.quantiles import quantiles_by_ends, quantiles_of_finite
 from jaxlab.quantizers.numerics.ranges import PERCENTILES, best_candidate
@@ -40,45 +41,25 @@ from jaxlab.tracing import is_concrete
 Array = jax.Array
 PyTree = Any
 
-COLLECTION = 'quantization'
 TENSOR = AffineQuantizer(rule='asymmetric', granularity='tensor')
 CHANNEL = AffineQuantizer(rule='asymmetric', granularity='channel', axis=-1)
 
+LEARNED = ('step', 'low', 'high')
+FLOOR = 1e-6  # smallest learned step; one that has sunk below gets no gradient
 MIN_BITS, MAX_BITS = 2, 8
 SMALL = 2**19  # values of a kernel that may be searched together with others
 LENGTHS = 8  # largest ratio of lengths in one such search
 
-# The first and last layers of all networks of `jaxlab.models`: their `anatomy(model).edges`.
-EDGES = any_of(
-  [
-    *('conv1', 'conv_stem', 'patch_embed/proj', 'fc0'),
-    *('fc', 'linear', 'classifier', 'head', 'head_dist', 'head/fc', 'lm_head'),
-  ]
-)
 AFFINE_POINTS = r'(.*/)?(query|key|value)'
 LOGARITHMIC_POINTS = r'(.*/)?softmax'
-
-
-class Quantized(NamedTuple):
-  """A quantized network and the float network that it approximates.
-
-  Attributes:
-    variables: of the quantized network, collection `'quantization'` included.
-    float_variables: of the same network with all quantizers off. Its collection `'quantization'` is empty
-      except for biases that layers without one were given; then it, too, needs the hooks.
-    hooks: for `jaxlab.models.apply`, with either of the two.
-  """
-
-  variables: dict[str, PyTree]
-  float_variables: dict[str, PyTree]
-  hooks: tuple[Hook, ...]
 
 
 def operand_hooks() -> tuple[Hook, ...]:
   """Returns the hooks that run a network by its collection `'quantization'`: the same for all networks.
 
   A module with an `input` there gets its first argument fake-quantized (straight-through gradient, constants
-  constant); one with a `bias` gets it added to its output; any other is left alone.
+  constant, but for learned steps); one with a `bias` gets it added to its output, which is fake-quantized if
+  there is an `output`; any other is left alone.
 
   Raises (when the model is applied):
     ValueError: if the variables have no collection `'quantization'`: the network was not calibrated.
@@ -89,51 +70,42 @@ def operand_hooks() -> tuple[Hook, ...]:
 def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
   if not site.path and COLLECTION not in site.module.variables:
     raise ValueError(
-      f'The variables have no collection {COLLECTION!r}, so nothing would be quantized: pass those of '
-      f'`percentile_ptq` or `repq` (a block: its slice of every collection, which may be empty).'
+      f'The variables have no collection {COLLECTION!r}, so nothing would be quantized: call the `Quantized` '
+      f'network, or pass the variables of its `unbind()` (a block: its slice of every collection, which may '
+      f'be empty).'
     )
   if site.has('input'):
     args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
   y = call(*args, **kwargs)
-  return y + site.read('bias').astype(y.dtype) if site.has('bias') else y
+  y = y + site.read('bias').astype(y.dtype) if site.has('bias') else y
+  return fake_quantize_operand(y, site.read('output')) if site.has('output') else y
 
 
 def fake_quantize_operand(x: Array, constants: Mapping[str, Array]) -> Array:
-  """Returns `x` fake-quantized by constants of the collection, affine or log-sqrt2."""
-  if 'zero_point' not in constants:
+  """Returns `x` fake-quantized by constants of the collection: affine, log-sqrt2 or learned."""
+  if 'bits' in constants:
     return log_sqrt2_fake_quantize(x, constants['scale'], constants['bits'])
+  if 'step' in constants:
+    return lsq_fake_quantize(x, *(constants[n] for n in LEARNED), floor=FLOOR)
   params = AffineParams(
     **{name: constants[name] for name in ('scale', 'zero_point', 'low', 'high')}
   )
   return affine.fake_quantize(TENSOR, x, params)
 
 
-def edge_policy(
-  weight_bits: Bits,
-  activation_bits: Bits,
-  *,
-  edges: str | Anatomy | None = EDGES,
-  edge_bits: Bits = 8,
-) -> BitPolicy:
-  """Returns the policy `(weight_bits, activation_bits)`, with `edge_bits` for both at modules `edges`.
-
-  Patch embedding or stem and the classifier at 8/8 are QwT's exceptions.
-
-  Args:
-    weight_bits: of kernels.
-    activation_bits: of inputs (or outputs, as the method reads the policy).
-    edges: `models.anatomy(model)`, whose `edges` are the exceptions; or their pattern, by default what they
-      are called in the networks of this library; None makes none.
-    edge_bits: of both at the exceptions.
-
-  >>> policy = edge_policy(4, 4)
-  >>> policy.weight_bits('head'), policy.weight_bits('blocks_0/mlp/fc1')
-  (8, 4)
-  """
-  if isinstance(edges, Anatomy):
-    edges = any_of(edges.edges) or None
-  first = () if edges is None else ((edges, edge_bits),)
-  return BitPolicy((*first, ('.*', weight_bits)), (*first, ('.*', activation_bits)))
+def affine_form(constants: Mapping[str, Array]) -> dict[str, Array]:
+  """Returns constants as affine ones: learned codes `[Q_n, Q_p]` become `[0, Q_p - Q_n]`."""
+  if 'step' not in constants:
+    return dict(constants)
+  step, low, high = (jnp.asarray(constants[name]) for name in LEARNED)
+  scale = jnp.maximum(step, FLOOR)
+  scale = scale.ravel() if scale.ndim else scale
+  return {
+    'scale': scale,
+    'zero_point': jnp.full_like(scale, -low),
+    'low': jnp.zeros_like(high),
+    'high': high - low,
+  }
 
 
 class Plan(NamedTuple):
@@ -156,12 +128,15 @@ def plan(
   model: nn.Module,
   variables: Mapping[str, PyTree],
   x: Array,
-  policy: BitPolicy,
+  rules: Rules,
+  method: str,
   *,
+  learned: bool = False,
+  kernels: str = 'channel',
   per_channel: Sequence[str] = (),
   **kwargs: Any,
 ) -> Plan:
-  """Returns what `policy` asks to be quantized; traces the model abstractly.
+  """Returns which kernels and inputs `rules` ask to be quantized; traces the model abstractly.
 
   Candidates are the modules with a `kernel` and the hook points `query`, `key`, `value` (affine) and
   `softmax` (log-sqrt2).
@@ -170,13 +145,18 @@ def plan(
     model: any Linen module.
     variables: its variables.
     x: model input, or its shape.
-    policy: its `activations` rules are over *inputs* of candidates.
+    rules: over kernels and inputs.
+    method: its name, for messages.
+    learned: whether it learns its steps.
+    kernels: the granularity of its kernels.
     per_channel: paths whose input gets one quantizer a channel.
     **kwargs: passed to the model.
 
   Raises:
-    ValueError: if a rule names no candidate, bits are outside 2 to 8, or blocks are stacked.
+    ValueError: if a rule names no candidate or asks for what the method does not do, bits are outside 2 to 8,
+      or blocks are stacked.
   """
+  check_accepted(rules, method, {'kernel': (kernels,), 'input': ('tensor',)}, learned)
   ndims: dict[str, int] = {}
   points: dict[str, str] = {}
 
@@ -193,8 +173,8 @@ def plan(
   jax.eval_shape(
     lambda v, x: apply(model, v, x, hooks=[Hook('.*', call=visit)], **kwargs), dict(variables), x
   )
-  check_rules(policy.weights, list(ndims), 'weight')
-  check_rules(policy.activations, list(points), 'activation')
+  check_matches(rules, 'kernel', list(ndims))
+  check_matches(rules, 'input', list(points))
   flat = traverse_util.flatten_dict(dict(variables['params']), sep='/')
   stacked = [path for path, ndim in ndims.items() if flat[f'{path}/kernel'].ndim != ndim]
   if stacked:
@@ -203,8 +183,10 @@ def plan(
       f'variables of `unstack_blocks`.'
     )
   kinds = {path: 'channel' if path in per_channel else kind for path, kind in points.items()}
-  input_bits = {path: bits for path in kinds if (bits := policy.activation_bits(path)) is not None}
-  kernel_bits = {path: bits for path in ndims if (bits := policy.weight_bits(path)) is not None}
+  input_bits, kernel_bits = (
+    {path: rule.bits for path in paths if (rule := decide(rules, path, operand)) is not None}
+    for operand, paths in (('input', kinds), ('kernel', ndims))
+  )
   for path, bits in (*input_bits.items(), *kernel_bits.items()):
     check_bits(path, bits)
   return Plan(tuple((p, kinds[p]) for p in input_bits), input_bits, kernel_bits, ndims)

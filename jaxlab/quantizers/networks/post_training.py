@@ -1,14 +1,15 @@
-"""Quantize the weights and activations of an untouched model: by path, with collected ranges.
+"""Kernels and outputs of an untouched model by the smallest and largest value, by path.
 
 The pieces, for training loops that quantize in every step:
 
-- `quantize_weights(params, policy)`: a pure transform of the parameters;
-- `range_hooks(policy)`: hooks that record the range of each quantized output in the collection `'ranges'`;
-- `fake_quantize_hooks(policy)`: hooks that read those ranges and fake-quantize the outputs.
+- `quantize_weights(params, rules)`: a pure transform of the parameters;
+- `range_hooks(rules)`: hooks that record the range of each quantized output in the collection `'ranges'`;
+- `fake_quantize_hooks(rules)`: hooks that read those ranges and fake-quantize the outputs.
 
-And the whole, for a trained network: `ptq(model, variables, batches, policy)`.
+And the whole, for a trained network: `ptq(model, variables, batches, rules)`.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +21,18 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, Site, apply, module_paths
-from jaxlab.quantizers.networks.rules import BitPolicy, Bits, check_rules
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.intercept import Hook, Site, apply, check_linen, module_paths
+from jaxlab.quantizers.networks.operands import operand_hooks
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, peek
+from jaxlab.quantizers.networks.rules import (
+  Bits,
+  Rule,
+  Rules,
+  check_accepted,
+  check_matches,
+  decide,
+)
 from jaxlab.quantizers.numerics import affine
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
 from jaxlab.tracing import is_concrete
@@ -29,26 +40,26 @@ from jaxlab.tracing import is_concrete
 Array = jax.Array
 PyTree = Any
 
-WEIGHTS = AffineQuantizer(rule='half_range', granularity='channel', axis=-1)
-ACTIVATIONS = AffineQuantizer(rule='asymmetric', granularity='tensor')
+KERNELS = AffineQuantizer(rule='half_range', granularity='channel', axis=-1)
+OUTPUTS = AffineQuantizer(rule='asymmetric', granularity='tensor')
 
 
 def quantize_weights(
   params: PyTree,
-  policy: BitPolicy,
-  quantizer: AffineQuantizer = WEIGHTS,
+  rules: Rules,
+  quantizer: AffineQuantizer = KERNELS,
   *,
   scale_grad: bool = False,
   degenerate: Literal['element', 'tensor'] = 'tensor',
 ) -> PyTree:
-  """Returns `params` with the kernels that `policy` names fake-quantized, ranges from the kernels themselves.
+  """Returns `params` with the kernels that `rules` name fake-quantized, ranges from the kernels themselves.
 
   Blocks that are stacked under `blocks` (`models.stack_blocks`, `ViT(scan=True)`) are quantized one by one.
 
   Args:
     params: parameter tree; a kernel's path without `/kernel` is its module's path.
-    policy: its `weights` rules.
-    quantizer: static choices; `bits` comes from the policy.
+    rules: those over kernels are read.
+    quantizer: static choices; bits come from the rules, which may choose another granularity.
     scale_grad: gradients also flow through the scale to the extreme weight, as in SSQL's training step.
     degenerate: see `affine.fake_quantize`.
 
@@ -57,20 +68,26 @@ def quantize_weights(
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   owners = {path: path.rpartition('/')[0] for path in flat if re.search(r'(^|/)kernel$', path)}
-  check_rules(policy.weights, list(owners.values()), 'weight')
+  check_matches(rules, 'kernel', list(owners.values()))
   stacked = _stacked_subtrees(flat)
   for path, owner in owners.items():
-    bits = policy.weight_bits(owner)
-    if bits is not None:
+    rule = decide(rules, owner, 'kernel')
+    if rule is not None:
       quantize = functools.partial(
         _fake_quantize_kernel,
-        bits=bits,
-        quantizer=quantizer,
+        bits=rule.bits,
+        quantizer=_quantizer(quantizer, rule),
         scale_grad=scale_grad,
         degenerate=degenerate,
       )
       flat[path] = (jax.vmap(quantize) if path.startswith(stacked) else quantize)(flat[path])
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _quantizer(default: AffineQuantizer, rule: Rule) -> AffineQuantizer:
+  if rule.granularity in (None, default.granularity):
+    return default
+  return dataclasses.replace(default, granularity=rule.granularity, group_size=None)
 
 
 def _fake_quantize_kernel(kernel: Array, bits: Bits, **choices: Any) -> Array:
@@ -115,17 +132,16 @@ def _stacked_subtrees(flat: Mapping[str, Array]) -> tuple[str, ...]:
 
 
 def range_hooks(
-  policy: BitPolicy, quantizer: AffineQuantizer = ACTIVATIONS, collection: str = 'ranges'
+  rules: Rules, quantizer: AffineQuantizer = OUTPUTS, collection: str = 'ranges'
 ) -> list[Hook]:
-  """Returns hooks that record the running minimum and maximum of every output that `policy` quantizes.
+  """Returns hooks that record the running minimum and maximum of every output that `rules` quantize.
 
   Apply the model with `mutable=['ranges']`. The ranges of a second batch are merged with those that
   `variables` hold, so that calibration is a loop over batches. Recorded values carry no gradient.
   """
 
-  def record(site: Site, y: Array, bits: Bits) -> Array:
-    del bits
-    minimum, maximum = affine.min_max(quantizer, jax.lax.stop_gradient(y))
+  def record(site: Site, y: Array, rule: Rule) -> Array:
+    minimum, maximum = affine.min_max(_quantizer(quantizer, rule), jax.lax.stop_gradient(y))
     if site.has('minimum'):
       minimum = jnp.minimum(minimum, site.read('minimum'))
       maximum = jnp.maximum(maximum, site.read('maximum'))
@@ -133,55 +149,55 @@ def range_hooks(
     site.write('maximum', maximum)
     return y
 
-  return _output_hooks(policy, record, collection)
+  return _output_hooks(rules, record, collection)
 
 
 def fake_quantize_hooks(
-  policy: BitPolicy,
-  quantizer: AffineQuantizer = ACTIVATIONS,
+  rules: Rules,
+  quantizer: AffineQuantizer = OUTPUTS,
   *,
   degenerate: Literal['element', 'tensor'] = 'tensor',
   collection: str = 'ranges',
 ) -> list[Hook]:
-  """Returns hooks that fake-quantize every output that `policy` names, with ranges from `variables`.
+  """Returns hooks that fake-quantize every output that `rules` name, with ranges from `variables`.
 
   Raises (when the model is applied):
     ValueError: if a module has no range: the model was not calibrated.
   """
 
-  def quantize(site: Site, y: Array, bits: Bits) -> Array:
-    calibrated = affine.params_from_range(
-      quantizer, site.read('minimum'), site.read('maximum'), bits
-    )
-    return affine.fake_quantize(quantizer, y, calibrated, degenerate=degenerate)
+  def quantize(site: Site, y: Array, rule: Rule) -> Array:
+    own, ends = _quantizer(quantizer, rule), (site.read('minimum'), site.read('maximum'))
+    calibrated = affine.params_from_range(own, *ends, rule.bits)
+    return affine.fake_quantize(own, y, calibrated, degenerate=degenerate)
 
-  return _output_hooks(policy, quantize, collection)
+  return _output_hooks(rules, quantize, collection)
 
 
 def _output_hooks(
-  policy: BitPolicy, visit: Callable[[Site, Array, Bits], Array], collection: str
+  rules: Rules, visit: Callable[[Site, Array, Rule], Array], collection: str
 ) -> list[Hook]:
-  """Returns one hook a rule; `visit(site, y, bits)` runs at each output once, for the rule that decides."""
+  """Returns one hook a pattern; `visit(site, y, rule)` runs once an output, for the rule that decides."""
 
   def bind(pattern: str) -> Hook:
     def output(site: Site, y: Array) -> Array:
-      decisive, bits = policy.activation_rule(site.path)
-      return visit(site, y, bits) if decisive == pattern and bits is not None else y
+      rule = decide(rules, site.path, 'output')
+      return visit(site, y, rule) if rule is not None and rule.path == pattern else y
 
     return Hook(pattern, output=output, collection=collection)
 
-  return [bind(pattern) for pattern in dict.fromkeys(pattern for pattern, _ in policy.activations)]
+  patterns = dict.fromkeys(rule.path for rule in rules if rule.operand == 'output')
+  return [bind(pattern) for pattern in patterns]
 
 
 def collect_ranges(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Iterable[Array],
-  policy: BitPolicy,
-  quantizer: AffineQuantizer = ACTIVATIONS,
+  batches: Array | Iterable[Array],
+  rules: Rules,
+  quantizer: AffineQuantizer = OUTPUTS,
   **kwargs: Any,
 ) -> PyTree:
-  """Returns the ranges of all outputs that `policy` quantizes, over `batches` of model inputs.
+  """Returns the ranges of all outputs that `rules` quantize, over `batches` of model inputs.
 
   The model runs in float, one jitted call per batch.
 
@@ -189,8 +205,8 @@ def collect_ranges(
     model: any Linen module.
     variables: its variables.
     batches: model inputs, each an array `[batch, ...]` (one shape: one compilation).
-    policy: its `activations` rules.
-    quantizer: granularity of the ranges.
+    rules: those over outputs are read.
+    quantizer: granularity of the ranges, where the rules choose none.
     **kwargs: passed to the model, e.g. `train=False`.
 
   Raises:
@@ -199,23 +215,21 @@ def collect_ranges(
 
   @jax.jit
   def observe(variables, ranges, batch):
-    hooks = range_hooks(policy, quantizer)
+    hooks = range_hooks(rules, quantizer)
     given = {**variables, 'ranges': ranges} if ranges else variables
     _, state = apply(model, given, batch, hooks=hooks, mutable=['ranges'], **kwargs)
     return state['ranges']
 
   ranges: PyTree = {}
-  for batch in batches:
+  for batch in peek(batches)[1]:
     ranges = observe(dict(variables), ranges, batch)
-  if not ranges:
-    raise ValueError('batches is empty: calibration needs at least one batch of model inputs.')
   _check_finite(ranges)
   return ranges
 
 
 def _check_finite(ranges: PyTree) -> None:
-  flat = traverse_util.flatten_dict(jax.device_get(ranges), sep='/')
-  bad = sorted(path for path, value in flat.items() if not np.all(np.isfinite(value)))
+  flat = traverse_util.flatten_dict(ranges, sep='/')
+  bad = sorted(p for p, v in flat.items() if is_concrete(v) and not np.all(np.isfinite(v)))
   if bad:
     raise ValueError(f'Calibration data give non-finite ranges at {", ".join(bad[:5])}.')
 
@@ -223,47 +237,59 @@ def _check_finite(ranges: PyTree) -> None:
 def ptq(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Iterable[Array],
-  policy: BitPolicy,
+  batches: Array | Iterable[Array],
+  rules: Rules,
   *,
-  weights: AffineQuantizer = WEIGHTS,
-  activations: AffineQuantizer = ACTIVATIONS,
+  anatomy: Anatomy | None = None,
+  kernels: AffineQuantizer = KERNELS,
+  outputs: AffineQuantizer = OUTPUTS,
   **kwargs: Any,
-) -> tuple[dict[str, PyTree], list[Hook]]:
-  """Post-training quantization: returns `(variables, hooks)` of the fake-quantized network.
+) -> Quantized:
+  """Post-training quantization of kernels and outputs with ranges from their smallest to their largest value.
 
-  `intercept.apply(model, variables, x, hooks=hooks)` is the quantized network. Weights are quantized
-  with their own range, activations with the range seen on `batches` by the float network.
+  Kernels have their own range, outputs that seen by the float network on the batches. There is nothing in it
+  that integers could be made of: layers read the quantized outputs of what is before them, if anything
+  quantizes there; `percentile_ptq` quantizes their inputs.
 
   Args:
     model: any Linen module.
     variables: its variables; kept as they are except for the quantized kernels.
-    batches: calibration inputs, arrays `[batch, ...]`; consumed once.
-    policy: bit-widths by module path.
-    weights: quantizer of the kernels.
-    activations: quantizer of the outputs.
-    **kwargs: passed to the model while calibrating, e.g. `train=False`.
+    batches: calibration inputs `[batch, ...]`, seen one after another: ranges are those of all.
+    rules: over kernels and outputs, 1 to 16 bits, with scales for the tensor or for channels. Bits may be
+      traced.
+    anatomy: the names of the model's parts, for what goes on from the result; None: `models.anatomy(model)`.
+    kernels: quantizer of the kernels, by default one range a channel.
+    outputs: quantizer of the outputs, by default one range.
+    **kwargs: passed to the model, e.g. `train=False`.
 
   Raises:
-    ValueError: if a rule of the policy matches no module (checked before any computation), if there is no
-      calibration batch, or if a range is not finite.
+    ValueError: if there is no batch, a rule matches no module or asks for what is not done here (checked
+      before any computation), or a range is not finite.
   """
-  batches = iter(batches)
-  try:
-    first = next(batches)
-  except StopIteration:
-    raise ValueError('batches is empty: calibration needs at least one batch.') from None
-  check_rules(policy.activations, module_paths(model, first, **kwargs), 'activation')
-  params = quantize_weights(variables['params'], policy, weights)
-  quantized = {**variables, 'params': params}
-  if not policy.activations:
-    return quantized, []
+  check_linen(model)
+  choices = ('tensor', 'channel')
+  check_accepted(rules, 'ptq', {'kernel': choices, 'output': choices})
+  first, batches = peek(batches)
+  check_matches(rules, 'output', module_paths(model, first, **kwargs))
+  constants = {}
+  if any(rule.operand == 'output' for rule in rules):
+    ranges = collect_ranges(model, variables, batches, rules, outputs, **kwargs)
+    constants = jax.jit(functools.partial(_constants, rules=rules, default=outputs))(ranges)
+  quantized = {
+    **variables,
+    'params': quantize_weights(variables['params'], rules, kernels),
+    COLLECTION: constants,
+  }
+  return Quantized.of(model, quantized, variables, operand_hooks(), kwargs=kwargs, anatomy=anatomy)
 
-  def all_batches():
-    yield first
-    yield from batches
 
-  quantized['ranges'] = collect_ranges(
-    model, variables, all_batches(), policy, activations, **kwargs
-  )
-  return quantized, fake_quantize_hooks(policy, activations)
+def _constants(ranges: PyTree, rules: Rules, default: AffineQuantizer) -> PyTree:
+  """Returns the constants of outputs, all in the shape of their range, which `nn.scan` may have stacked."""
+  flat, found = traverse_util.flatten_dict(ranges), {}
+  for *path, _ in (path for path in flat if path[-1] == 'minimum'):
+    ends = flat[*path, 'minimum'], flat[*path, 'maximum']
+    rule = decide(rules, '/'.join(path), 'output')
+    params = affine.params_from_range(_quantizer(default, rule), *ends, rule.bits)
+    for name in ('scale', 'zero_point', 'low', 'high'):
+      found[*path, 'output', name] = jnp.broadcast_to(getattr(params, name), ends[0].shape)
+  return traverse_util.unflatten_dict(found)

@@ -6,7 +6,7 @@ transform of the float parameters, after which one range a tensor is right.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,8 @@ from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import raise_unmatched
 from jaxlab.quantizers.networks import operands
 from jaxlab.quantizers.networks.calibration import calibrate_inputs
-from jaxlab.quantizers.networks.operands import COLLECTION, Quantized
-from jaxlab.quantizers.networks.rules import BitPolicy
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, joined_batch
+from jaxlab.quantizers.networks.rules import Rules
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -171,56 +171,59 @@ def layer_norm_pairs(anatomy: Anatomy, params: PyTree) -> tuple[tuple[str, str],
 def repq(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  x: Array,
-  policy: BitPolicy,
+  batches: Array | Iterable[Array],
+  rules: Rules,
   *,
-  pairs: Pairs | None = None,
   anatomy: Anatomy | None = None,
+  pairs: Pairs | None = None,
   **kwargs: Any,
 ) -> Quantized:
   """Post-training quantization of a transformer by RepQ-ViT, with QwT's range search.
 
   Kernels: affine per output channel. Inputs of layers, and the hook points `query`, `key`, `value`: affine
   per tensor. `softmax`: log-sqrt2. All ranges by the percentile search, those of activations in one
-  forward pass over `x` in order of execution (`calibrate_inputs`). Inputs of layers that a
+  forward pass in order of execution (`calibrate_inputs`). Inputs of layers that a
   LayerNorm feeds are calibrated per channel and merged (`reparametrize`); then those layers' kernels get new
   ranges, while activations keep the ranges of the pass. LayerNorm, softmax, GELU and residual sums are in
   float.
 
   A layer without bias is given one in the collection `'quantization'`, which the hooks add.
-  For data parallelism hand in `x` sharded over the mesh. A traceable function: for compilation ahead of
-  time jit `lambda v, x: repq(model, v, x, policy)[:2]`.
+  For data parallelism hand in a batch sharded over the mesh. A traceable function: for compilation ahead of
+  time jit `lambda v, x: repq(model, v, x, rules)`.
 
   Args:
     model: any Linen module.
     variables: its float variables.
-    x: calibration batch `[batch, ...]`: 32 images of the training set in QwT.
-    policy: bit-widths, 2 to 8, e.g. `edge_policy(4, 4)`; its `activations` rules are over the layers whose
-      input is quantized and the hook points above. Bits may be traced.
+    batches: calibration inputs `[batch, ...]`, 32 images of the training set in QwT; several arrays are taken
+      as one.
+    rules: over kernels and inputs of layers and the hook points above, 2 to 8 bits, e.g. `edge_rules(4, 4)`.
+      Bits may be traced.
+    anatomy: the names of the model's parts; None: `models.anatomy(model)`. Not asked for with `pairs`.
     pairs: see `norm_dense_pairs`; `()` reparametrizes nothing. Nothing else than the layers paired with
       it may read a paired norm's output. None: the LayerNorms of the anatomy and their readers, but for the
       head.
-    anatomy: the names of the model's parts; None: `models.anatomy(model)`. Read without `pairs`.
     **kwargs: passed to the model, e.g. `train=False`; hashable.
 
   Returns:
-    `Quantized`; its `float_variables` are the reparametrized ones, equal to `variables` as a function.
+    The network; its `float_variables` are the reparametrized ones, equal to `variables` as a function.
 
   Raises:
-    ValueError: if the model's parts are not known, a rule or a pair names nothing, bits are outside 2 to 8,
-      blocks are stacked (all before any work), or weights or calibration data are not finite.
+    ValueError: if there is no batch, the model's parts are not known, a rule or a pair names nothing, a rule
+      asks for what is not done here, bits are outside 2 to 8, blocks are stacked (all before any work), or
+      weights or calibration data are not finite.
   """
+  x = joined_batch(batches)
   if pairs is None:
     found = layer_norm_pairs(anatomy_of(model) if anatomy is None else anatomy, variables['params'])
   else:
     found = norm_dense_pairs(variables['params'], pairs)
   denses = [dense for _, dense in found]
-  todo = operands.plan(model, variables, x, policy, per_channel=denses, **kwargs)
+  todo = operands.plan(model, variables, x, rules, 'repq', per_channel=denses, **kwargs)
   found = tuple(pair for pair in found if pair[1] in todo.input_bits)
   _check_shared_norms(found, todo)
   params, kernels = operands.quantize_kernels(variables['params'], todo.kernel_bits)
   first_pass = {**variables, 'params': params}
-  inputs = calibrate_inputs(model, first_pass, x, todo, **kwargs)
+  inputs = calibrate_inputs(model, first_pass, x, todo, anatomy, **kwargs)
   operands.check_finite(inputs, kernels)
 
   floats = traverse_util.flatten_dict(dict(variables['params']), sep='/')
@@ -243,10 +246,13 @@ def repq(
         biases[dense] = leaf
   float_params = traverse_util.unflatten_dict(floats, sep='/')
   params, kernels = operands.quantize_kernels(float_params, todo.kernel_bits)
-  return Quantized(
+  return Quantized.of(
+    model,
     {**variables, 'params': params, COLLECTION: operands.collection(inputs, kernels, biases)},
-    {**variables, 'params': float_params, COLLECTION: operands.collection({}, {}, biases)},
+    {**variables, 'params': float_params},
     operands.operand_hooks(),
+    kwargs=kwargs,
+    anatomy=anatomy,
   )
 
 

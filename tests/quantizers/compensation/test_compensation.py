@@ -22,39 +22,38 @@ from jaxlab.models import (
   apply,
   blockwise,
 )
-from jaxlab.quantizers import BitPolicy, ptq
+from jaxlab.quantizers import Quantized, Rule, edge_rules, ptq
 from jaxlab.quantizers.compensation import fits, walk
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
-from jaxlab.quantizers.compensation.driver import COLLECTION, compensate, compensation_hook
+from jaxlab.quantizers.compensation.driver import compensate
+from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
 from jaxlab.quantizers.compensation.methods import NBC, QwT, QwTv2
-from jaxlab.quantizers.networks.operands import edge_policy
 from jaxlab.quantizers.networks.repq import repq
 
 VIT = {'patch_size': 4, 'image_size': 8, 'width': 8, 'num_heads': 2, 'num_classes': 3}
 X = random_images((32, 8, 8, 3))
 BATCHES = list(X.reshape(4, 8, 8, 8, 3))
-POLICY = BitPolicy(
-  weights=[('(blocks|layer).*', 3)], activations=[('.*(gelu|softmax|relu1|merge)', 4)]
-)
-FLOAT = {'dtype': jnp.float32, 'float_hooks': ()}
+RULES = [
+  Rule('(blocks|layer).*', 'kernel', 3), Rule('.*(gelu|softmax|relu1|merge)', 'output', 4)
+]  # fmt: skip
+FLOAT = {'dtype': jnp.float32}
+run = jax.jit(lambda network, x: network(x))
 
 
 def quantize(model, x=X):
-  """The float variables of `model`, and the triple of its quantized network."""
+  """The float variables of `model`, and its quantized network."""
   variables = random_variables(model, x)
-  quantized, hooks = ptq(model, variables, [x], POLICY)
-  return variables, (quantized, variables, hooks)
+  return variables, ptq(model, variables, x, RULES)
 
 
 @functools.cache
 def small_vit(depth=2):
   model = ViT(**VIT, depth=depth)
-  return (model, *quantize(model))
+  return quantize(model)
 
 
-def logit_error(model, variables, network, x=X):
-  run = jax.jit(lambda v, x: apply(model, v, x, hooks=network[1]))
-  return float(jnp.mean((jax.jit(model.apply)(variables, x) - run(network[0], x)) ** 2))
+def logit_error(variables, network, x=X):
+  return float(jnp.mean((jax.jit(network.model.apply)(variables, x) - run(network, x)) ** 2))
 
 
 @golden('qwt', 'tiny_vit_pipeline')
@@ -64,10 +63,10 @@ def test_pipeline_agrees_with_reference(vectors):
     model, variables = vit_of(vectors.tree('init_'), vectors.param('num_heads'), images)
     bits = vectors.param('weight_bits'), vectors.param('act_bits')
     few = images[: vectors.param('num_quant_calibration')]
-    quantized = repq(model, variables, few, edge_policy(*bits))
+    quantized = repq(model, variables, few, edge_rules(*bits))
     half = len(images) // 2
     batches = [images[:half], images[half : 2 * half]]
-    result = compensate(model, quantized, batches, dtype=jnp.float64)
+    result = compensate(quantized, batches, dtype=jnp.float64)
     for i, path in enumerate(result.report.paths):
       own = result.variables[COLLECTION][path]
       assert_close(own['weight'], vectors[f'comp_weight_{i}'], 1e-9)
@@ -75,8 +74,7 @@ def test_pipeline_agrees_with_reference(vectors):
       assert_close(result.report.r2[i], vectors[f'comp_r2_{i}'], 1e-9)
       before = np.mean(vectors[f'comp_error_{i}'] ** 2)
       assert_close(result.report.error_before[i], before, 1e-9)
-    run = jax.jit(lambda v, x: apply(model, v, x, hooks=result.hooks))
-    logits = run(result.variables, nhwc(vectors['in_test_images']))
+    logits = run(result, nhwc(vectors['in_test_images']))
     assert_close(logits, vectors['out_logits_qwt'], 1e-9)
 
 
@@ -92,13 +90,12 @@ METHODS = {
 @pytest.mark.parametrize('target', ['local', 'global'])
 @pytest.mark.parametrize('method', METHODS.values(), ids=METHODS)
 def test_errors_on_calibration_data_never_grow_and_the_network_gets_closer(method, target):
-  model, variables, quantized = small_vit()
-  result = compensate(model, quantized, BATCHES, method, target=target, **FLOAT)
+  variables, quantized = small_vit()
+  result = compensate(quantized, BATCHES, method, target=target, **FLOAT)
   report = result.report
   assert np.all(report.error_after <= report.error_before * (1 + 1e-6))
   assert np.all(report.error_after < 0.95 * report.error_before) and not np.any(report.skipped)
-  after = logit_error(model, variables, (result.variables, result.hooks))
-  assert after < logit_error(model, variables, (quantized[0], quantized[2]))
+  assert logit_error(variables, result) < logit_error(variables, quantized)
 
 
 class Merging(nn.Module):
@@ -129,7 +126,8 @@ class Masked(nn.Module):
 
 def naive_qwt(model, quantized, x, path, before):
   """Input, output and float output of one block, from runs of the whole network."""
-  hooks = (*quantized[2], *before)
+  variables, hooks = quantized.unbind()
+  hooks = (*hooks, *before)
   seen = {}
 
   def keep(site, call, x, **kwargs):
@@ -137,8 +135,8 @@ def naive_qwt(model, quantized, x, path, before):
     seen['x'], seen['y'], seen['mask'] = x, y[0], kwargs['mask']
     return y
 
-  apply(model, quantized[0], x, 0.5, hooks=[*hooks, Hook(path, call=keep)])
-  block = {'params': quantized[1]['params'][path]}
+  apply(model, variables, x, 0.5, hooks=[*hooks, Hook(path, call=keep)])
+  block = {'params': quantized.float_variables['params'][path]}
   full = Masked().apply(block, seen['x'], mask=seen['mask'], scale=0.5)[0]
   return seen['x'], full - seen['y']
 
@@ -147,15 +145,15 @@ def test_anything_between_blocks_and_their_other_arguments_are_followed():
   model, x = Merging(), random_images((32, 4, 8))
   variables = random_variables(model, x)
   params = jax.tree.map(lambda a: jnp.round(4 * a) / 4, variables['params'])
-  quantized = ({'params': params}, variables, ())
+  quantized = Quantized.of(model, {'params': params}, variables, ())
   batches = [(batch, 0.5) for batch in x.reshape(4, 8, 4, 8)]
-  result = compensate(model, quantized, batches, anatomy=MERGING, **FLOAT)
+  result = compensate(quantized, batches, anatomy=MERGING, **FLOAT)
   assert result.report.paths == ('blocks_0', 'blocks_1', 'blocks_2', 'blocks_3')
   done = []
   for path in result.report.paths:
-    network = ({**quantized[0], COLLECTION: result.variables[COLLECTION]}, variables, ())
-    hooks = [compensation_hook(done, jnp.float32)] if done else []
-    inputs, error = naive_qwt(model, network, x, path, hooks)
+    known = {name: result.variables[COLLECTION][name] for name in done}
+    network = Quantized.of(model, {'params': params, COLLECTION: known}, variables, ())
+    inputs, error = naive_qwt(model, network, x, path, [compensation_hook(jnp.float32)])
     own = result.variables[COLLECTION][path]
     rows = np.asarray(inputs, np.float64).reshape(-1, inputs.shape[-1])
     a = np.concatenate([rows, np.ones((len(rows), 1))], 1)
@@ -183,7 +181,7 @@ def compilations(fn):
 
 @pytest.mark.parametrize('method', [QwT(), QwTv2(), NBC()])
 def test_blocks_of_one_shape_are_compiled_once(method):
-  run = lambda depth: compensate(*small_vit(depth)[::2], BATCHES[:2], method, **FLOAT)  # noqa: E731
+  run = lambda depth: compensate(small_vit(depth)[1], BATCHES[:2], method, **FLOAT)  # noqa: E731
   small_vit(5)
   run(2)  # what jitted library functions compile once and for all
   shallow, deep = (compilations(lambda d=depth: run(d)) for depth in (2, 5))
@@ -191,7 +189,7 @@ def test_blocks_of_one_shape_are_compiled_once(method):
 
 
 def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
-  model, _, quantized = small_vit()
+  _, quantized = small_vit()
   peaks = []
   restore = blockwise.Parked.restore
 
@@ -206,19 +204,19 @@ def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
   )  # on a CPU, it would share the device's memory
   for count in (2, 8):
     peaks.append(0)
-    compensate(model, quantized, iter([BATCHES[0]] * count), **FLOAT)
+    compensate(quantized, iter([BATCHES[0]] * count), **FLOAT)
   assert peaks[1] <= peaks[0] + 1000
 
 
 @pytest.mark.parametrize('method', [QwT(), NBC()])
 def test_result_is_the_same_on_eight_devices_as_on_one(method):
-  model, _, quantized = small_vit()
+  _, quantized = small_vit()
   mesh = Mesh(np.asarray(jax.devices()), ('data',))
   place = lambda spec, tree: jax.device_put(tree, NamedSharding(mesh, spec))  # noqa: E731
   spread = [place(PartitionSpec('data'), batch) for batch in BATCHES]
-  everywhere = (*place(PartitionSpec(), quantized[:2]), quantized[2])
-  one = compensate(model, quantized, BATCHES, method, **FLOAT)
-  eight = compensate(model, everywhere, spread, method, **FLOAT)
+  everywhere = place(PartitionSpec(), quantized)
+  one = compensate(quantized, BATCHES, method, **FLOAT)
+  eight = compensate(everywhere, spread, method, **FLOAT)
   for a, b in zip(*(jax.tree.leaves(r.variables[COLLECTION]) for r in (one, eight))):
     assert_close(b, a, 2e-3)
   assert_close(eight.report.error_after, one.report.error_after, 1e-4)
@@ -229,40 +227,34 @@ def test_convolutional_blocks_are_compensated_in_groups_and_strides():
   x = random_images((128, 8, 8, 3))
   variables, quantized = quantize(model, x)
   method = QwT(channels_per_group=4)
-  result = compensate(model, quantized, [x[:64], x[64:]], method, **FLOAT)
+  result = compensate(quantized, [x[:64], x[64:]], method, **FLOAT)
   assert result.variables[COLLECTION]['layer2_0']['weight'].shape == (1, 1, 4, 16)
   assert np.all(result.report.error_after <= result.report.error_before * (1 + 1e-6))
   assert not np.all(result.report.skipped)  # R^2 around the mean of the batch alone may be negative
-  after = logit_error(model, variables, (result.variables, result.hooks), x)
-  assert after < logit_error(model, variables, (quantized[0], quantized[2]), x)
+  assert logit_error(variables, result, x) < logit_error(variables, quantized, x)
 
 
 def test_start_block_leaves_the_blocks_before_alone():
-  model, _, quantized = small_vit()
-  result = compensate(model, quantized, BATCHES, start_block=1, **FLOAT)
+  _, quantized = small_vit()
+  result = compensate(quantized, BATCHES, start_block=1, **FLOAT)
   assert result.report.paths == ('blocks_1',) and set(result.variables[COLLECTION]) == {'blocks_1'}
   with pytest.raises(ValueError, match='start_block=2 is not one of the 2'):
-    compensate(model, quantized, BATCHES, start_block=2, **FLOAT)
+    compensate(quantized, BATCHES, start_block=2, **FLOAT)
 
 
 def test_half_compensation_is_close_to_float():
-  model, _, quantized = small_vit()
-  half, full = (
-    compensate(model, quantized, BATCHES, dtype=dtype, float_hooks=())
-    for dtype in (jnp.float16, jnp.float32)
-  )
-  run = lambda r: jax.jit(lambda v: apply(model, v, X, hooks=r.hooks))(r.variables)  # noqa: E731
-  assert_close(run(half), run(full), 0.1)
+  _, quantized = small_vit()
+  half, full = (compensate(quantized, BATCHES, dtype=dtype) for dtype in (jnp.float16, jnp.float32))
+  assert_close(run(half, X), run(full, X), 0.1)
 
 
 @pytest.mark.parametrize('method', [QwT(), QwTv2('block'), NBC()])
 def test_gradients_reach_the_compensation(method):
-  model, _, quantized = small_vit()
-  result = compensate(model, quantized, BATCHES[:2], method, **FLOAT)
+  _, quantized = small_vit()
+  result = compensate(quantized, BATCHES[:2], method, **FLOAT)
 
   def loss(own):
-    variables = {**result.variables, COLLECTION: own}
-    return jnp.sum(apply(model, variables, X[:4], hooks=result.hooks) ** 2)
+    return jnp.sum(result.update(compensation=own)(X[:4]) ** 2)
 
   for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(result.variables[COLLECTION])):
     assert np.all(np.isfinite(gradient))
@@ -272,11 +264,11 @@ def test_gradients_reach_the_compensation(method):
 
 
 def test_reported_costs_are_those_of_the_formulas():
-  model, _, quantized = small_vit()
+  _, quantized = small_vit()
   costs = {QwT(): linear_cost(8, 8, 5), QwTv2('block'): channel_affine_cost(8, 5)}
   costs[NBC()] = bipolar_cost(8, 8, 5)
   for method, (parameters, products) in costs.items():
-    report = compensate(model, quantized, BATCHES[:2], method, **FLOAT).report
+    report = compensate(quantized, BATCHES[:2], method, **FLOAT).report
     np.testing.assert_array_equal(report.parameters, parameters)
     np.testing.assert_array_equal(report.multiply_adds, products)
 
@@ -285,13 +277,13 @@ def test_reported_costs_are_those_of_the_formulas():
   'method', [NBC('mean_abs'), NBC('max_abs'), NBC('search', factors=(1.0, np.inf))]
 )
 def test_scale_rules_run_and_help(method):
-  model, _, quantized = small_vit()
-  report = compensate(model, quantized, BATCHES, method, **FLOAT).report
+  _, quantized = small_vit()
+  report = compensate(quantized, BATCHES, method, **FLOAT).report
   assert np.all(report.error_after < report.error_before)
 
 
 def test_search_goes_over_the_rows_a_fixed_number_of_times(monkeypatch):
-  model, _, quantized = small_vit()
+  _, quantized = small_vit()
   passes = []
   fold = fits.Rows.fold
   monkeypatch.setattr(
@@ -299,14 +291,14 @@ def test_search_goes_over_the_rows_a_fixed_number_of_times(monkeypatch):
   )
   for factors in ((1.0, np.inf), (0.25, 1.0, 4.0, np.inf)):
     passes.clear()
-    compensate(model, quantized, BATCHES, NBC('search', factors=factors), start_block=1, **FLOAT)
+    compensate(quantized, BATCHES, NBC('search', factors=factors), start_block=1, **FLOAT)
     assert len(passes) == 4
 
 
 @pytest.mark.parametrize('granularity', ['linear', 'block'])
 def test_errors_from_the_statistics_are_those_that_are_measured(granularity, monkeypatch):
-  model, _, quantized = small_vit()
-  run = lambda: compensate(model, quantized, BATCHES, QwTv2(granularity), **FLOAT)  # noqa: E731
+  _, quantized = small_vit()
+  run = lambda: compensate(quantized, BATCHES, QwTv2(granularity), **FLOAT)  # noqa: E731
   summed = run()
   monkeypatch.setattr(walk.BlockWalk, '_has_exact_sums', lambda self, part: False)
   measured = run()
@@ -317,17 +309,17 @@ def test_errors_from_the_statistics_are_those_that_are_measured(granularity, mon
 
 
 def test_held_out_gate_runs_and_needs_two_batches():
-  model, _, quantized = small_vit()
+  _, quantized = small_vit()
   method = QwTv2('block', held_out=True)
-  report = compensate(model, quantized, BATCHES, method, **FLOAT).report
+  report = compensate(quantized, BATCHES, method, **FLOAT).report
   assert np.all(report.error_after < report.error_before)
   with pytest.raises(ValueError, match='blocks_0: held_out=True needs at least two'):
-    compensate(model, quantized, BATCHES[:1], method, **FLOAT)
+    compensate(quantized, BATCHES[:1], method, **FLOAT)
 
 
 def test_bad_arguments_raise():
-  model, _, quantized = small_vit()
-  run = functools.partial(compensate, model, quantized, **FLOAT)
+  _, quantized = small_vit()
+  run = functools.partial(compensate, quantized, **FLOAT)
   with pytest.raises(ValueError, match='batches is empty'):
     run([])
   with pytest.raises(ValueError, match=r"block pattern 'stage_0'"):
@@ -352,7 +344,8 @@ def test_bad_arguments_raise():
 def test_a_network_of_unknown_parts_is_named_by_an_anatomy_or_refused():
   model, x = Merging(), random_images((8, 4, 8))
   variables = random_variables(model, x)
-  run = functools.partial(compensate, model, (variables, variables, ()), [x], **FLOAT)
+  network = Quantized(model, variables, {})
+  run = functools.partial(compensate, network, [x], **FLOAT)
   with pytest.raises(ValueError, match=r'parts of Merging are not known .*anatomy='):
     run()
   with pytest.raises(ValueError, match=r"block pattern 'blocks_7'\. Closest .*blocks_"):
@@ -390,8 +383,8 @@ def test_a_network_of_unknown_parts_is_named_by_an_anatomy_or_refused():
 def test_branches_end_where_the_anatomy_says(model, blocks, expected):
   variables = random_variables(model, X[:8])
   params = jax.tree.map(lambda a: np.round(4 * a) / 4, variables['params'])
-  quantized = ({**variables, 'params': params}, variables, ())
-  result = compensate(model, quantized, [X[:8]], QwTv2('branch'), blocks=blocks, **FLOAT)
+  quantized = Quantized.of(model, {**variables, 'params': params}, variables, ())
+  result = compensate(quantized, [X[:8]], QwTv2('branch'), blocks=blocks, **FLOAT)
   assert list(result.report.paths) == expected
 
 
@@ -399,4 +392,4 @@ def test_stacked_blocks_are_refused():
   model = ViT(**VIT, depth=2, scan=True)
   variables = random_variables(model, X)
   with pytest.raises(ValueError, match='stacked'):
-    compensate(model, (variables, variables, ()), BATCHES)
+    compensate(Quantized(model, variables, {}), BATCHES)

@@ -9,8 +9,9 @@ from models.random_variables import random_images, random_variables
 
 from jaxlab.models import Hook, ViT, apply
 from jaxlab.quantizers.compensation import QwTv2, compensate
-from jaxlab.quantizers.networks.operands import TENSOR, affine_constants, edge_policy
+from jaxlab.quantizers.networks.operands import TENSOR, affine_constants
 from jaxlab.quantizers.networks.repq import repq
+from jaxlab.quantizers.networks.rules import edge_rules
 
 X = random_images((16, 8, 8, 3))
 BATCHES = [X[:8], X[8:]]
@@ -19,7 +20,7 @@ MODEL = ViT(patch_size=4, image_size=8, width=8, depth=1, num_heads=2, num_class
 
 @functools.cache
 def quantized():
-  return repq(MODEL, random_variables(MODEL, X), X, edge_policy(2, 3))
+  return repq(MODEL, random_variables(MODEL, X), X, edge_rules(2, 3))
 
 
 def constants(variables):
@@ -27,7 +28,7 @@ def constants(variables):
 
 
 def test_ranges_of_inputs_are_those_of_what_flows_in_the_compensated_network():
-  result = compensate(MODEL, quantized(), BATCHES, QwTv2(), dtype=jnp.float32)
+  result = compensate(quantized(), BATCHES, QwTv2(), dtype=jnp.float32)
   own, old = constants(result.variables), constants(quantized().variables)
   paths = [
     name.removesuffix('/input/zero_point') for name in own if name.endswith('input/zero_point')
@@ -39,9 +40,10 @@ def test_ranges_of_inputs_are_those_of_what_flows_in_the_compensated_network():
     site.write('x', x)
     return call(x, *args, **kwargs)
 
-  hooks = [*result.hooks, Hook('|'.join(inside), call=keep, collection='seen')]
+  variables, hooks = result.unbind()
+  hooks = [*hooks, Hook('|'.join(inside), call=keep, collection='seen')]
   run = jax.jit(lambda v: apply(MODEL, v, BATCHES[0], hooks=hooks, mutable=['seen'])[1])
-  seen = traverse_util.flatten_dict(run(result.variables)['seen'], sep='/')
+  seen = traverse_util.flatten_dict(run(variables)['seen'], sep='/')
   for path in inside:
     expected = affine_constants(TENSOR, seen[f'{path}/x'], 3)
     assert_close(own[f'{path}/input/scale'], expected['scale'], 1e-5)
@@ -52,7 +54,7 @@ def test_ranges_of_inputs_are_those_of_what_flows_in_the_compensated_network():
 
 
 def test_ranges_stay_where_that_is_asked_for():
-  result = compensate(MODEL, quantized(), BATCHES, QwTv2(recalibrate=False), dtype=jnp.float32)
+  result = compensate(quantized(), BATCHES, QwTv2(recalibrate=False), dtype=jnp.float32)
   jax.tree.map(
     np.testing.assert_array_equal,
     result.variables['quantization'],

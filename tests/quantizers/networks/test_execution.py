@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax
@@ -14,11 +15,12 @@ from jaxlab import models
 from jaxlab.models import Hook, ViT, apply
 from jaxlab.models.vit import Block
 from jaxlab.quantizers.networks import execution, storage
-from jaxlab.quantizers.networks.execution import IntegerNetwork, integer_network
-from jaxlab.quantizers.networks.operands import Quantized, edge_policy
+from jaxlab.quantizers.networks.execution import integer_network
+from jaxlab.quantizers.networks.operands import operand_hooks
 from jaxlab.quantizers.networks.percentile import percentile_ptq
+from jaxlab.quantizers.networks.quantized import Quantized
 from jaxlab.quantizers.networks.repq import repq
-from jaxlab.quantizers.networks.rules import BitPolicy
+from jaxlab.quantizers.networks.rules import edge_rules, uniform_rules
 
 VIT = ViT(patch_size=4, image_size=8, width=12, depth=2, num_heads=2, num_classes=5)
 RESNET = models.create('cifar_resnet18', stage_sizes=(1, 1), strides=(1, 2), width=6, num_classes=5)
@@ -26,16 +28,14 @@ X = random_images((8, 8, 8, 3))
 PTQ = {'vit': (VIT, repq), 'resnet': (RESNET, percentile_ptq)}
 
 
-def quantize(name, bits, dtype=np.float32) -> tuple[nn.Module, Quantized, jax.Array]:
+def quantize(name, bits, dtype=np.float32) -> tuple[Quantized, jax.Array]:
   model, ptq = PTQ[name]
   variables = jax.tree.map(lambda leaf: leaf.astype(dtype), random_variables(model, X))
   x = jnp.asarray(X, dtype)
-  return model, ptq(model, variables, x, edge_policy(bits, bits)), x
+  return ptq(model, variables, x, edge_rules(bits, bits)), x
 
 
-def run(model, network, x):
-  hooks = network.hooks
-  return jax.jit(lambda v, x: apply(model, v, x, hooks=hooks))(network.variables, x)
+run = jax.jit(lambda network, x: network(x))
 
 
 def with_whole_zero_points(quantized):
@@ -47,14 +47,14 @@ def with_whole_zero_points(quantized):
       fractional += int(np.any(value != np.round(value)))
       flat[path] = jnp.round(value)
   tree = traverse_util.unflatten_dict(flat, sep='/')
-  return quantized._replace(variables={**quantized.variables, 'quantization': tree}), fractional
+  return quantized.update(quantization=tree), fractional
 
 
 @pytest.fixture(scope='module', params=['vit', 'resnet'])
 def network(request):
-  """Model, fake-quantized network and its integers, at 4 bits (the edges at 8)."""
-  model, quantized, _ = quantize(request.param, 4)
-  return model, quantized, integer_network(quantized)
+  """Fake-quantized network and its integers, at 4 bits (the edges at 8)."""
+  quantized, _ = quantize(request.param, 4)
+  return quantized, integer_network(quantized)
 
 
 @pytest.mark.parametrize('bits', [8, 4])
@@ -62,30 +62,30 @@ def network(request):
 def test_integers_compute_the_fake_quantized_network(name, bits):
   # In float64 no value comes near enough to a rounding tie to fall to the other side.
   with jax.enable_x64(True):
-    model, quantized, x = quantize(name, bits, np.float64)
+    quantized, x = quantize(name, bits, np.float64)
     whole, fractional = with_whole_zero_points(quantized)
     network = integer_network(quantized)
-    y = run(model, network, x)
-    assert_close(y, run(model, whole, x), 1e-9)
+    y = run(network, x)
+    assert_close(y, run(whole, x), 1e-9)
     assert fractional == (2 * VIT.depth if name == 'vit' else 0)
     if fractional:
-      fake = run(model, quantized, x)
-      exact = run(model, quantized._replace(variables=quantized.float_variables), x)
+      fake = run(quantized, x)
+      exact = run(quantized.in_float(), x)
       assert np.std(y - fake) > 0 and np.std(y - exact) < 1.3 * np.std(fake - exact)
-  assert network.skipped == {}
+  assert not network.skipped
 
 
 def test_float32_integers_stay_within_the_error_of_quantization(network):
-  model, quantized, integers = network
+  quantized, integers = network
   whole, _ = with_whole_zero_points(quantized)
-  fake, exact = run(model, whole, X), model.apply(quantized.float_variables, X)
-  y = run(model, integers, X)
+  fake, exact = run(whole, X), run(quantized.in_float(), X)
+  y = run(integers, X)
   assert y.dtype == jnp.float32
   assert np.std(y - fake) < 0.2 * np.std(fake - exact)
 
 
 def test_float_kernels_are_gone_and_given_back_by_their_codes(network):
-  _, quantized, integers = network
+  quantized, integers = network
   flat = traverse_util.flatten_dict(integers.variables['params'], sep='/')
   assert not [path for path in flat if path.endswith('kernel')]
   kernels = {
@@ -105,36 +105,36 @@ def test_float_kernels_are_gone_and_given_back_by_their_codes(network):
 
 
 def test_files_give_the_same_network_back(network, tmp_path):
-  model, _, integers = network
+  _, integers = network
   path = tmp_path / 'network.safetensors'
   size = execution.save_integer_network(path, integers)
-  loaded = execution.load_integer_network(path)
+  loaded = execution.load_integer_network(path, integers.model)
   assert size == path.stat().st_size
   assert storage.size_in_bytes(loaded.variables) == storage.size_in_bytes(integers.variables)
-  own, expected = (traverse_util.flatten_dict(n.variables, sep='/') for n in (loaded, integers))
+  own, expected = (traverse_util.flatten_dict(n.unbind()[0], sep='/') for n in (loaded, integers))
   assert set(own) == set(expected)
   for name, leaf in expected.items():
     for a, b in zip(jax.tree.leaves(own[name]), jax.tree.leaves(leaf), strict=True):
       assert a.dtype == b.dtype
       np.testing.assert_array_equal(a, b)
   assert loaded.skipped == integers.skipped
-  np.testing.assert_array_equal(run(model, loaded, X), run(model, integers, X))
+  np.testing.assert_array_equal(run(loaded, X), run(integers, X))
 
 
 def test_exported_programs_run_without_the_model(network):
-  model, _, integers = network
+  _, integers = network
   batch = export.symbolic_shape('batch')[0]
   shape = jax.ShapeDtypeStruct((batch, *X.shape[1:]), jnp.float32)
-  exported = execution.export_network(model, integers, shape)
+  exported = execution.export_network(integers, shape)
   kernels = [leaf for leaf in jax.tree.leaves(integers.variables['integers']) if leaf.ndim > 1]
   # A CPU sums the same integers in float32, exactly; an accelerator multiplies integers.
   for platform, count in (('cpu', 0), ('tpu', len(kernels))):
-    program = execution.export_network(model, integers, shape, platforms=[platform])
+    program = execution.export_network(integers, shape, platforms=[platform])
     text = program.mlir_module()
     dots = re.findall(r'stablehlo\.(?:dot_general|convolution)\b.*-> tensor<.*?xi32>', text)
     assert len(dots) == count
   again = export.deserialize(exported.serialize())
-  expected = run(model, integers, X)
+  expected = run(integers, X)
   np.testing.assert_allclose(again.call(X), expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(again.call(X[:3]), expected[:3], rtol=1e-5, atol=1e-5)
 
@@ -150,8 +150,8 @@ class Pair(nn.Module):
 def pair(bits=4, dtype=np.float32):
   model, x = Pair(), np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32)
   variables = jax.tree.map(lambda leaf: leaf.astype(dtype), random_variables(model, x))
-  policy = BitPolicy([('.*', bits)], [('.*', 8)])
-  return model, variables, x.astype(dtype), percentile_ptq(model, variables, x, policy)
+  quantized = percentile_ptq(model, variables, x, uniform_rules(bits, 8))
+  return model, variables, x.astype(dtype), quantized
 
 
 def test_bytes_are_those_counted_by_hand():
@@ -168,8 +168,8 @@ def test_bytes_are_those_counted_by_hand():
 
 
 def test_bfloat16_networks_stay_bfloat16():
-  model, _, x, quantized = pair(4, jnp.bfloat16)
-  fake, y = run(model, quantized, x), run(model, integer_network(quantized), x)
+  _, _, x, quantized = pair(4, jnp.bfloat16)
+  fake, y = run(quantized, x), run(integer_network(quantized), x)
   assert y.dtype == fake.dtype == jnp.bfloat16
   assert np.std(y.astype(np.float32) - fake.astype(np.float32)) < 0.03 * np.std(
     fake.astype(np.float32)
@@ -177,7 +177,7 @@ def test_bfloat16_networks_stay_bfloat16():
 
 
 def test_blocks_run_alone_under_one_compilation():
-  _, quantized, _ = quantize('vit', 4)
+  quantized, _ = quantize('vit', 4)
   network = integer_network(quantized)
   block, seen = Block(VIT.num_heads), 'seen'
   traces = []
@@ -192,21 +192,22 @@ def test_blocks_run_alone_under_one_compilation():
     return x
 
   hooks = [*network.hooks, Hook(r'blocks_\d+|norm', input=keep, collection=seen)]
-  _, state = jax.jit(lambda v: apply(VIT, v, X, hooks=hooks, mutable=[seen]))(network.variables)
+  variables, _ = network.unbind()
+  _, state = jax.jit(lambda v: apply(VIT, v, X, hooks=hooks, mutable=[seen]))(variables)
   x = state[seen]['blocks_0']['input']
   for index in range(VIT.depth):
-    own = {name: tree.get(f'blocks_{index}', {}) for name, tree in network.variables.items()}
+    own = {name: tree.get(f'blocks_{index}', {}) for name, tree in variables.items()}
     x = run_block(own, x)
   assert_close(x, state[seen]['norm']['input'], 1e-5)
   assert len(traces) == 1
 
 
 def test_hooks_of_a_compensation_stay():
-  model, _, x, quantized = pair()
+  _, _, x, quantized = pair()
   shift = Hook('second', output=lambda site, y: y + 3)
-  more = quantized._replace(hooks=(*quantized.hooks, shift))
-  expected = run(model, integer_network(quantized), x) + 3
-  np.testing.assert_array_equal(run(model, integer_network(more), x), expected)
+  more = dataclasses.replace(quantized, hooks=(*quantized.hooks, shift))
+  expected = run(integer_network(quantized), x) + 3
+  np.testing.assert_array_equal(run(integer_network(more), x), expected)
 
 
 class Odd(nn.Module):
@@ -231,9 +232,9 @@ def test_convolutions_take_the_options_of_their_module(options):
   x = np.random.default_rng(0).normal(size=(2, 3, 9, 8, 4)).astype(np.float32)
   model = Odd(tuple(options.items()))
   variables = random_variables(model, x)
-  quantized = percentile_ptq(model, variables, x, BitPolicy([('.*', 4)], [('.*', 8)]))
-  y = run(model, integer_network(quantized), x)
-  assert_close(y, run(model, quantized, x), 1e-5)
+  quantized = percentile_ptq(model, variables, x, uniform_rules(4, 8))
+  y = run(integer_network(quantized), x)
+  assert_close(y, run(quantized, x), 1e-5)
 
 
 def constants(low=0.0, high=255.0, scale=0.1, zero_point=7.0):
@@ -241,20 +242,22 @@ def constants(low=0.0, high=255.0, scale=0.1, zero_point=7.0):
   return dict(zip(names, map(jnp.float32, (scale, zero_point, low, high))))
 
 
-def layer(kernel, **input_constants):
-  """A network of one layer `fc`, its constants made by hand."""
+def layer(kernel, model=None, **input_constants):
+  """A network of one layer `fc`, its constants made by hand; the layer itself, if it is given."""
   channels = {**constants(), 'scale': jnp.full(kernel.shape[-1], 0.1)}
   own = {'kernel': channels, 'input': constants(**input_constants)}
   variables = {'params': {'fc': {'kernel': kernel}}, 'quantization': {'fc': own}}
-  return Quantized(variables, variables, ())
+  if isinstance(model, nn.Dense | nn.Conv):
+    variables = {name: tree['fc'] for name, tree in variables.items()}
+  return Quantized(model, variables, {}, operand_hooks())
 
 
 def test_constant_channels_keep_their_value():
   model, variables, x, _ = pair()
   variables['params']['first']['kernel'][:, 3] = -1.7
-  quantized = percentile_ptq(model, variables, x, BitPolicy([('.*', 8)], [('.*', 8)]))
+  quantized = percentile_ptq(model, variables, x, uniform_rules(8, 8))
   assert quantized.variables['quantization']['first']['kernel']['scale'][3] == 0
-  assert_close(run(model, integer_network(quantized), x), run(model, quantized, x), 0.01)
+  assert_close(run(integer_network(quantized), x), run(quantized, x), 0.01)
   kernel = integer_network(quantized).variables['integers']['first']['kernel']
   np.testing.assert_array_equal(
     kernel.dequantize(), quantized.variables['params']['first']['kernel']
@@ -268,26 +271,21 @@ def test_zero_points_outside_of_the_codes(zero_point, high):
   kernel = jnp.asarray(rng.integers(-7, 200, (3, 3, 2, 4)) * np.float32(0.1))
   conv, dense = nn.Conv(4, (3, 3), use_bias=False), nn.Dense(4, use_bias=False)
   for model, own in ((conv, kernel), (dense, kernel[0, 0])):
-    tree = layer(own, zero_point=zero_point, high=high).variables
-    tree = {name: below['fc'] for name, below in tree.items()}
-    hooks = execution.operands.operand_hooks()
+    quantized = layer(own, model, zero_point=zero_point, high=high)
     x = jnp.asarray(rng.uniform(-40, 40, (2, 5, 5, 2)), jnp.float32)
-    quantized = Quantized(tree, tree, hooks)
     if own.ndim > 2 and max(high, zero_point) - min(0, zero_point) > 255:
       with pytest.raises(ValueError, match=r'takes .* codes, more than 8 bits'):
         integer_network(quantized)
     else:
-      y = run(model, integer_network(quantized), x)
-      assert_close(y, run(model, quantized, x), 1e-5)
+      y = run(integer_network(quantized), x)
+      assert_close(y, run(quantized, x), 1e-5)
 
 
 def test_a_fractional_zero_point_moves_the_clipping_bounds_alone():
-  quantized = layer(0.1 * jnp.eye(4, dtype=jnp.float32), zero_point=7.4, high=15.0)
-  tree = {name: own['fc'] for name, own in quantized.variables.items()}
-  quantized = Quantized(tree, tree, execution.operands.operand_hooks())
+  kernel = 0.1 * jnp.eye(4, dtype=jnp.float32)
+  quantized = layer(kernel, nn.Dense(4, use_bias=False), zero_point=7.4, high=15.0)
   x = jnp.linspace(-1.5, 1.5, 400).reshape(100, 4)
-  model = nn.Dense(4, use_bias=False)
-  y, fake = run(model, integer_network(quantized), x), run(model, quantized, x)
+  y, fake = run(integer_network(quantized), x), run(quantized, x)
   codes = np.round(np.asarray(x) / np.float32(0.1)) + 7.4
   inside = (codes >= 0) & (codes <= 15)
   steps = (y - fake) / 0.01
@@ -297,7 +295,7 @@ def test_a_fractional_zero_point_moves_the_clipping_bounds_alone():
 
 def test_layers_without_integers_say_why():
   kernel = jnp.ones((4, 2))
-  fc = layer(kernel).variables
+  fc, hooks = layer(kernel).unbind()
   reasons = {}
   for name, change in {
     'flat': {'input': constants(scale=0.0)},
@@ -309,8 +307,8 @@ def test_layers_without_integers_say_why():
   }.items():
     fc['params'][name] = fc['params']['fc']
     fc['quantization'][name] = {**fc['quantization']['fc'], **change}
-  reasons = integer_network(Quantized(fc, fc, ())).skipped
-  assert reasons == {
+  reasons = integer_network(Quantized(None, fc, {}, hooks)).skipped
+  assert dict(reasons) == {
     'flat': 'the range of its input has no extent',
     'wide': 'its int32 accumulator could overflow',
     'logarithmic': 'its input has no affine quantizer a tensor',
@@ -333,21 +331,20 @@ class General(nn.Module):
 
 
 def run_by_hand(model, kernel, x):
-  network = integer_network(layer(kernel))
-  return apply(model, network.variables, x, hooks=network.hooks or execution.integer_hooks())
+  return integer_network(layer(kernel, model))(x)
 
 
 def load_plain(path):
   storage.save_quantized(path, {'params': {'a': jnp.ones(3)}})
-  return execution.load_integer_network(path)
+  return execution.load_integer_network(path, Pair())
 
 
 @pytest.mark.parametrize(
   ('make', 'match'),
   [
     (
-      lambda _: integer_network(IntegerNetwork({'params': {}}, (), {})),
-      "no collection 'quantization': integer_network takes",
+      lambda _: integer_network({'params': {}}),
+      'integer_network takes a Quantized, .* got dict',
     ),
     (
       lambda _: integer_network(layer(jnp.ones((33100, 1)))),
@@ -355,9 +352,9 @@ def load_plain(path):
     ),
     (
       lambda _: apply(
-        Pair(), pair()[-1].variables, np.ones((2, 16)), hooks=execution.integer_hooks()
+        Pair(), pair()[-1].unbind()[0], np.ones((2, 16)), hooks=execution.integer_hooks()
       ),
-      "no collection 'integers': pass those of `integer_network`",
+      "no collection 'integers': call what `integer_network` returns",
     ),
     (
       lambda _: run_by_hand(Circular(), jnp.ones((3, 3, 2, 2)), jnp.ones((1, 4, 4, 2))),

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 
 from jaxlab import models
-from jaxlab.models import ResNet, apply, blockwise
+from jaxlab.models import ResNet, blockwise
 from jaxlab.parallel import batch_sharding, fsdp_shardings, make_mesh
-from jaxlab.quantizers import BitPolicy
+from jaxlab.quantizers import Rule, uniform_rules
 from jaxlab.quantizers.compensation.driver import compensate
 from jaxlab.quantizers.networks.execution import integer_network
 from jaxlab.quantizers.networks.gptq import gptq_array, gptq_ptq
@@ -28,7 +28,7 @@ LLAMA = {
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 11, (16, 12)).astype(np.int32)
 BATCHES = list(TOKENS.reshape(2, 8, 12))
-WEIGHTS = BitPolicy(weights=[('layers_.*', 3)])
+WEIGHTS = uniform_rules(3, path='layers_.*')
 PROGRAMS = blockwise.Programs()
 
 
@@ -94,15 +94,15 @@ def test_stored_codes_give_the_kernels_back_bit_for_bit(group_size, tmp_path):
   assert size_in_bytes(loaded) == size_in_bytes(stored)
 
 
-def test_inputs_are_quantized_where_the_policy_says_so_and_then_layers_run_in_integers():
+def test_inputs_are_quantized_where_rules_say_so_and_then_layers_run_in_integers():
   model, variables = llama()
-  policy = BitPolicy([('layers_.*', 4)], [(r'.*/mlp/.*', 8)])
-  found = gptq_ptq(model, variables, BATCHES, policy, programs=PROGRAMS)
+  rules = [Rule('layers_.*', 'kernel', 4), Rule('.*/mlp/.*', 'input', 8)]
+  found = gptq_ptq(model, variables, BATCHES, rules, programs=PROGRAMS)
   network = integer_network(found)
   assert {'layers_0/mlp/up_proj', 'layers_1/mlp/down_proj'}.isdisjoint(network.skipped)
   assert 'layers_0/self_attn/q_proj' in network.skipped
-  run = jax.jit(lambda v, hooks: apply(model, v, TOKENS, hooks=hooks), static_argnums=1)
-  fake, real = run(found.variables, found.hooks), run(network.variables, network.hooks)
+  run = jax.jit(lambda network: network(TOKENS))
+  fake, real = run(found), run(network)
   np.testing.assert_allclose(real, fake, atol=0.02 * float(jnp.abs(fake).max()))
 
 
@@ -112,25 +112,24 @@ def test_kernels_in_groups_stay_in_float_and_the_reason_is_said():
   for path in [path for path in constants if path.endswith('kernel/low')]:
     for name in ('scale', 'zero_point', 'low', 'high'):
       constants[path.replace('kernel/low', f'input/{name}')] = jnp.float32(1)
-  variables = {**found.variables, 'quantization': traverse_util.unflatten_dict(constants, sep='/')}
+  tree = traverse_util.unflatten_dict(constants, sep='/')
   with pytest.raises(ValueError, match='scale a group'):
-    integer_network(found._replace(variables=variables))
+    integer_network(found.update(quantization=tree))
 
 
 def test_convolutions_and_a_compensation_behind_them():
   model = ResNet(stage_sizes=(1, 1), width=4, strides=(1, 2), stem='cifar', num_classes=3)
   images = random_images((16, 8, 8, 3))
   variables = random_variables(model, images)
-  policy = BitPolicy([('fc', 8), ('layer.*', 2)])
-  found = gptq_ptq(model, variables, list(images.reshape(2, 8, 8, 8, 3)), policy)
-  run = jax.jit(lambda v, hooks: apply(model, v, images, hooks=hooks), static_argnums=1)
-  float_logits = run(variables, ())
-  alone = float(np.mean((run(found.variables, found.hooks) - float_logits) ** 2))
-  result = compensate(
-    model, found, list(images.reshape(2, 8, 8, 8, 3)), dtype=jnp.float32, target='global'
-  )
+  rules = [Rule('fc', 'kernel', 8), Rule('layer.*', 'kernel', 2)]
+  batches = list(images.reshape(2, 8, 8, 8, 3))
+  found = gptq_ptq(model, variables, batches, rules)
+  run = jax.jit(lambda network: network(images))
+  float_logits = jax.jit(model.apply)(variables, images)
+  alone = float(np.mean((run(found) - float_logits) ** 2))
+  result = compensate(found, batches, dtype=jnp.float32, target='global')
   assert np.all(result.report.error_after <= result.report.error_before)
-  logits = run(result.variables, result.hooks)
+  logits = run(result)
   assert np.mean((logits - float_logits) ** 2) < alone
 
 
@@ -171,19 +170,19 @@ def test_blocks_of_one_shape_share_their_compilation():
 
 
 @pytest.mark.parametrize(
-  ('batches', 'policy', 'options', 'match'),
+  ('batches', 'rules', 'options', 'match'),
   [
     ([], WEIGHTS, {}, 'batches is empty'),
-    (BATCHES, BitPolicy([('layer1.*', 4)]), {}, 'layer1'),
-    (BATCHES, BitPolicy([('layers_.*', 4)]), {'blocks': 'h_.*'}, "'h_.*'"),
+    (BATCHES, uniform_rules(4, path='layer1.*'), {}, 'layer1'),
+    (BATCHES, WEIGHTS, {'blocks': 'h_.*'}, "'h_.*'"),
     (BATCHES, WEIGHTS, {'anatomy': models.Anatomy(blocks=['h_0', 'layers_0'])}, "pattern 'h_0'"),
     (BATCHES, WEIGHTS, {'options': {'damping': -1}}, 'layers_0/.*damping=-1'),
   ],
 )
-def test_bad_input_is_named_before_work(batches, policy, options, match):
+def test_bad_input_is_named_before_work(batches, rules, options, match):
   model, variables = llama()
   with pytest.raises(ValueError, match=match):
-    gptq_ptq(model, variables, batches, policy, **options)
+    gptq_ptq(model, variables, batches, rules, **options)
 
 
 def test_groups_without_a_stored_form_are_refused():

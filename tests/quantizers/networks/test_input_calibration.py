@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from jaxlab.models import create
-from jaxlab.quantizers import edge_policy
+from jaxlab.quantizers import edge_rules
 from jaxlab.quantizers.networks import calibration, operands
 from jaxlab.quantizers.networks.calibration import calibrate_inputs
 
@@ -50,7 +50,7 @@ MODELS = {
 def test_ranges_found_block_by_block_are_those_of_one_program(name):
   model = MODELS[name]
   variables = jax.jit(model.init)(jax.random.key(1), X)
-  todo = operands.plan(model, variables, X, edge_policy(4, 4, edges=None))
+  todo = operands.plan(model, variables, X, edge_rules(4, 4, edges=None), 'repq')
   found = calibrate_inputs(model, variables, X, todo)
   whole = jax.jit(lambda v, x: calibrate_inputs(model, v, x, todo))(variables, X)
   assert list(found) == [path for path, _ in todo.kinds]
@@ -65,7 +65,7 @@ def test_blocks_of_a_kind_and_bit_widths_share_one_compilation():
   variables = jax.jit(model.init)(jax.random.key(1), X)
   calibration._inside.clear_cache()
   for bits in (3, 4):
-    todo = operands.plan(model, variables, X, edge_policy(bits, bits))
+    todo = operands.plan(model, variables, X, edge_rules(bits, bits), 'repq')
     calibrate_inputs(model, variables, X, todo)
   assert calibration._inside._cache_size() == 1
 

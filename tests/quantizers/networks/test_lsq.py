@@ -7,10 +7,9 @@ import optax
 import pytest
 from flax import linen as nn
 
-from jaxlab import data, models, quantizers
+from jaxlab import data, quantizers
 from jaxlab.models import HookPoint
-from jaxlab.quantizers import BitPolicy
-from jaxlab.quantizers.networks.lsq import lsq_apply, lsq_kernels, lsq_variables
+from jaxlab.quantizers import Rule, lsq, uniform_rules
 from jaxlab.quantizers.numerics import affine, learned
 
 EPOCHS, LSQ_EPOCHS, BATCH = 16, 3, 50
@@ -70,26 +69,26 @@ def float_params():
   return train(lambda params, x: MODEL.apply({'params': params}, x), params, EPOCHS)
 
 
-def learned_variables(bits, params=None):
-  policy = BitPolicy([(MIDDLE, bits)], [(MIDDLE, bits)])
+def learned_network(bits, params=None):
+  rules = uniform_rules(bits, bits, path=MIDDLE, learned=True)
   params = float_params() if params is None else params
-  return lsq_variables(MODEL, {'params': params}, digits('train')[0][:BATCH], policy)
+  return lsq(MODEL, {'params': params}, digits('train')[0][:BATCH], rules)
 
 
 def test_learned_steps_beat_min_max_and_their_start_by_far_at_two_bits():
   params, images = float_params(), digits('train')[0]
-  policy = BitPolicy([(MIDDLE, 2)], [('relu[012]', 2)])
-  variables, hooks = quantizers.ptq(MODEL, {'params': params}, [images[:512]], policy)
-  min_max = accuracy(lambda v, x: models.apply(MODEL, v, x, hooks=hooks), variables)
+  rules = [Rule(MIDDLE, 'kernel', 2), Rule('relu[012]', 'output', 2)]
+  network = quantizers.ptq(MODEL, {'params': params}, images[:512], rules)
+  min_max = accuracy(lambda network, x: network(x), network)
 
-  start = learned_variables(2)
-  forward = lambda trained, x: lsq_apply(MODEL, {**start, **trained}, x)  # noqa: E731
-  begin = {name: start[name] for name in ('params', 'lsq')}
+  start = learned_network(2)
+  forward = lambda trained, x: start.update(**trained)(x)  # noqa: E731
+  begin = {name: start.variables[name] for name in ('params', 'lsq')}
   trained = train(forward, begin, LSQ_EPOCHS)
   assert accuracy(forward, trained) >= max(min_max, accuracy(forward, begin)) + 5
   moved = jax.tree.map(lambda new, old: np.abs(new / old - 1).max(), trained['lsq'], begin['lsq'])
   assert min(jax.tree.leaves(moved)) > 1e-3
-  kernel = lsq_kernels({**start, **trained})['params']['conv1']['kernel']
+  kernel = start.update(**trained).unbind()[0]['params']['conv1']['kernel']
   codes = np.round(kernel / trained['lsq']['conv1']['kernel'], 3)
   assert set(np.unique(codes)) == {-2, -1, 0, 1}
 
@@ -97,7 +96,7 @@ def test_learned_steps_beat_min_max_and_their_start_by_far_at_two_bits():
 def test_steps_are_those_of_a_quantized_forward_pass():
   """Each input is measured behind the quantizers before it; kernels by channel."""
   params, x = float_params(), digits('train')[0][:BATCH]
-  found = learned_variables(3)
+  found = learned_network(3).variables
   assert set(found['lsq']) == {'conv1', 'conv2', 'conv3'}
   low, high = affine.code_range(3, signed=True)
   for name, own in found['lsq'].items():
@@ -124,23 +123,25 @@ def test_steps_are_those_of_a_quantized_forward_pass():
 
 def test_signed_inputs_get_signed_codes_and_unnamed_layers_none():
   x = digits('train')[0][:8]
-  policy = BitPolicy([('fc', 4)], [('conv0|conv1', 4)])
-  found = lsq_variables(MODEL, {'params': float_params()}, x, policy)
+  rules = [Rule('fc', 'kernel', 4, learned=True), Rule('conv0|conv1', 'input', 4, learned=True)]
+  network = lsq(MODEL, {'params': float_params()}, x, rules)
+  found = network.variables
   assert set(found['lsq']) == {'conv0', 'conv1', 'fc'}
   assert set(found['lsq']['fc']) == {'kernel'} and set(found['lsq']['conv0']) == {'input'}
   assert found['lsq_codes']['conv0']['input'] == {'low': -8, 'high': 7}
   assert found['lsq_codes']['conv1']['input'] == {'low': 0, 'high': 15}
-  kernels = lsq_kernels(found)['params']
+  kernels = network.unbind()[0]['params']
   np.testing.assert_array_equal(kernels['conv1']['kernel'], float_params()['conv1']['kernel'])
   assert np.any(kernels['fc']['kernel'] != float_params()['fc']['kernel'])
 
 
-def test_wrong_policies_and_kernels_are_refused():
+def test_wrong_rules_and_kernels_are_refused():
   params = float_params()
   with pytest.raises(ValueError, match='conv9'):
-    lsq_variables(MODEL, {'params': params}, jnp.zeros((2, 8, 8, 1)), BitPolicy([('conv9', 3)], []))
+    rules = uniform_rules(3, path='conv9', learned=True)
+    lsq(MODEL, {'params': params}, jnp.zeros((2, 8, 8, 1)), rules)
   with pytest.raises(ValueError, match=r'must lie in \[2, 8\]'):
-    learned_variables(9)
+    learned_network(9)
   kernel = params['conv2']['kernel'].at[..., 3].set(0)
   with pytest.raises(ValueError, match=r'conv2: .*channels \[3\]'):
-    learned_variables(3, {**params, 'conv2': {**params['conv2'], 'kernel': kernel}})
+    learned_network(3, {**params, 'conv2': {**params['conv2'], 'kernel': kernel}})

@@ -15,10 +15,9 @@ from jaxlab.quantizers.networks.input_ranges import recalibration_hook
 from jaxlab.quantizers.networks.operands import (
   TENSOR,
   affine_constants,
-  edge_policy,
 )
 from jaxlab.quantizers.networks.percentile import percentile_ptq
-from jaxlab.quantizers.networks.rules import BitPolicy
+from jaxlab.quantizers.networks.rules import EDGES, Rule, decide, edge_rules, uniform_rules
 from jaxlab.quantizers.numerics.affine import AffineParams, AffineQuantizer, fake_quantize
 
 
@@ -73,7 +72,7 @@ class Net(nn.Module):
 NET = Net()
 X = random_images((8, 6, 6, 3))
 VARIABLES = random_variables(NET, X)
-POLICY = edge_policy(4, 4)
+RULES = edge_rules(4, 4)
 
 
 def constants_of(quantized):
@@ -82,7 +81,7 @@ def constants_of(quantized):
 
 @pytest.fixture(scope='module')
 def quantized():
-  return percentile_ptq(NET, VARIABLES, X, POLICY)
+  return percentile_ptq(NET, VARIABLES, X, RULES)
 
 
 def test_edges_are_those_of_every_network_and_of_an_anatomy():
@@ -97,16 +96,16 @@ def test_edges_are_those_of_every_network_and_of_an_anatomy():
     models.MLP(num_classes=2),
   ]
   edges = {path for model in networks for path in models.anatomy(model).edges}
-  assert set(operands.EDGES.split('|')) == edges
+  assert set(EDGES.split('|')) == edges
   encoder = models.Encoder(ResNet((1,)), models.MLPHead((4, 2)))
-  policy = edge_policy(4, 3, edges=models.anatomy(encoder))
+  rules = edge_rules(4, 3, edges=models.anatomy(encoder))
+  bits = lambda rules, path: [decide(rules, path, own).bits for own in ('kernel', 'input')]  # noqa: E731
   for path in ('backbone/conv1', 'projector/fc0', 'projector/fc1'):
-    assert policy.weight_bits(path) == policy.activation_bits(path) == 8
-  inside = 'backbone/layer1_0/conv1'
-  assert (policy.weight_bits(inside), policy.activation_bits(inside)) == (4, 3)
+    assert bits(rules, path) == [8, 8]
+  assert bits(rules, 'backbone/layer1_0/conv1') == [4, 3]
   tied = models.anatomy(models.GPT2())
-  assert edge_policy(4, 3, edges=tied) == edge_policy(4, 3, edges=None)
-  assert edge_policy(4, 3, edges=tied, edge_bits=6).weight_bits('lm_head') == 4
+  assert edge_rules(4, 3, edges=tied) == edge_rules(4, 3, edges=None) == uniform_rules(4, 3)
+  assert bits(edge_rules(4, 3, edges=tied, edge_bits=6), 'lm_head') == [4, 3]
 
 
 def test_kernels_have_codes_per_output_channel_and_norms_stay(quantized):
@@ -119,11 +118,11 @@ def test_kernels_have_codes_per_output_channel_and_norms_stay(quantized):
   jax.tree.map(
     np.testing.assert_array_equal, quantized.variables['batch_stats'], VARIABLES['batch_stats']
   )
-  assert quantized.float_variables == {**VARIABLES, 'quantization': {}}
+  assert quantized.float_variables.tree == {**VARIABLES, 'quantization': {}}
 
 
 def test_ranges_are_found_on_quantized_inputs_in_order_of_execution(quantized):
-  seen = inputs_of(quantized.variables, quantized.hooks)
+  seen = inputs_of(*quantized.unbind())
   constants = constants_of(quantized)
   for path, bits in (('conv1', 8), ('conv2', 4), ('fc', 8)):
     expected = affine_constants(TENSOR, seen[path], bits)
@@ -135,7 +134,7 @@ def test_ranges_are_found_on_quantized_inputs_in_order_of_execution(quantized):
 
 
 def test_ranges_found_anew_are_those_of_a_calibration_and_others_stay(quantized):
-  variables = jax.tree.map(lambda leaf: leaf, quantized.variables)
+  variables, _ = quantized.unbind()
   stale = jax.tree.map(lambda leaf: leaf, variables['quantization'])
   for path in ('conv2', 'softmax', 'fc'):
     stale[path]['input'] = {**stale[path]['input'], 'scale': stale[path]['input']['scale'] * 3}
@@ -162,25 +161,23 @@ def inputs_of(variables, hooks):
 
 
 def test_input_bits_of_convolutions_can_be_set_apart():
-  constants = constants_of(percentile_ptq(NET, VARIABLES, X, POLICY, conv_act_bits=8))
+  constants = constants_of(percentile_ptq(NET, VARIABLES, X, RULES, conv_act_bits=8))
   assert constants['conv2/input/high'] == 255
   assert constants['softmax/input/bits'] == 4
   assert constants['conv2/kernel/high'] == 15
 
 
 def test_eight_bits_are_near_the_float_network():
-  new = percentile_ptq(NET, VARIABLES, X, edge_policy(8, 8))
-  run = jax.jit(lambda v: apply(NET, v, X, hooks=new.hooks))
-  expected = run(new.float_variables)
+  new = percentile_ptq(NET, VARIABLES, X, edge_rules(8, 8))
+  run = jax.jit(lambda network: network(X))
+  expected = run(new.in_float())
   assert_close(expected, jax.jit(NET.apply)(VARIABLES, X), 1e-6)
-  assert_close(run(new.variables), expected, 0.05)
+  assert_close(run(new), expected, 0.05)
 
 
 def test_nothing_is_quantized_without_rules():
-  new = percentile_ptq(NET, VARIABLES, X, BitPolicy())
-  np.testing.assert_array_equal(
-    apply(NET, new.variables, X, hooks=new.hooks), apply(NET, VARIABLES, X)
-  )
+  new = percentile_ptq(NET, VARIABLES, X, ())
+  np.testing.assert_array_equal(new(X), apply(NET, VARIABLES, X))
 
 
 def test_constants_are_kept_as_they_are():
@@ -189,33 +186,31 @@ def test_constants_are_kept_as_they_are():
   flat = jnp.full((7, 3), 0.3)
   wrapped = nn.Sequential([nn.Dense(2)])
   variables = random_variables(wrapped, flat)
-  new = percentile_ptq(wrapped, variables, flat, BitPolicy([], [('layers_0', 4)]))
+  new = percentile_ptq(wrapped, variables, flat, [Rule('layers_0', 'input', 4)])
   assert constants_of(new)['layers_0/input/scale'] == 0
-  np.testing.assert_array_equal(
-    apply(wrapped, new.variables, flat, hooks=new.hooks), apply(wrapped, variables, flat)
-  )
+  np.testing.assert_array_equal(new(flat), apply(wrapped, variables, flat))
 
 
 def test_networks_with_unhashable_fields_are_quantized():
   model = ResNet(stage_sizes=[1], width=4, stem='cifar', num_classes=3)
   variables = random_variables(model, X)
-  policy = BitPolicy([('.*', 4)], [('layer1_0/conv.', 4)])
-  new = percentile_ptq(model, variables, X, policy, train=False)
+  rules = [*uniform_rules(4), Rule('layer1_0/conv.', 'input', 4)]
+  new = percentile_ptq(model, variables, X, rules, train=False)
   assert set(new.variables['quantization']['layer1_0']['conv1']) == {'input', 'kernel'}
-  y = jax.jit(lambda v: apply(model, v, X, hooks=new.hooks))(new.variables)
+  y = jax.jit(lambda network: network(X))(new)
   assert np.all(np.isfinite(y))
 
 
 @pytest.mark.parametrize(
   ('make', 'match'),
   [
-    (lambda: percentile_ptq(NET, VARIABLES, X, edge_policy(4, 16)), "'conv2' must lie.*got 16"),
-    (lambda: percentile_ptq(NET, VARIABLES, X, POLICY, conv_act_bits=1), 'conv_act_bits.*got 1'),
+    (lambda: percentile_ptq(NET, VARIABLES, X, edge_rules(4, 16)), "'conv2' must lie.*got 16"),
+    (lambda: percentile_ptq(NET, VARIABLES, X, RULES, conv_act_bits=1), 'conv_act_bits.*got 1'),
     (
-      lambda: percentile_ptq(NET, VARIABLES, X, edge_policy(4, 4, edges='head')),
-      "weight pattern 'head'",
+      lambda: percentile_ptq(NET, VARIABLES, X, edge_rules(4, 4, edges='head')),
+      "kernel rule 'head'",
     ),
-    (lambda: percentile_ptq(NET, VARIABLES, X * np.nan, POLICY), "input of 'conv1' is not finite"),
+    (lambda: percentile_ptq(NET, VARIABLES, X * np.nan, RULES), "input of 'conv1' is not finite"),
     (
       lambda: apply(NET, VARIABLES, X, hooks=operands.operand_hooks()),
       "no collection 'quantization', so nothing would be quantized",

@@ -13,9 +13,9 @@ from jaxlab.models import GPT2, Anatomy, Hook, Llama, Norm, Swin, ViT, anatomy, 
 from jaxlab.models.checkpoints import torch_name
 from jaxlab.models.vit import Block, stack_blocks
 from jaxlab.quantizers.networks import calibration, operands
-from jaxlab.quantizers.networks.operands import Quantized, edge_policy
+from jaxlab.quantizers.networks.quantized import Quantized
 from jaxlab.quantizers.networks.repq import layer_norm_pairs, norm_dense_pairs, reparametrize, repq
-from jaxlab.quantizers.networks.rules import BitPolicy
+from jaxlab.quantizers.networks.rules import Rule, edge_rules, uniform_rules
 
 VIT = ViT(patch_size=4, image_size=8, width=12, depth=2, num_heads=2, num_classes=5)
 X = random_images((16, 8, 8, 3))
@@ -35,11 +35,14 @@ VARIABLES = spread(random_variables(VIT, X))
 
 @pytest.fixture(scope='module')
 def quantized() -> Quantized:
-  return repq(VIT, VARIABLES, X, edge_policy(4, 4))
+  return repq(VIT, VARIABLES, X, edge_rules(4, 4))
 
 
-def run(model, variables, x, hooks):
-  return jax.jit(lambda v, x: apply(model, v, x, hooks=hooks))(variables, x)
+call = jax.jit(lambda network, x: network(x))
+
+
+def run(model, variables, x):
+  return jax.jit(model.apply)(variables, x)
 
 
 def below(tree, path):
@@ -69,11 +72,10 @@ def test_pipeline_agrees_with_reference(vectors):
   with jax.enable_x64(True):
     images = nhwc(vectors['in_calibration_images'])[: vectors.param('num_quant_calibration')]
     model, variables = vit_of(vectors.tree('init_'), vectors.param('num_heads'), images)
-    quantized = repq(model, variables, images, edge_policy(*bits))
-    run = jax.jit(lambda v, x: apply(model, v, x, hooks=quantized.hooks))
+    quantized = repq(model, variables, images, edge_rules(*bits))
     test = nhwc(vectors['in_test_images'])
-    assert_close(run(quantized.float_variables, test), vectors['out_logits_fp'], 1e-9)
-    assert_close(run(quantized.variables, test), vectors['out_logits_ptq'], 1e-9)
+    assert_close(call(quantized.in_float(), test), vectors['out_logits_fp'], 1e-9)
+    assert_close(call(quantized, test), vectors['out_logits_ptq'], 1e-9)
 
   flat = traverse_util.flatten_dict(quantized.variables['quantization'], sep='/')
   compared = set()
@@ -88,29 +90,26 @@ def test_pipeline_agrees_with_reference(vectors):
 
 
 def test_float_variables_are_the_float_network(quantized):
-  expected = run(VIT, VARIABLES, X, ())
-  assert_close(run(VIT, quantized.float_variables, X, ()), expected, 1e-5)
-  np.testing.assert_array_equal(
-    run(VIT, quantized.float_variables, X, quantized.hooks),
-    run(VIT, quantized.float_variables, X, ()),
-  )
-  assert quantized.float_variables['quantization'] == {}
-  assert run(VIT, quantized.variables, X, quantized.hooks).std() > 0
+  exact = quantized.float_variables
+  assert_close(run(VIT, exact.tree, X), run(VIT, VARIABLES, X), 1e-5)
+  np.testing.assert_array_equal(call(quantized.in_float(), X), run(VIT, exact.tree, X))
+  assert exact['quantization'] == {}
+  assert call(quantized, X).std() > 0
   scale = quantized.float_variables['params']['blocks_0']['norm1']['scale']
   assert np.ptp(scale) < 0.5 * np.ptp(VARIABLES['params']['blocks_0']['norm1']['scale'])
 
 
 def test_error_falls_with_bits_and_bits_share_one_compilation(quantized):
-  expected = run(VIT, VARIABLES, X, ())
+  expected = run(VIT, VARIABLES, X)
   compiled = (
     calibration._inside._cache_size(),
     operands._quantize_kernel._cache_size() + operands._quantize_rows._cache_size(),
   )
-  forward = jax.jit(lambda v, x: apply(VIT, v, x, hooks=quantized.hooks))
+  forward = jax.jit(lambda network, x: network(x))
   errors = []
   for bits in (2, 4, 6, 8):
-    at_bits = repq(VIT, VARIABLES, X, edge_policy(bits, bits))
-    errors.append(float(np.std(forward(at_bits.variables, X) - expected) / np.std(expected)))
+    at_bits = repq(VIT, VARIABLES, X, edge_rules(bits, bits))
+    errors.append(float(np.std(forward(at_bits, X) - expected) / np.std(expected)))
   assert errors[0] > errors[1] > errors[2] > errors[3]
   assert errors[3] < 0.1
   assert forward._cache_size() == 1
@@ -134,10 +133,11 @@ def test_blocks_run_alone_under_one_compilation(quantized):
     return x
 
   hooks = [*quantized.hooks, Hook(r'blocks_\d+|norm', input=keep, collection='seen')]
-  _, state = jax.jit(lambda v: apply(VIT, v, X, hooks=hooks, mutable=['seen']))(quantized.variables)
+  variables, _ = quantized.unbind()
+  _, state = jax.jit(lambda v: apply(VIT, v, X, hooks=hooks, mutable=['seen']))(variables)
   x = state['seen']['blocks_0']['input']
   for index in range(VIT.depth):
-    own = {name: tree.get(f'blocks_{index}', {}) for name, tree in quantized.variables.items()}
+    own = {name: tree.get(f'blocks_{index}', {}) for name, tree in variables.items()}
     x = run_block(own, x)
   assert_close(x, state['seen']['norm']['input'], 1e-5)
   assert len(traces) == 1
@@ -156,8 +156,7 @@ def test_kernels_are_codes_of_the_constants_beside_them(quantized):
 
 def test_gradients_pass_straight_through(quantized):
   def loss(params):
-    variables = {**quantized.variables, 'params': params}
-    return jnp.sum(apply(VIT, variables, X, hooks=quantized.hooks) ** 2)
+    return jnp.sum(quantized.update(params=params)(X) ** 2)
 
   for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(quantized.variables['params'])):
     assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
@@ -177,59 +176,60 @@ NORMED = Anatomy(norms=[Norm('norm', readers=['reduction'])])
 
 
 def normed(norm=nn.LayerNorm):
-  """A network of norm and layer, its variables, a batch, and the policy that quantizes it."""
+  """A network of norm and layer, its variables, a batch, and the rules that quantize it."""
   model = Normed(norm)
   x = np.random.default_rng(0).normal(size=(256, 6)).astype(np.float32)
-  return model, random_variables(model, x), x, BitPolicy([('.*', 8)], [('reduction', 8)])
+  rules = [Rule('.*', 'kernel', 8), Rule('reduction', 'input', 8)]
+  return model, random_variables(model, x), x, rules
 
 
 def test_the_whole_is_one_jittable_function_also_of_a_sharded_batch():
-  model, variables, x, policy = normed()
-  expected = repq(model, variables, x, policy, anatomy=NORMED)
+  model, variables, x, rules = normed()
+  expected = repq(model, variables, x, rules, anatomy=NORMED)
   mesh = Mesh(np.asarray(jax.devices()), ('data',))
   batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
   on_mesh = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
-  whole = jax.jit(lambda v, x: repq(model, v, x, policy, anatomy=NORMED)[:2])(on_mesh, batch)
-  for actual in (whole, repq(model, on_mesh, batch, policy, anatomy=NORMED)[:2]):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected[:2])
-    for leaf, own in zip(jax.tree.leaves(actual), jax.tree.leaves(expected[:2])):
+  whole = jax.jit(lambda v, x: repq(model, v, x, rules, anatomy=NORMED))(on_mesh, batch)
+  for actual in (whole, repq(model, on_mesh, batch, rules, anatomy=NORMED)):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for leaf, own in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
       assert_close(leaf, own, 1e-5, atol=1e-6)
 
 
 def test_bfloat16_networks_are_quantized_alike():
-  model, variables, x, policy = normed()
+  model, variables, x, rules = normed()
   half, x_half = jax.tree.map(jnp.bfloat16, variables), x.astype(jnp.bfloat16)
-  low = repq(model, half, x_half, policy, anatomy=NORMED)
+  low = repq(model, half, x_half, rules, anatomy=NORMED)
   constants = traverse_util.flatten_dict(low.variables['quantization']['reduction'], sep='/')
   assert constants.pop('bias').dtype == jnp.bfloat16
   assert all(array.dtype == jnp.float32 for array in constants.values())
   assert all(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(low.variables['params']))
-  y = run(model, low.variables, x_half, low.hooks)
+  y = call(low, x_half)
   assert y.dtype == jnp.bfloat16
-  expected = run(model, variables, x, ())
+  expected = run(model, variables, x)
   assert np.std(y.astype(np.float32) - expected) < 0.05 * np.std(expected)
 
 
 def test_a_constant_channel_survives_the_whole():
-  model, variables, x, policy = normed()
+  model, variables, x, rules = normed()
   variables['params']['norm']['scale'][2] = 0
   variables['params']['norm']['bias'][2] = 50.1
-  new = repq(model, variables, x, policy, anatomy=NORMED)
-  expected = run(model, variables, x, ())
+  new = repq(model, variables, x, rules, anatomy=NORMED)
+  expected = run(model, variables, x)
   assert new.variables['params']['norm']['bias'][2] == 0
-  assert_close(run(model, new.float_variables, x, new.hooks), expected, 1e-5)
-  noise = run(model, new.variables, x, new.hooks) - expected
+  assert_close(call(new.in_float(), x), expected, 1e-5)
+  noise = call(new, x) - expected
   assert np.std(noise) < 0.05 * np.std(expected)
 
 
 def test_a_layer_without_bias_is_given_one_by_the_hooks():
-  model, variables, x, policy = normed()
-  new = repq(model, variables, x, policy, anatomy=NORMED)
+  model, variables, x, rules = normed()
+  new = repq(model, variables, x, rules, anatomy=NORMED)
   assert set(new.variables['params']['reduction']) == {'kernel'}
   assert np.any(new.variables['quantization']['reduction']['bias'] != 0)
-  expected = run(model, variables, x, ())
-  assert_close(run(model, new.float_variables, x, new.hooks), expected, 1e-5)
-  assert_close(run(model, new.variables, x, new.hooks), expected, 0.05)
+  expected = run(model, variables, x)
+  assert_close(call(new.in_float(), x), expected, 1e-5)
+  assert_close(call(new, x), expected, 0.05)
 
 
 def test_merging_channels_beats_one_range_a_tensor():
@@ -240,19 +240,19 @@ def test_merging_channels_beats_one_range_a_tensor():
   expected = apply(model, variables, x)
   errors = []
   for pairs in (None, ()):
-    policy = BitPolicy([], [('reduction', 4)])
-    new = repq(model, variables, x, policy, pairs=pairs, anatomy=NORMED)
-    errors.append(np.std(apply(model, new.variables, x, hooks=new.hooks) - expected))
+    rules = [Rule('reduction', 'input', 4)]
+    new = repq(model, variables, x, rules, pairs=pairs, anatomy=NORMED)
+    errors.append(np.std(new(x) - expected))
   assert errors[0] < 0.3 * errors[1]
 
 
 def test_an_rms_norm_is_left_alone():
-  model, variables, x, policy = normed(nn.RMSNorm)
-  new = repq(model, variables, x, policy, anatomy=NORMED)
+  model, variables, x, rules = normed(nn.RMSNorm)
+  new = repq(model, variables, x, rules, anatomy=NORMED)
   assert new.variables['quantization']['reduction']['input']['scale'].shape == ()
   chosen = [('norm', 'reduction')]
   with pytest.raises(ValueError, match=r"norm 'norm' has no bias .RMSNorm"):
-    repq(model, variables, x, policy, pairs=chosen)
+    repq(model, variables, x, rules, pairs=chosen)
   with pytest.raises(ValueError, match=r'no bias. An RMSNorm cannot take the shift'):
     reparametrize({'scale': np.ones(2)}, {'kernel': np.ones((2, 2))}, np.ones(2), np.ones(2))
 
@@ -293,34 +293,34 @@ def test_the_norms_of_blocks_and_transitions_are_reparametrized(model, x, expect
 
 
 def test_a_network_of_unknown_parts_is_not_guessed():
-  model, variables, x, policy = normed()
+  model, variables, x, rules = normed()
   with pytest.raises(ValueError, match=r'parts of Normed are not known .*anatomy='):
-    repq(model, variables, x, policy)
+    repq(model, variables, x, rules)
 
 
 @pytest.mark.parametrize(
   ('make', 'match'),
   [
     (
-      lambda: repq(VIT, VARIABLES, X, edge_policy(9, 4)),
+      lambda: repq(VIT, VARIABLES, X, edge_rules(9, 4)),
       r"'blocks_0/attention/qkv' must lie in \[2, 8\]; got 9",
     ),
-    (lambda: repq(VIT, VARIABLES, X, edge_policy(4, 1)), r'must lie in \[2, 8\]; got 1'),
+    (lambda: repq(VIT, VARIABLES, X, edge_rules(4, 1)), r'must lie in \[2, 8\]; got 1'),
     (
-      lambda: repq(VIT, VARIABLES, X, BitPolicy([('blocks_7/mlp/fc1', 4)])),
-      "weight pattern 'blocks_7/mlp/fc1'. Closest",
+      lambda: repq(VIT, VARIABLES, X, uniform_rules(4, path='blocks_7/mlp/fc1')),
+      "kernel rule 'blocks_7/mlp/fc1'. Closest",
     ),
     (
-      lambda: repq(VIT, VARIABLES, X, BitPolicy([], [('.*/gelu', 4)])),
-      "activation pattern '.*/gelu'",
+      lambda: repq(VIT, VARIABLES, X, [Rule('.*/gelu', 'input', 4)]),
+      "input rule '.*/gelu'",
     ),
     (
-      lambda: repq(VIT, VARIABLES, X, edge_policy(4, 4), pairs=[('norm3', 'mlp/fc1')]),
+      lambda: repq(VIT, VARIABLES, X, edge_rules(4, 4), pairs=[('norm3', 'mlp/fc1')]),
       "pair 'norm3'",
     ),
     (
       lambda: repq(
-        VIT.copy(scan=True), {'params': stack_blocks(VARIABLES['params'])}, X, edge_policy(4, 4)
+        VIT.copy(scan=True), {'params': stack_blocks(VARIABLES['params'])}, X, edge_rules(4, 4)
       ),
       'blocks/attention/qkv.* are stacked .nn.scan.: .*unstack_blocks',
     ),
@@ -329,12 +329,12 @@ def test_a_network_of_unknown_parts_is_not_guessed():
       "no collection 'quantization'",
     ),
     (
-      lambda: repq(VIT, VARIABLES, np.where(X > 2, np.inf, X), edge_policy(4, 4)),
+      lambda: repq(VIT, VARIABLES, np.where(X > 2, np.inf, X), edge_rules(4, 4)),
       "The input of 'patch_embed/proj' is not finite",
     ),
     (
       lambda: repq(
-        VIT, jax.tree.map(lambda a: np.full_like(a, np.nan), VARIABLES), X, edge_policy(4, 4)
+        VIT, jax.tree.map(lambda a: np.full_like(a, np.nan), VARIABLES), X, edge_rules(4, 4)
       ),
       "The kernel of 'patch_embed/proj' is not finite",
     ),
