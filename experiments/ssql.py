@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -26,7 +26,7 @@ from experiments.harness.settings import section
 from experiments.protocols import feature_evaluation, pretraining, siamese
 from experiments.protocols.siamese import BASELINES, Heads, Momentum, Networks, Online, siamese_loss
 from jaxlab import evaluation, quantizers
-from jaxlab.quantizers import BitPolicy
+from jaxlab.quantizers import Rule
 from jaxlab.training import LossState, Out
 
 Array = jax.Array
@@ -81,19 +81,19 @@ class Settings(pretraining.Settings):
     return {**values, 'claims': [{**own, **c} if isinstance(c, Mapping) else c for c in claims]}
 
 
-def bit_policy(weight_bits: Any, activation_bits: Any, prefix: str = 'backbone/') -> BitPolicy:
-  """Returns SSQL's policy: stem 8/8, projector's weights 8, all else in the backbone as drawn.
+def bit_rules(weight_bits: Any, output_bits: Any, prefix: str = 'backbone/') -> list[Rule]:
+  """Returns SSQL's rules: stem 8/8, projector's weights 8, all else in the backbone as drawn.
 
   Outputs are quantized after each ReLU: inside a residual branch, and after the sum. The predictor and the
-  outputs of the projector stay in float. With `prefix=''` the policy is that of the backbone alone.
+  outputs of the projector stay in float. With `prefix=''` the rules are those of the backbone alone.
   """
-  weights = [(f'{prefix}conv1', 8), (f'{prefix}layer.*', weight_bits)]
-  if prefix:
-    weights.append((r'projector/.*', 8))
-  return BitPolicy(
-    weights=weights,
-    activations=[(f'{prefix}relu', 8), (rf'{prefix}layer.*/relu\d', activation_bits)],
-  )
+  return [
+    Rule(f'{prefix}conv1', 'kernel', 8),
+    Rule(f'{prefix}layer.*', 'kernel', weight_bits),
+    *([Rule('projector/.*', 'kernel', 8)] if prefix else []),
+    Rule(f'{prefix}relu', 'output', 8),
+    Rule(rf'{prefix}layer.*/relu\d', 'output', output_bits),
+  ]
 
 
 def draw_bits(key: Array, bits: Bits) -> tuple[Array, Array]:
@@ -111,7 +111,7 @@ def online_pass(
   params: PyTree,
   batch_stats: PyTree,
   views: list[Array],
-  policy: BitPolicy,
+  rules: Sequence[Rule],
   ranges: PyTree = None,
 ) -> Online:
   """Runs encoder and predictor over the views: in float, recording ranges, or quantized with given ranges.
@@ -119,11 +119,11 @@ def online_pass(
   With ranges, those of the float pass, activation scales are constants, and weight scales pass gradient to
   each channel's extreme weight. See `siamese.online_pass`.
   """
-  if ranges is None:  # of the policy only the patterns matter
-    hooks = quantizers.range_hooks(policy)
+  if ranges is None:  # of the rules only the patterns matter
+    hooks = quantizers.range_hooks(rules)
     return siamese.online_pass(nets, params, batch_stats, views, mutable=('ranges',), hooks=hooks)
-  encoder = quantizers.quantize_weights(params['encoder'], policy, scale_grad=True)
-  params, hooks = {**params, 'encoder': encoder}, quantizers.fake_quantize_hooks(policy)
+  encoder = quantizers.quantize_weights(params['encoder'], rules, scale_grad=True)
+  params, hooks = {**params, 'encoder': encoder}, quantizers.fake_quantize_hooks(rules)
   return siamese.online_pass(
     nets, params, batch_stats, views, given={'ranges': ranges}, hooks=hooks
   )
@@ -157,8 +157,8 @@ def objective(
     loss: `L`, `(predictions, targets) -> scalar`.
     float_term: see `Settings.reverse_float_term`.
   """
-  policy = bit_policy(*bits)
-  in_float = online_pass(nets, params, batch_stats, views, policy)
+  rules = bit_rules(*bits)
+  in_float = online_pass(nets, params, batch_stats, views, rules)
   z = in_float.projections if targets is None else targets
   base = loss(in_float.predictions, z)
   z_std = evaluation.feature_std(jax.lax.stop_gradient(in_float.projections[0]))
@@ -166,7 +166,7 @@ def objective(
     return base, (in_float.batch_stats, {'z_std': z_std})
   online = params if variant == 'ssql' else jax.lax.stop_gradient(params)
   quantized = online_pass(
-    nets, online, in_float.batch_stats, views, policy, in_float.collections['ranges']
+    nets, online, in_float.batch_stats, views, rules, in_float.collections['ranges']
   )
   if variant == 'ssql':
     own = loss(quantized.predictions, z)
@@ -213,8 +213,8 @@ def training(config: Settings, item: str) -> Run:
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   yield from pretraining.check(config)
-  policy = functools.partial(bit_policy, prefix='')
-  yield from feature_evaluation.check(config.eval, config.data.train_size, policy)
+  rules = functools.partial(bit_rules, prefix='')
+  yield from feature_evaluation.check(config.eval, config.data.train_size, rules)
   rows = [rf'{title(config, variant)}( \d+x epochs)?' for variant in VARIANTS]
   yield from results.check_claims(config, ['untrained', *rows], [*config.eval.metrics(), 'z_std'])
   if config.base == 'moco' and 'reverse' in str(config.runs):
@@ -250,11 +250,11 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run]:
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Pretrains every variant of `config.runs`, evaluates each at all bit-widths, and compares them."""
   sources = {split: harness_data.load(config.data, split) for split in ('train', 'test')}
-  backbone, policy = (
+  backbone, rules = (
     base_method(config)[0].encoder.backbone,
-    functools.partial(bit_policy, prefix=''),
+    functools.partial(bit_rules, prefix=''),
   )
-  judge = feature_evaluation.evaluator(config, backbone, sources, policy)
+  judge = feature_evaluation.evaluator(config, backbone, sources, rules)
 
   def evaluate(name: str, variables: runs.Variables) -> dict[str, float]:
     say(f'{name}: features in float and at all bit-widths')

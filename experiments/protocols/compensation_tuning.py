@@ -184,12 +184,11 @@ def tune(
   """
   if point.bits not in tuned(own, config, point.name):
     return None
-  network, hooks = config.network[point.name], point.base.hooks
-  if isinstance(point.base, compensation.Compensated):
-    hook = compensation.compensation_hook(point.base.report.paths, jnp.float32)
-    hooks = (*point.quantized.hooks, hook)
+  network, (variables, hooks) = config.network[point.name], point.base.unbind()
+  if point.base.report is not None:
+    hooks = (*point.quantized.hooks, compensation.compensation_hook(jnp.float32))
   model, floats = point.network.model, point.quantized.float_variables['params']
-  trained, frozen = beginning(model, point.base.variables, floats)
+  trained, frozen = beginning(model, variables, floats)
   if not jax.tree.leaves(trained):
     return None
   start = {'row': base, 'bits': point.bits, 'calibration': config.calibration}
@@ -229,11 +228,12 @@ def programs(config: Settings, own: FineTuning) -> dict[str, Call]:
   def make(mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
     shape = quantized_networks.input_shape(network, config.calibration.ranges)
     variables = models.abstract_variables(model, shape.shape[1:])
-    quantize = lambda v, x: quantized_networks.quantize(network, model, v, x, config.bits[-1])[:2]  # noqa: E731
-    quantized, floats = jax.eval_shape(quantize, variables, shape)
-    _, frozen = split(quantized, head)
-    trained, _ = split({'params': floats['params']}, head)
-    own_program = program(own, network, model, quantizers.operand_hooks(), trained, frozen)
+    quantize = functools.partial(quantized_networks.quantize, network, model, bits=config.bits[-1])
+    quantized = jax.eval_shape(quantize, variables, shape)
+    start, hooks = quantized.unbind()
+    _, frozen = split(start, head)
+    trained, _ = split({'params': quantized.float_variables['params']}, head)
+    own_program = program(own, network, model, hooks, trained, frozen)
     sharded = parallel.shard_program(own_program, mesh)
     return sharded.step, (sharded.state, sharded.frozen, sharded.batch)
 

@@ -1,7 +1,7 @@
 """What a frozen backbone's features are worth, in float and quantized: probe, nearest neighbors, agreement.
 
 Quantized: min-max ranges from one batch of training images in evaluation mode; `xwya` is x-bit weights and
-y-bit outputs where the policy says so; the classifier stays in float. *Refit* quantizes the training features
+y-bit outputs where the rules say so; the classifier stays in float. *Refit* quantizes the training features
 too and fits the classifier on them; *transfer* keeps that of the float features.
 """
 
@@ -24,7 +24,7 @@ from jaxlab import data, evaluation, models, quantizers
 from jaxlab.training import map_batches
 
 Array = jax.Array
-Policy = Callable[[Any, Any], quantizers.BitPolicy]
+BitRules = Callable[[Any, Any], Sequence[quantizers.Rule]]
 
 RECIPES = {
   'logistic': evaluation.logistic_probe,
@@ -81,21 +81,21 @@ class Evaluation:
     return ('probe_fp', 'knn_fp', *(f'{kind}_{bits}' for bits in self.bits for kind in kinds))
 
 
-def check(own: Evaluation, train_size: int | None, policy: Policy | None = None) -> Iterator[str]:
+def check(own: Evaluation, train_size: int | None, rules: BitRules | None = None) -> Iterator[str]:
   """Yields what is wrong with the settings of an evaluation.
 
   Args:
     own: the section.
     train_size: training images; None: not known.
-    policy: `(weight bits, activation bits) -> policy` of the backbone; None: it is judged in float alone.
+    rules: `(weight bits, output bits) -> rules` of the backbone; None: it is judged in float alone.
   """
   for bits in own.bits:
-    if policy is None:
+    if rules is None:
       yield f'eval.bits: nothing is quantized here, got {bits!r}.'
     elif problems := list(found_by('eval.bits', quantizers.parse_bits, bits)):
       yield from problems
     else:
-      yield from found_by('eval.bits', policy, *quantizers.parse_bits(bits))
+      yield from found_by('eval.bits', rules, *quantizers.parse_bits(bits))
   for name in ('calibration', 'k'):
     count = getattr(own, name)
     if count < 1 or (train_size is not None and count > train_size):
@@ -108,7 +108,7 @@ def evaluator(
   config: Experiment,
   backbone: nn.Module,
   sources: Mapping[str, data.Source],
-  policy: Policy | None = None,
+  rules: BitRules | None = None,
 ) -> Callable[[Variables], dict[str, float]]:
   """Returns `variables -> metrics`; all networks share its compilations.
 
@@ -120,7 +120,7 @@ def evaluator(
     config: a `pretraining.Settings`: its data, task and section `eval` are used.
     backbone: returns features `[batch, dim]`.
     sources: the splits 'train' and 'test'.
-    policy: see `check`.
+    rules: see `check`.
   """
   own, task, num_classes = config.eval, config.task, config.data.num_classes
   calibration = calibration_images(config, sources['train']) if own.bits else None
@@ -131,9 +131,9 @@ def evaluator(
 
   @jax.jit
   def quantized_features(
-    variables: Variables, ranges: Any, batch: Any, weight_bits: Array, activation_bits: Array
+    variables: Variables, ranges: Any, batch: Any, weight_bits: Array, output_bits: Array
   ) -> Array:
-    drawn = policy(weight_bits, activation_bits)
+    drawn = rules(weight_bits, output_bits)
     params = quantizers.quantize_weights(variables['params'], drawn)
     return models.apply(
       backbone,
@@ -168,9 +168,7 @@ def evaluator(
 
     metrics = {'probe_fp': probe(bank, queries), 'knn_fp': knn(bank, queries)}
     if own.bits:
-      ranges = quantizers.collect_ranges(
-        backbone, variables, [calibration], policy(8, 8), train=False
-      )
+      ranges = quantizers.collect_ranges(backbone, variables, calibration, rules(8, 8), train=False)
     for name in own.bits:
       bits = [jnp.float32(width) for width in quantizers.parse_bits(name)]
 

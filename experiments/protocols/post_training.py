@@ -42,7 +42,7 @@ class Point(NamedTuple):
     bits: the bit-width.
     network: in float, with its data.
     quantized: the network quantized alone.
-    base: the network of the row that is gone on from.
+    base: that of the row that is gone on from.
     folder: of the experiment.
   """
 
@@ -50,7 +50,7 @@ class Point(NamedTuple):
   bits: str
   network: Loaded
   quantized: quantizers.Quantized
-  base: quantizers.Quantized | compensation.Compensated
+  base: quantizers.Quantized
   folder: pathlib.Path
 
 
@@ -117,14 +117,14 @@ def compare(
     programs = compensation.Programs()
     for bits in config.bits:
       quantized = quantize(own, network.model, network.variables, ranges, bits, batches)
-      alone = network.score(quantized.variables, quantized.hooks)
+      alone = network.score(*quantized.unbind())
       at = _At(rows, name, bits, alone['logit_mse'])
       at.add('float', reference, network.variables)
-      at.add('PTQ', alone, quantized.variables)
-      finished: dict[str, Any] = {'PTQ': quantized}
+      at.add('PTQ', alone, quantized.unbind()[0])
+      finished = {'PTQ': quantized}
       for title, method in methods.items():
-        found = compensate(network.model, quantized, batches, method, programs)
-        at.add(title, network.score(found.variables, found.hooks), found.variables)
+        found = compensate(quantized, batches, method, programs)
+        at.add(title, network.score(*found.unbind()), found.unbind()[0])
         at.add_report(title, found.report)
         finished[title], reports[name, bits, title] = found, found.report
       for title, item in further.items():

@@ -149,35 +149,33 @@ def quantize(
   parts = models.anatomy(model)
   if own.quantization == 'gptq':
     inside = f'({models.any_of(parts.block_paths)})/.*'
-    inputs = [] if input_bits == 16 else [(inside, input_bits)]
-    policy = quantizers.BitPolicy([(inside, weight_bits)], inputs)
-    return quantizers.gptq_ptq(model, variables, batches, policy, options=own.gptq)
-  policy = quantizers.edge_policy(weight_bits, input_bits, edges=parts)
+    inputs = None if input_bits == 16 else input_bits
+    rules = quantizers.uniform_rules(weight_bits, inputs, path=inside)
+    return quantizers.gptq_ptq(model, variables, batches, rules, options=own.gptq)
+  rules = quantizers.edge_rules(weight_bits, input_bits, edges=parts)
   if own.quantization == 'repq':
-    return quantizers.repq(model, variables, ranges, policy)
-  return quantizers.percentile_ptq(
-    model, variables, ranges, policy, conv_act_bits=own.conv_act_bits
-  )
+    return quantizers.repq(model, variables, ranges, rules)
+  options = {'conv_act_bits': own.conv_act_bits}
+  return quantizers.percentile_ptq(model, variables, ranges, rules, **options)
 
 
 def compensate(
-  model: nn.Module,
   quantized: quantizers.Quantized,
   batches: Sequence[jax.Array],
   method: Method,
   programs: compensation.Programs | None = None,
-) -> compensation.Compensated:
+) -> quantizers.Quantized:
   """Returns the compensated network of a row."""
-  parts = models.anatomy(model)
+  parts = models.anatomy(quantized.model)
   between = tuple(block.path for block in parts.transitions) if method.transitions else ()
   blocks = models.any_of((*parts.block_paths, *between))
   options = dataclasses.asdict(method.fitting)
   return compensation.compensate(
-    model, quantized, batches, method.compensation, blocks=blocks, programs=programs, **options
+    quantized, batches, method.compensation, blocks=blocks, programs=programs, **options
   )
 
 
-def megabytes(variables: Mapping[str, Any]) -> float:
+def megabytes(variables: Variables) -> float:
   """Returns the size of a network in 10^6 bytes: quantized kernels at their bits, the rest at 32.
 
   The weight matrix of a compensation counts 16 bits, its vectors 32; so do running statistics.
@@ -209,8 +207,8 @@ def programs(config: Settings) -> dict[str, Run | Call]:
   model, hooks = networks.create(own.model), quantizers.operand_hooks()
   searched, sizes = own.quantization != 'gptq', config.calibration
 
-  def search(variables: Variables, x: jax.Array) -> tuple[Variables, Variables]:
-    return quantize(own, model, variables, x, bits)[:2]
+  def search(variables: Variables, x: jax.Array) -> quantizers.Quantized:
+    return quantize(own, model, variables, x, bits)
 
   def inputs(mesh: jax.sharding.Mesh, count: int) -> jax.ShapeDtypeStruct:
     shape, sharding = input_shape(own, count), networks.calibration_sharding(mesh, count)
@@ -220,16 +218,17 @@ def programs(config: Settings) -> dict[str, Run | Call]:
     return _placed(models.abstract_variables(model, input_shape(own, 1).shape[1:]), mesh)
 
   @functools.cache
-  def both(mesh: jax.sharding.Mesh) -> tuple[Variables, Variables]:
-    """Returns the shapes of quantized and of float variables."""
+  def quantized(mesh: jax.sharding.Mesh) -> quantizers.Quantized:
+    """Returns the shapes of the quantized network."""
     if not searched:
-      return ({**floats(mesh), 'quantization': {}},) * 2
+      return quantizers.Quantized(model, {**floats(mesh), 'quantization': {}}, {}, hooks)
     shapes = jax.eval_shape(search, floats(mesh), inputs(mesh, sizes.ranges))
     return _placed(shapes, mesh)
 
   def block(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    batch, (quantized, exact) = inputs(mesh, sizes.batch_size), both(mesh)
-    first = blockwise.find_blocks(model, quantized, (batch,), {}, hooks)[1][0]
+    batch, network = inputs(mesh, sizes.batch_size), quantized(mesh)
+    variables, exact = network.unbind()[0], network.in_float().unbind()[0]
+    first = blockwise.find_blocks(model, variables, (batch,), {}, hooks)[1][0]
 
     def fit_one(quantized, exact, leaves):
       y = first.run(quantized, leaves, hooks)
@@ -241,12 +240,12 @@ def programs(config: Settings) -> dict[str, Run | Call]:
         fit = compensation.fit_conv_compensation(x, error, groups=groups)
       return compensation.apply_linear_compensation(y, x, fit)
 
-    slices = (blockwise.slice_variables(tree, first.path) for tree in (quantized, exact))
+    slices = (blockwise.slice_variables(tree, first.path) for tree in (variables, exact))
     return fit_one, (*slices, _placed(list(first.call.array_shapes), mesh, batch.sharding))
 
   def forward(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     batch = inputs(mesh, config.eval_batch_size)
-    return (lambda v, x: models.apply(model, v, x, hooks=hooks)), (both(mesh)[0], batch)
+    return (lambda network, x: network(x)), (quantized(mesh), batch)
 
   if searched:
     found['quantize'] = Call(lambda mesh: (search, (floats(mesh), inputs(mesh, sizes.ranges))))

@@ -60,7 +60,7 @@ def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dic
   variables = model.init(key, jax.numpy.zeros((1, 32, 32, 3)))
   few, many = batches
   images = list(jax.random.normal(key, (many, 32, 32, 32, 3)))
-  quantized = quantizers.repq(model, variables, images[0], quantizers.edge_policy(4, 4))
+  quantized = quantizers.repq(model, variables, images[0], quantizers.edge_rules(4, 4))
   forward = jax.jit(model.apply)
   runs = {'forward': lambda: jax.block_until_ready([forward(variables, x) for x in images])}
   methods = {
@@ -73,7 +73,7 @@ def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dic
   for name, method in methods.items():
     for count in batches:
       runs[f'{name}_{count}'] = functools.partial(
-        compensation.compensate, model, quantized, images[:count], method, programs=programs
+        compensation.compensate, quantized, images[:count], method, programs=programs
       )
   for run in runs.values():
     run()

@@ -29,7 +29,7 @@ from experiments.protocols import quantized_networks
 from experiments.protocols.quantized_networks import Settings
 from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
-from jaxlab.quantizers.execution import integer_network
+from jaxlab.quantizers.networks.execution import integer_network
 from jaxlab.training import map_batches
 
 Array = jax.Array
@@ -60,7 +60,7 @@ def compare(
   if network not in config.network:
     raise ValueError(f'network={network!r}: sections: {", ".join(config.network)}.')
   for value in bits:
-    quantizers.edge_policy(*quantizers.parse_bits(value))
+    quantizers.edge_rules(*quantizers.parse_bits(value))
   own = config.network[network]
   loaded = networks.load(config, own, folder / f'{network}-seed{config.seed}')
   (ranges,) = loaded.calibration(config.calibration.ranges, config.calibration.ranges)
@@ -68,8 +68,8 @@ def compare(
   for value in bits:
     fake = quantized_networks.quantize(own, loaded.model, loaded.variables, ranges, value)
     integers = integer_network(fake)
-    sides[f'{value} fake-quantized'] = _side(loaded.model, fake.variables, fake.hooks)
-    sides[f'{value} integer'] = _side(loaded.model, integers.variables, integers.hooks)
+    sides[f'{value} fake-quantized'] = _side(loaded.model, *fake.unbind())
+    sides[f'{value} integer'] = _side(loaded.model, *integers.unbind())
     sides[f'{value} qwix'] = _side(*qwix_network(loaded.model, loaded.variables, ranges, value))
   batch = jnp.concatenate([ranges] * (1 + config.eval_batch_size // len(ranges)))
   batch = batch[: config.eval_batch_size]

@@ -2,12 +2,67 @@
 
 A quantizer is a frozen dataclass of static choices plus a pytree of arrays, with free functions
 `calibrate`, `quantize`, `dequantize`, `fake_quantize`; one without static choices is free functions alone. A
-quantized network is its variables and hooks around its modules (`repq`, `percentile_ptq`, `ptq`), and
-`compensation` gives back a part of what it lost.
+network is quantized by rules over its modules (`Rule`); every method (`ptq`, `percentile_ptq`, `repq`,
+`gptq_ptq`, `lsq`) returns a `Quantized` network, to which `compensation` gives back a part of what it lost,
+and of which `integer_network` makes integers.
 """
 
 from jaxlab.quantizers import compensation
-from jaxlab.quantizers.affine import (
+from jaxlab.quantizers.networks.execution import (
+  export_network,
+  integer_hooks,
+  integer_network,
+  load_integer_network,
+  save_integer_network,
+)
+from jaxlab.quantizers.networks.folding import (
+  fold_batch_norm,
+  fold_batch_norms,
+)
+from jaxlab.quantizers.networks.gptq import (
+  gptq_array,
+  gptq_ptq,
+)
+from jaxlab.quantizers.networks.input_ranges import (
+  recalibration_hook,
+)
+from jaxlab.quantizers.networks.lsq import lsq
+from jaxlab.quantizers.networks.operands import (
+  MAX_BITS,
+  MIN_BITS,
+  operand_hooks,
+  quantize_kernels,
+)
+from jaxlab.quantizers.networks.percentile import (
+  percentile_ptq,
+)
+from jaxlab.quantizers.networks.post_training import (
+  collect_ranges,
+  fake_quantize_hooks,
+  ptq,
+  quantize_weights,
+  range_hooks,
+)
+from jaxlab.quantizers.networks.quantized import Quantized
+from jaxlab.quantizers.networks.repq import (
+  norm_dense_pairs,
+  reparametrize,
+  repq,
+)
+from jaxlab.quantizers.networks.rules import (
+  EDGES,
+  Rule,
+  edge_rules,
+  parse_bits,
+  uniform_rules,
+)
+from jaxlab.quantizers.networks.storage import (
+  load_quantized,
+  restore,
+  save_quantized,
+  size_in_bytes,
+)
+from jaxlab.quantizers.numerics.affine import (
   AffineParams,
   AffineQuantizer,
   affine_fake_quantize,
@@ -19,19 +74,7 @@ from jaxlab.quantizers.affine import (
   params_from_range,
   quantize,
 )
-from jaxlab.quantizers.execution import (
-  IntegerNetwork,
-  export_network,
-  integer_hooks,
-  integer_network,
-  load_integer_network,
-  save_integer_network,
-)
-from jaxlab.quantizers.folding import (
-  fold_batch_norm,
-  fold_batch_norms,
-)
-from jaxlab.quantizers.gptq import (
+from jaxlab.quantizers.numerics.gptq import (
   GPTQKernel,
   GPTQResult,
   HessianState,
@@ -42,14 +85,7 @@ from jaxlab.quantizers.gptq import (
   output_error,
   unfold,
 )
-from jaxlab.quantizers.gptq_network import (
-  gptq_array,
-  gptq_ptq,
-)
-from jaxlab.quantizers.input_ranges import (
-  recalibration_hook,
-)
-from jaxlab.quantizers.integer import (
+from jaxlab.quantizers.numerics.integers import (
   as_qarray,
   grouped_integer_dot,
   integer_conv,
@@ -57,7 +93,7 @@ from jaxlab.quantizers.integer import (
   pack_int4,
   unpack_int4,
 )
-from jaxlab.quantizers.learned import (
+from jaxlab.quantizers.numerics.learned import (
   dorefa_activations,
   dorefa_mean_weights,
   dorefa_scaled_activations,
@@ -69,13 +105,7 @@ from jaxlab.quantizers.learned import (
   pact_penalty,
   scale_gradient,
 )
-from jaxlab.quantizers.learned_hooks import (
-  lsq_apply,
-  lsq_hooks,
-  lsq_kernels,
-  lsq_variables,
-)
-from jaxlab.quantizers.logarithmic import (
+from jaxlab.quantizers.numerics.logarithmic import (
   log2_dequantize,
   log2_fake_quantize,
   log2_quantize,
@@ -84,33 +114,10 @@ from jaxlab.quantizers.logarithmic import (
   log_sqrt2_quantize,
   log_sqrt2_scale,
 )
-from jaxlab.quantizers.operands import (
-  EDGES,
-  MAX_BITS,
-  MIN_BITS,
-  Quantized,
-  edge_policy,
-  operand_hooks,
-  quantize_kernels,
-)
-from jaxlab.quantizers.percentile import (
-  percentile_ptq,
-)
-from jaxlab.quantizers.policy import (
-  BitPolicy,
-  parse_bits,
-)
-from jaxlab.quantizers.post_training import (
-  collect_ranges,
-  fake_quantize_hooks,
-  ptq,
-  quantize_weights,
-  range_hooks,
-)
-from jaxlab.quantizers.quantiles import (
+from jaxlab.quantizers.numerics.quantiles import (
   select_quantiles,
 )
-from jaxlab.quantizers.ranges import (
+from jaxlab.quantizers.numerics.ranges import (
   Observer,
   averaged_min_max_observer,
   averaged_running_min_max_observer,
@@ -123,12 +130,7 @@ from jaxlab.quantizers.ranges import (
   quantile_observer,
   top_k_percentile_range,
 )
-from jaxlab.quantizers.repq import (
-  norm_dense_pairs,
-  reparametrize,
-  repq,
-)
-from jaxlab.quantizers.requantization import (
+from jaxlab.quantizers.numerics.requantization import (
   FixedPoint,
   fixed_point_constants,
   flip_negative_channels,
@@ -137,16 +139,12 @@ from jaxlab.quantizers.requantization import (
   requantize_constants,
   requantize_fixed_point,
 )
-from jaxlab.quantizers.rounding import (
+from jaxlab.quantizers.numerics.rounding import (
   clip_inclusive,
   round_straight_through,
 )
-from jaxlab.quantizers.storage import (
+from jaxlab.quantizers.numerics.storage import (
   QuantizedArray,
-  load_quantized,
-  restore,
-  save_quantized,
-  size_in_bytes,
   store,
 )
 
@@ -156,15 +154,14 @@ __all__ = [
   'MIN_BITS',
   'AffineParams',
   'AffineQuantizer',
-  'BitPolicy',
   'FixedPoint',
   'GPTQKernel',
   'GPTQResult',
   'HessianState',
-  'IntegerNetwork',
   'Observer',
   'Quantized',
   'QuantizedArray',
+  'Rule',
   'accumulate_hessian',
   'affine_fake_quantize',
   'as_qarray',
@@ -181,7 +178,7 @@ __all__ = [
   'dorefa_mean_weights',
   'dorefa_scaled_activations',
   'dorefa_weights',
-  'edge_policy',
+  'edge_rules',
   'export_network',
   'fake_quantize',
   'fake_quantize_hooks',
@@ -209,13 +206,10 @@ __all__ = [
   'log_sqrt2_fake_quantize',
   'log_sqrt2_quantize',
   'log_sqrt2_scale',
-  'lsq_apply',
+  'lsq',
   'lsq_fake_quantize',
-  'lsq_hooks',
-  'lsq_kernels',
   'lsq_plus_fake_quantize',
   'lsq_scale',
-  'lsq_variables',
   'min_max',
   'min_max_observer',
   'mse_range',
@@ -253,5 +247,6 @@ __all__ = [
   'store',
   'top_k_percentile_range',
   'unfold',
+  'uniform_rules',
   'unpack_int4',
 ]

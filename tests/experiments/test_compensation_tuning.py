@@ -28,13 +28,13 @@ def built():
   head = jax.random.normal(jax.random.key(2), variables['params']['head']['kernel'].shape)
   variables['params']['head']['kernel'] = head  # zeros by design
   quantized = quantized_networks.quantize(own, model, variables, x, '2w3a')
-  return model, quantized, compensation.compensate(model, quantized, [x]), x
+  return model, quantized, compensation.compensate(quantized, [x]), x
 
 
 def trained_and_frozen(built):
   model, quantized, found, _ = built
   floats = quantized.float_variables['params']
-  return compensation_tuning.beginning(model, found.variables, floats)
+  return compensation_tuning.beginning(model, found.unbind()[0], floats)
 
 
 def test_compensation_and_classifier_are_trained_from_the_closed_form(built):
@@ -43,9 +43,9 @@ def test_compensation_and_classifier_are_trained_from_the_closed_form(built):
   assert set(trained) == {'compensation', 'params'} and set(trained['params']) == {'head'}
   assert 'head' not in frozen['params'] and 'compensation' not in frozen
   merged = compensation_tuning.merge(trained, frozen)
-  assert jax.tree.structure(merged) == jax.tree.structure(dict(found.variables))
+  assert jax.tree.structure(merged) == jax.tree.structure(found.unbind()[0])
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), merged, found.variables
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), merged, found.unbind()[0]
   )
 
 
@@ -62,9 +62,9 @@ def test_trained_classifier_stays_on_the_codes_of_its_calibration(built):
 
 
 def test_gradients_reach_all_that_is_trained_through_the_quantizers(built):
-  model, quantized, found, x = built
+  model, quantized, _, x = built
   trained, frozen = trained_and_frozen(built)
-  hook = compensation.compensation_hook(found.report.paths, jnp.float32)
+  hook = compensation.compensation_hook(jnp.float32)
 
   def loss(trained):
     merged = compensation_tuning.merge(trained, frozen)
@@ -78,9 +78,9 @@ def test_gradients_reach_all_that_is_trained_through_the_quantizers(built):
 
 def test_networks_without_classifier_tune_the_compensation_alone(built):
   _, quantized, found, _ = built
-  trained, _ = compensation_tuning.split(found.variables, ())
+  trained, _ = compensation_tuning.split(found.unbind()[0], ())
   assert set(trained) == {'compensation'}
-  assert not jax.tree.leaves(compensation_tuning.split(quantized.variables, ())[0])
+  assert not jax.tree.leaves(compensation_tuning.split(quantized.unbind()[0], ())[0])
 
 
 def test_bit_widths_are_the_lowest_or_all():
@@ -145,7 +145,6 @@ def test_nothing_is_compiled_where_nothing_can_be_tuned():
 
 def test_hooks_of_the_training_are_those_of_the_quantized_network(built):
   model, quantized, _, x = built
-  plain = models.apply(model, quantized.variables, x, hooks=quantizers.operand_hooks())
-  np.testing.assert_array_equal(
-    plain, models.apply(model, quantized.variables, x, hooks=quantized.hooks)
-  )
+  variables, _ = quantized.unbind()
+  plain = models.apply(model, variables, x, hooks=quantizers.operand_hooks())
+  np.testing.assert_array_equal(plain, quantized(x))

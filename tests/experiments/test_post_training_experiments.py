@@ -8,6 +8,7 @@ from experiments.harness import launcher, settings
 from experiments.protocols import post_training, quantized_networks
 from jaxlab import models, parallel
 from jaxlab.models import any_of
+from jaxlab.quantizers import Quantized
 
 PAPERS = ('qwt', 'qwt_v2', 'nbc')
 
@@ -65,7 +66,7 @@ def test_compensation_reaches_between_the_blocks_of_swin_where_it_is_asked_to(mo
   model = models.create('swin_tiny_patch4_window7_224')
   rows = importlib.import_module('experiments.qwt_v2').methods(launcher.load('qwt_v2', 'imagenet'))
   for title in ('QwT-v2', 'QwT-v2, blocks', 'QwT'):
-    quantized_networks.compensate(model, None, [], rows[title])
+    quantized_networks.compensate(Quantized(model, {}), [], rows[title])
   inside = any_of(models.anatomy(model).block_paths)
   assert given[1:] == [inside, inside]
   assert given[0].startswith(inside) and 'layers_1/downsample' in given[0]

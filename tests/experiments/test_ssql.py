@@ -126,10 +126,10 @@ def check_step(vectors, x64, momentum):
 
     @jax.jit
     def everything(params):
-      policy = ssql.bit_policy(*bits)
-      in_float = ssql.online_pass(nets, params, stats, views, policy)
+      rules = ssql.bit_rules(*bits)
+      in_float = ssql.online_pass(nets, params, stats, views, rules)
       quantized = ssql.online_pass(
-        nets, params, in_float.batch_stats, views, policy, in_float.collections['ranges']
+        nets, params, in_float.batch_stats, views, rules, in_float.collections['ranges']
       )
       return (
         in_float,

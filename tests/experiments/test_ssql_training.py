@@ -79,19 +79,19 @@ def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
   state = init(jax.random.key(0))
   views = [jax.random.normal(jax.random.key(i), (16, 16, 16, 1)) for i in (1, 2)]
   stats = state.model_state['batch_stats']
-  policy = ssql.bit_policy(4, 4)
+  rules = ssql.bit_rules(4, 4)
 
   @jax.jit
   def gradients(params):
-    in_float = ssql.online_pass(nets, params, stats, views, policy)
+    in_float = ssql.online_pass(nets, params, stats, views, rules)
     quantized = ssql.online_pass(
-      nets, params, in_float.batch_stats, views, policy, in_float.collections['ranges']
+      nets, params, in_float.batch_stats, views, rules, in_float.collections['ranges']
     )
     targets = quantized.projections
 
     def predicted(params):
       return siamese.siamese_loss(
-        ssql.online_pass(nets, params, stats, views, policy).predictions, targets
+        ssql.online_pass(nets, params, stats, views, rules).predictions, targets
       )
 
     def reverse(params):

@@ -36,7 +36,7 @@ from jaxlab.models import (
   map_matching,
   module_paths,
 )
-from jaxlab.quantizers import BitPolicy, quantize_weights
+from jaxlab.quantizers import ptq, uniform_rules
 from jaxlab.quantizers.compensation import compensate
 
 IMAGES = random_images((2, 16, 16, 3))
@@ -453,9 +453,9 @@ def test_hooks_work_around_bridged_blocks_and_on_their_kernels():
   assert captured['blocks_1'].shape == (2, 4)
   _, dropped = run(variables, True)
   assert_close(dropped['blocks_0'], captured['embed'], 1e-6)
-  params = quantize_weights(variables['params'], BitPolicy([(r'blocks_\d/.*', 2)]))
   batches = [random_images((32, 6))]
-  compensated = compensate(model, ({'params': params}, variables, ()), batches, anatomy=own)
+  rules = uniform_rules(2, path=r'blocks_\d/.*')
+  compensated = compensate(ptq(model, variables, batches, rules, anatomy=own), batches)
   assert compensated.report.paths == own.block_paths
   assert np.all(compensated.report.error_after < compensated.report.error_before)
   params = map_matching(lambda _, w: 0 * w, variables['params'], r'blocks_\d/fc2/.*')

@@ -20,7 +20,7 @@ from jaxlab.models.blockwise import (
   restore,
   slice_variables,
 )
-from jaxlab.quantizers import BitPolicy, percentile_ptq
+from jaxlab.quantizers import percentile_ptq, uniform_rules
 from jaxlab.quantizers.compensation import QwTv2, compensate
 
 X = random_images((4, 8, 8, 3))
@@ -179,9 +179,9 @@ def test_blocks_with_kernels_of_other_sizes_are_compensated(method, count):
   """Ranges found anew for the first layer, and its input, do not depend on the second kernel."""
   model = Sizes()
   variables = random_variables(model, X)
-  quantized = percentile_ptq(model, variables, X, BitPolicy([('.*', 3)], [('.*', 4)]))
+  quantized = percentile_ptq(model, variables, X, uniform_rules(3, 4))
   batches = list(X.reshape(2, 2, 8, 8, 3))
   own = Anatomy(blocks=['part0', 'part1'])
-  found = compensate(model, quantized, batches, method, anatomy=own, dtype=jnp.float32)
+  found = compensate(quantized, batches, method, anatomy=own, dtype=jnp.float32)
   assert len(found.report.paths) == count
   assert np.all(found.report.error_after <= found.report.error_before * (1 + 1e-5))

@@ -25,13 +25,9 @@ from jaxlab.quantizers.compensation.channel_affine import (
 )
 from jaxlab.quantizers.compensation.conv import fit_conv_compensation, num_groups
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
-from jaxlab.quantizers.compensation.driver import (
-  Compensated,
-  Report,
-  compensate,
-  compensation_hook,
-)
+from jaxlab.quantizers.compensation.driver import compensate
 from jaxlab.quantizers.compensation.fold import fold_compensation
+from jaxlab.quantizers.compensation.hook import compensation_hook
 from jaxlab.quantizers.compensation.linear import (
   LinearCompensation,
   LinearStats,
@@ -43,13 +39,13 @@ from jaxlab.quantizers.compensation.linear import (
 )
 from jaxlab.quantizers.compensation.linear_apply import apply_linear_compensation
 from jaxlab.quantizers.compensation.methods import NBC, Method, QwT, QwTv2
+from jaxlab.quantizers.networks.quantized import Report
 
 __all__ = [
   'NBC',
   'BipolarCompensation',
   'ChannelAffine',
   'ChannelAffineStats',
-  'Compensated',
   'LinearCompensation',
   'LinearStats',
   'Method',

@@ -1,12 +1,15 @@
 """QwT-v2 at no cost: scale and shift of a layer's output, folded into the layer's own constants."""
 
+import dataclasses
+
 from flax import traverse_util
 
-from jaxlab.quantizers import operands
-from jaxlab.quantizers.compensation.driver import COLLECTION, Compensated
+from jaxlab.quantizers.compensation.hook import COLLECTION
+from jaxlab.quantizers.networks import operands
+from jaxlab.quantizers.networks.quantized import Collections, Quantized, check_quantized
 
 
-def fold_compensation(compensated: Compensated) -> operands.Quantized:
+def fold_compensation(compensated: Quantized) -> Quantized:
   """Returns the network of which every `gamma y + beta` behind a layer is a part of the layer.
 
   `kernel <- gamma kernel`, its scale likewise (so that the integer codes stay what they are, also for a
@@ -15,16 +18,22 @@ def fold_compensation(compensated: Compensated) -> operands.Quantized:
   constants behind them change.
 
   Args:
-    compensated: of a network of `repq` or `percentile_ptq`, compensated by `QwTv2` at layers.
+    compensated: a network with quantized kernels, compensated by `QwTv2` at layers.
 
   Returns:
-    Variables without the collection `'compensation'`, as both entries: the float network has no such
-    compensation to fold.
+    The network without the collection `'compensation'`. Its float network is that of the folded kernels: the
+    one before has no such compensation to fold.
 
   Raises:
-    ValueError: if a compensation is not one of scale and shift behind a layer with a kernel.
+    ValueError: for what is no `Quantized` of `compensate`, or if a compensation is not one of scale and shift
+      behind a layer with a kernel.
   """
-  variables = dict(compensated.variables)
+  check_quantized(compensated, 'fold_compensation')
+  if COLLECTION not in compensated.variables:
+    raise ValueError(
+      'The network has no compensation: fold_compensation takes what compensate returns.'
+    )
+  variables, hooks = compensated.unbind()
   flat = traverse_util.flatten_dict(dict(variables.pop(COLLECTION)), sep='/')
   params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
   constants = traverse_util.flatten_dict(dict(variables[operands.COLLECTION]), sep='/')
@@ -45,4 +54,6 @@ def fold_compensation(compensated: Compensated) -> operands.Quantized:
     biases[bias] = beta if old is None else (gamma * old + beta).astype(old.dtype)
   variables['params'] = traverse_util.unflatten_dict(params, sep='/')
   variables[operands.COLLECTION] = traverse_util.unflatten_dict(constants, sep='/')
-  return operands.Quantized(variables, variables, tuple(compensated.hooks[:-1]))
+  return dataclasses.replace(
+    compensated, variables=Collections(variables), exact={}, hooks=hooks[:-1], report=None
+  )

@@ -1,14 +1,14 @@
 """The hook that compensates the modules of a network by the arrays of their own."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlab.models.blockwise import array_leaves
-from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.compensation.bipolar import BipolarCompensation, apply_nbc
 from jaxlab.quantizers.compensation.channel_affine import ChannelAffine, apply_channel_affine
 from jaxlab.quantizers.compensation.linear import LinearCompensation
@@ -18,16 +18,18 @@ Array = jax.Array
 COLLECTION = 'compensation'
 
 
-def compensation_hook(paths: Sequence[str], dtype: Any = jnp.float16) -> Hook:
-  """Returns the hook that compensates the modules at `paths` by the arrays in collection `'compensation'`.
+def compensation_hook(dtype: Any = jnp.float16) -> Hook:
+  """Returns the hook that compensates the modules that have arrays in the collection `'compensation'`.
 
   The arrays are ordinary variables: `jax.grad` reaches them (QwT* trains them, with dtype float32).
 
   Args:
-    paths: of modules that have arrays.
     dtype: of the matrix product's operands.
+
+  Raises (when the model is applied):
+    ValueError: if the variables have no such collection: the network was not compensated.
   """
-  return Hook(any_of(paths), call=_Compensate(jnp.dtype(dtype)), collection=COLLECTION)
+  return Hook('.*', call=_Compensate(jnp.dtype(dtype)), collection=COLLECTION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,18 @@ class _Compensate:
   dtype: Any
 
   def __call__(self, site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not site.path and COLLECTION not in site.module.variables:
+      raise ValueError(
+        f'The variables have no collection {COLLECTION!r}, so nothing would be compensated: call the network '
+        f'that `compensate` returns, or pass the variables of its `unbind()`.'
+      )
     out = call(*args, **kwargs)
+    kinds = {'gamma': ('gamma', 'beta'), 'kappa': BipolarCompensation._fields[:-1]}
+    kinds['weight'] = ('weight', 'bias')
+    names = next((names for mark, names in kinds.items() if site.has(mark)), None)
+    if names is None:
+      return out
     leaves, treedef = jax.tree.flatten(out)
-    names = ('gamma', 'beta') if site.has('gamma') else ('weight', 'bias')
-    names = BipolarCompensation._fields[:-1] if site.has('kappa') else names
     own = {name: site.read(name) for name in names}
     x = array_leaves((args, kwargs))[0]
     return jax.tree.unflatten(treedef, [apply_arrays(leaves[0], x, own, self.dtype), *leaves[1:]])

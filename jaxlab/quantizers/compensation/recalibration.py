@@ -9,8 +9,8 @@ from flax import traverse_util
 from jaxlab.models.blockwise import Part, relative
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
-from jaxlab.quantizers.input_ranges import recalibration_hook
-from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
+from jaxlab.quantizers.networks.input_ranges import recalibration_hook
+from jaxlab.quantizers.networks.quantized import COLLECTION as QUANTIZATION
 
 Array = jax.Array
 PyTree = Any
@@ -24,7 +24,7 @@ def quantized_inputs(
   found: list[list[str]] = [[]]
 
   def visit(site: Site, call, *args, **kwargs):
-    if site.has('input'):
+    if site.has('input') and 'step' not in site.read('input'):  # a learned one stays
       found[-1].append(site.path)
     out = call(*args, **kwargs)
     if site.path in ends:
@@ -60,7 +60,7 @@ def recalibrate(
     f'{relative(p, block.path)}/{n}': leaf for p, own in arrays.items() for n, leaf in own.items()
   }
   variables = {**variables, COLLECTION: traverse_util.unflatten_dict(flat, sep='/')}
-  compensated = [compensation_hook(list(arrays), dtype)] if arrays else []
+  compensated = [compensation_hook(dtype)] if arrays else []
   hooks = [*hooks, *compensated, recalibration_hook(paths)]
   _, state = block.run(variables, leaves, hooks, mutable=[QUANTIZATION])
   own = tuple(f'{relative(path, block.path)}/input/' for path in paths)

@@ -32,8 +32,8 @@ from jaxlab.quantizers.compensation.recalibration import (
   recalibrate,
   with_constants,
 )
-from jaxlab.quantizers.input_ranges import renewed_constants
-from jaxlab.quantizers.operands import COLLECTION as QUANTIZATION
+from jaxlab.quantizers.networks.input_ranges import renewed_constants
+from jaxlab.quantizers.networks.quantized import COLLECTION as QUANTIZATION
 
 Array = jax.Array
 PyTree = Any
@@ -54,14 +54,13 @@ class BlockWalk:
     variables: PyTree,
     float_variables: PyTree,
     hooks: Sequence[Hook],
-    float_hooks: Sequence[Hook],
     dtype: Any,
     programs: Programs,
     branch_ends: Mapping[str, Sequence[str]] = {},
   ):
     self.branch_ends = branch_ends
     self.block, self.method, self.dtype, self.programs = block, method, dtype, programs
-    self.hooks, self.float_hooks = hooks, float_hooks
+    self.hooks = hooks
     self.quantized = slice_variables(variables, block.path)
     self.float = slice_variables(float_variables, block.path)
     self.parts = self._parts()
@@ -164,7 +163,7 @@ class BlockWalk:
   ) -> tuple[Any, fits.Rows]:
     """Runs part `index` on all batches; returns their sums, and parks its output, and rows if needed."""
     part, block, dtype = self.parts[index], self.block, self.dtype
-    parts, hooks, float_hooks = self.parts, self.hooks, self.float_hooks
+    parts, hooks = self.parts, self.hooks
     below, exact = relative(part.path, block.path), self._has_exact_sums(part)
     state, update = fits.first_pass(self.method, shapes)
 
@@ -176,7 +175,7 @@ class BlockWalk:
       y = array_leaves(part.run(slice_variables(quantized, below), leaves, hooks))
       if teacher is None:
         own = slice_variables(floats, below)
-        teacher = array_leaves(part.run(own, leaves, float_hooks))[0]
+        teacher = array_leaves(part.run(own, leaves, hooks))[0]
       wide = jnp.promote_types(y[0].dtype, jnp.float32)
       err = teacher.astype(wide) - y[0].astype(wide)
       state = update(state, leaves[0], y[0], err, batch)
@@ -252,7 +251,7 @@ class BlockWalk:
     """Returns the float network's activation at each part, and what its block returns, for each batch."""
     paths = [part.path for part in self.parts]
 
-    block, float_hooks = self.block, self.float_hooks
+    block, hooks = self.block, self.hooks
 
     def run_float(floats, leaves):
       def keep(site: Site, call, *args, **kwargs):
@@ -260,8 +259,8 @@ class BlockWalk:
         site.write('output', array_leaves(y)[0])
         return y
 
-      hooks = [*float_hooks, Hook(any_of(paths), call=keep, collection=CAPTURES)]
-      out, state = block.run(floats, leaves, hooks, mutable=[CAPTURES])
+      keeping = Hook(any_of(paths), call=keep, collection=CAPTURES)
+      out, state = block.run(floats, leaves, [*hooks, keeping], mutable=[CAPTURES])
       found = [slice_variables(state, relative(path, block.path))[CAPTURES] for path in paths]
       return [own['output'] for own in found], array_leaves(out)
 

@@ -1,0 +1,1 @@
+"""A whole network: rules by path, calibration, post-training and learned quantization, execution, storage."""

@@ -1,0 +1,271 @@
+"""A quantized network: what every method here returns, called as the model is, and handed to the next method.
+
+  quantized = repq(model, variables, images, edge_rules(4, 4))
+  better = compensate(quantized, batches, QwT())
+  logits = jax.jit(lambda network, x: network(x))(integer_network(better), images)
+
+Linen ignores variable collections that it does not know: `model.apply` would run the variables of a quantized
+network in float and say nothing. So they are handed out only together with the hooks that they need.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from flax.core import FrozenDict
+
+from jaxlab.models.anatomy_parts import Anatomy
+from jaxlab.models.blockwise import array_leaves
+from jaxlab.models.intercept import Hook, apply
+
+Array = jax.Array
+PyTree = Any
+
+COLLECTION = 'quantization'
+OWN = (COLLECTION, 'compensation', 'integers', 'lsq', 'lsq_codes')
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Collections:
+  """Variable collections by name, `variables['params']`; no mapping, so that Linen refuses them."""
+
+  def __init__(self, tree: Mapping[str, PyTree]):
+    self.tree = dict(tree)
+
+  def __getitem__(self, name: str) -> PyTree:
+    return self.tree[name]
+
+  def __contains__(self, name: str) -> bool:
+    return name in self.tree
+
+  def __repr__(self) -> str:
+    return f'Collections({", ".join(self.tree)})'
+
+  def items(self) -> None:
+    """Raises TypeError: Linen asks for this."""
+    raise TypeError(
+      'These are variables of a quantized network, which `model.apply` would run in float: call the network '
+      'itself, `quantized(x)`. To run them under hooks of your own: `variables, hooks = quantized.unbind()`, '
+      'then `jaxlab.models.apply(model, variables, x, hooks=hooks)`.'
+    )
+
+  def tree_flatten_with_keys(self) -> tuple[list, tuple[str, ...]]:
+    """Returns the collections in order of their names."""
+    names = tuple(sorted(self.tree))
+    return [(jax.tree_util.DictKey(name), self.tree[name]) for name in names], names
+
+  @classmethod
+  def tree_unflatten(cls, names: tuple[str, ...], trees: Iterable[PyTree]) -> 'Collections':
+    """Returns the collections `names`."""
+    return cls(zip(names, trees))
+
+
+class Report(flax.struct.PyTreeNode):
+  """What a compensation did, one entry a compensated module, in order of execution.
+
+  Attributes:
+    paths: of the modules.
+    error_before: mean squared error on the calibration data against the teacher, float64 `[modules]`.
+    error_after: the same of the compensated module, with the arithmetic of `dtype`.
+    r2: of the fit; for QwT-v2 `1 - error_after / error_before`.
+    skipped: whether the gate left the module as it is.
+    parameters: values that were added.
+    multiply_adds: that were added, for one example.
+  """
+
+  paths: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  error_before: np.ndarray
+  error_after: np.ndarray
+  r2: np.ndarray
+  skipped: np.ndarray
+  parameters: np.ndarray
+  multiply_adds: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """What of a network is compared and hashed, not traced."""
+
+  model: nn.Module
+  hooks: tuple[Hook, ...]
+  kwargs: FrozenDict
+  anatomy: Anatomy | None
+  prepare: Callable[..., Any] | None
+  skipped: FrozenDict
+
+  def __hash__(self):
+    try:
+      return hash((self.model, self.hooks, self.kwargs, self.prepare))
+    except TypeError:  # a module with lists for fields
+      return hash(type(self.model))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+  """A quantized network, and the float network that it approximates: a pytree whose leaves are its arrays.
+
+  Attributes:
+    model: the Linen module, as it was.
+    variables: of the network, collections of quantizers and compensations included.
+    exact: in which leaves the float network differs, `{collection: {...}}`, so that no array is held twice;
+      None: the float kernels are gone (`integer_network`).
+    hooks: static; of `jaxlab.models.apply`.
+    kwargs: static; of every call of the model, unless it says otherwise, e.g. `train=False`.
+    anatomy: the names of the model's parts; None: what `models.anatomy` says.
+    prepare: static; a function of the variables before every call (LSQ quantizes kernels there); or None.
+    report: of `compensate`; else None.
+    skipped: layers that stay in float in `integer_network`, by path, and why.
+  """
+
+  model: nn.Module
+  variables: Collections
+  exact: PyTree | None = dataclasses.field(default=None, repr=False)
+  hooks: tuple[Hook, ...] = ()
+  kwargs: Mapping[str, Any] = FrozenDict()
+  anatomy: Anatomy | None = None
+  prepare: Callable[[dict[str, PyTree]], dict[str, PyTree]] | None = None
+  report: Report | None = None
+  skipped: Mapping[str, str] = FrozenDict()
+
+  def __post_init__(self):
+    static = {name: value for name, value in self.kwargs.items() if not array_leaves(value)}
+    found = {'hooks': tuple(self.hooks), 'kwargs': FrozenDict(static)}
+    found['skipped'] = FrozenDict(self.skipped)
+    if isinstance(self.variables, Mapping):
+      found['variables'] = Collections(self.variables)
+    for name, value in found.items():
+      object.__setattr__(self, name, value)
+
+  @classmethod
+  def of(
+    cls,
+    model: nn.Module,
+    variables: Mapping[str, PyTree],
+    float_variables: Mapping[str, PyTree],
+    hooks: Iterable[Hook],
+    **fields: Any,
+  ) -> 'Quantized':
+    """Returns the network of these variables under `hooks`, next to its float network.
+
+    The hooks have to leave the float network alone: where a collection of the quantizers holds nothing for a
+    module, they do nothing.
+
+    Args:
+      model: any Linen module.
+      variables: of the quantized network.
+      float_variables: of the float network.
+      hooks: of both.
+      **fields: see the attributes.
+    """
+    known = traverse_util.flatten_dict(dict(variables))
+    floats = traverse_util.flatten_dict(dict(float_variables))
+    own = {
+      path: leaf
+      for path, leaf in floats.items()
+      if path[0] not in OWN and known.get(path) is not leaf
+    }
+    return cls(model, variables, traverse_util.unflatten_dict(own), hooks, **fields)
+
+  @property
+  def float_variables(self) -> Collections:
+    """The variables of the float network, collections of quantizers empty but for biases that `repq` moved.
+
+    Raises:
+      ValueError: if the float kernels are gone.
+    """
+    if self.exact is None:
+      raise ValueError(
+        'This network holds integers alone, its float kernels are gone: do what needs the float network '
+        '(compensate, in_float) before integer_network.'
+      )
+    flat = traverse_util.flatten_dict(self.variables.tree)
+    kept = {
+      path: leaf
+      for path, leaf in flat.items()
+      if path[0] not in OWN or (path[0] == COLLECTION and path[-1] == 'bias')
+    }
+    tree = traverse_util.unflatten_dict({**kept, **traverse_util.flatten_dict(self.exact)})
+    return Collections({**{name: {} for name in self.variables.tree}, **tree})
+
+  def in_float(self) -> 'Quantized':
+    """Returns the float network: equal, as a function, to the one that was quantized."""
+    return dataclasses.replace(self, variables=self.float_variables, exact={}, report=None)
+
+  def unbind(self) -> tuple[dict[str, PyTree], tuple[Hook, ...]]:
+    """Returns `(variables, hooks)` for `jaxlab.models.apply(model, variables, x, hooks=hooks)`.
+
+    For those who add hooks of their own, or train: `model.apply` would run these variables in float.
+    """
+    variables = dict(self.variables.tree)
+    return (self.prepare(variables) if self.prepare else variables), self.hooks
+
+  def update(self, **collections: PyTree) -> 'Quantized':
+    """Returns the network with these variable collections in place of its own, e.g. `params=params`."""
+    unknown = sorted(set(collections) - set(self.variables.tree))
+    if unknown:
+      raise ValueError(
+        f'The network has no collection {", ".join(map(repr, unknown))}; it has '
+        f'{", ".join(self.variables.tree)}.'
+      )
+    new = Collections({**self.variables.tree, **collections})
+    return dataclasses.replace(self, variables=new)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """Returns `model(*args, **kwargs)` of the quantized network.
+
+    Args:
+      *args: of the model.
+      **kwargs: of the model, over the network's own `kwargs`; and of Linen's `apply` (`mutable`, `rngs`).
+    """
+    variables, hooks = self.unbind()
+    return apply(self.model, variables, *args, hooks=hooks, **{**self.kwargs, **kwargs})
+
+  def tree_flatten_with_keys(self) -> tuple[list, _Static]:
+    """Returns the arrays, and all that is static."""
+    names = ('variables', 'exact', 'report')
+    children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names]
+    return children, _Static(*(getattr(self, f.name) for f in dataclasses.fields(_Static)))
+
+  @classmethod
+  def tree_unflatten(cls, static: _Static, children: Iterable[PyTree]) -> 'Quantized':
+    """Returns the network of these arrays."""
+    arrays = dict(zip(('variables', 'exact', 'report'), children))
+    return cls(**arrays, **{f.name: getattr(static, f.name) for f in dataclasses.fields(static)})
+
+
+def check_quantized(value: Any, function: str) -> None:
+  """Raises ValueError unless `value` is a `Quantized`."""
+  if not isinstance(value, Quantized):
+    raise ValueError(
+      f'{function} takes a Quantized, which ptq, percentile_ptq, repq, gptq_ptq and lsq return; got '
+      f'{type(value).__name__}.'
+    )
+
+
+def peek(batches: Array | Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+  """Returns the first batch and all batches of `batches`, one array or an iterable that is read once.
+
+  Raises:
+    ValueError: if there is none.
+  """
+  rest = iter([batches] if hasattr(batches, 'shape') else batches)
+  for first in rest:
+    return first, itertools.chain([first], rest)
+  raise ValueError('batches is empty: calibration needs at least one batch of model inputs.')
+
+
+def joined_batch(batches: Array | Iterable[Array]) -> Array:
+  """Returns all batches as one, `[batch, ...]`; raises ValueError as `peek` does."""
+  found = list(peek(batches)[1])
+  if len(found) == 1:
+    return found[0]
+  host = all(isinstance(batch, np.ndarray) for batch in found)
+  return (np if host else jnp).concatenate(found)

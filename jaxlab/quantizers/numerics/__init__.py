@@ -1,0 +1,1 @@
+"""One tensor: rounding, ranges, affine, logarithmic and learned quantizers, GPTQ, integers."""
