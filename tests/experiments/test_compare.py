@@ -38,7 +38,8 @@ def test_bad_input_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'config, message', [('gml/embedded', 'no quantized networks'), ('qwt/embeded', 'only embedded')]
+  'config, message',
+  [('gml/embedded', 'no quantized networks'), ('qwt/embeded', 'Did you mean embedded')],
 )
 def test_settings_that_cannot_be_compared_end_the_command(config, message, tmp_path, capsys):
   with pytest.raises(SystemExit) as raised:
