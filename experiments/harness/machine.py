@@ -13,9 +13,9 @@ def describe() -> dict[str, Any]:
   """Returns the processor, its cores, those that this process may use, and jax's devices, as plain values."""
   devices = jax.devices()
   return {
-    'processor': _processor(),
+    'processor': processor(),
     'cores': os.cpu_count(),
-    'threads': _threads(),
+    'threads': threads(),
     'device': devices[0].device_kind,
     'devices': len(devices),
     'processes': jax.process_count(),
@@ -32,14 +32,15 @@ def sentence(machine: Mapping[str, Any]) -> str:
   return text + f', {machine["processes"]} processes' * (machine['processes'] > 1)
 
 
-def _threads() -> int:
+def threads() -> int:
   """Returns how many threads XLA's CPU backend computes with: one for each core that may be used."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
-def _processor() -> str:
+def processor() -> str:
+  """Returns the processor's name."""
   try:
     for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
       if line.startswith('model name'):

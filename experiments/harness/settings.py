@@ -250,13 +250,15 @@ def _listed(value: Any) -> Any:
 
 
 def _written(value: Any) -> str:
-  """Returns a literal, also of infinity, which Python has no literal for but 1e999."""
+  """Returns a text that `parse` reads; strings within have double quotes, for a shell's single ones."""
+  if isinstance(value, str):
+    return json.dumps(value, ensure_ascii=False)
   if isinstance(value, float) and value in (float('inf'), -float('inf')):
-    return '1e999' if value > 0 else '-1e999'
+    return '1e999' if value > 0 else '-1e999'  # Python has no other literal for it
   if isinstance(value, tuple):
-    return f'({", ".join(map(_written, value))}{"," * (len(value) == 1)})'
+    return f'[{", ".join(map(_written, value))}]'
   if isinstance(value, Mapping):
-    return f'{{{", ".join(f"{k!r}: {_written(v)}" for k, v in value.items())}}}'
+    return f'{{{", ".join(f"{_written(k)}: {_written(v)}" for k, v in value.items())}}}'
   return repr(value)
 
 

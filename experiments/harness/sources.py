@@ -1,7 +1,6 @@
 """What settings need that does not come with the package: data sets, public weights, and where they are."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,26 +20,6 @@ _BY_HAND = (
   'ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org, after registration) in '
   '~/tensorflow_datasets/downloads/manual, then '
 )
-
-# Folders of classes, by the name of their root: what it is, who published the split, and where.
-FEW_SHOT = {
-  'mini_imagenet': (
-    'mini-ImageNet', 'ImageNet (image-net.org) by the split of Ravi & Larochelle 2017, lists in '
-    'github.com/twitter-research/meta-learning-lstm, data/miniImagenet', 64, 20,
-  ),
-  'tiered_imagenet': (
-    'tiered-ImageNet', 'ImageNet (image-net.org) by the split of Ren et al. 2018, lists in '
-    'github.com/renmengye/few-shot-ssl-public, l2kl/data/tiered_imagenet_split', 351, 160,
-  ),
-  'cifar_fs': (
-    'CIFAR-FS', 'CIFAR-100 (www.cs.toronto.edu/~kriz/cifar.html) by the split of Bertinetto et al. 2019, '
-    'github.com/bertinetto/r2d2', 64, 20,
-  ),
-  'cub': (
-    'CUB-200-2011', 'www.vision.caltech.edu/datasets/cub_200_2011, by the split of Chen et al. 2019: of '
-    'every four classes the first and third are base, the fourth novel', 100, 50,
-  ),
-}  # fmt: skip
 
 # Published long-tailed lists: the data set, where its images are, and the folders that the lists name.
 _LISTS = 'github.com/facebookresearch/classifier-balancing, data'
@@ -75,22 +54,10 @@ def needs(name: str, root: str | None = None) -> str:
       f'in $JAXLAB_FASHION_MNIST_DIR, or {_BUILD.format(name)}'
     )
   if name == 'image_folder':
-    return folders(root or 'ROOT')
+    return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   by_hand = _BY_HAND if name.startswith('imagenet2012') else ''
   base = name.partition('/')[0].partition(':')[0]
   return f'{CATALOGUE.get(base, name)}: {by_hand}{_BUILD.format(name)}'
-
-
-def folders(root: str) -> str:
-  """Returns what images in folders of classes are and where they come from."""
-  known = FEW_SHOT.get(pathlib.PurePath(root).name)
-  if known is None:
-    return f'images in a folder a class, {root}/SPLIT/CLASS/*.jpg'
-  name, origin, base, novel = known
-  return (
-    f'{name}: {origin}; images in a folder a class, {root}/base/CLASS/*.jpg ({base} classes) and '
-    f'{root}/novel/CLASS/*.jpg ({novel} classes)'
-  )
 
 
 def listed(name: str, files: Sequence[str], root: str) -> str:

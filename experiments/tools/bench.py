@@ -30,7 +30,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.tools import bench_comparison, bench_input, bench_loop, bench_side
+from experiments.tools import bench_comparison, bench_input, bench_loop
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,12 +90,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def machine() -> dict[str, Any]:
   """Returns the processor's name, how many CPUs this process may use, the system, Python's version."""
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-  names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+  from experiments.harness import machine as own
+
   return {
-    'processor': names[0] if names else platform.processor() or platform.machine(),
-    'cpus': bench_side.cpu_count(),
+    'processor': own.processor(),
+    'cpus': own.threads(),
     'system': platform.platform(terse=True),
     'python': platform.python_version(),
   }
@@ -173,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
   console = Console()
   found: dict[str, Any] = {'machine': machine()}
-  console.print('{processor}, {cpus} CPUs, {system}, Python {python}'.format(**found['machine']))
+  line = '{processor}, {cpus} CPUs, {system}, Python {python}'.format(**found['machine'])
+  console.print(line, markup=False)
   found['models'] = bench_comparison.measure(
     options.models,
     options.threads,

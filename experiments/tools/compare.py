@@ -14,7 +14,6 @@ rows, as ratios to the float network.
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,14 +155,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument('--config', default='qwt/embedded', help='<paper>/<setting>')
-  parser.add_argument('--workdir', required=True, help='where trained networks are kept')
-  parser.add_argument('--network', default='vit')
-  parser.add_argument('--bits', default='8w8a,4w8a')
-  parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument(
+    '--config', default='qwt/embedded', metavar='PAPER/SETTING', help='default: %(default)s'
+  )
+  parser.add_argument(
+    '--workdir', required=True, metavar='DIR', help='where trained networks are kept'
+  )
+  parser.add_argument('--network', default='vit', help='one of the setting; default: %(default)s')
+  parser.add_argument('--bits', default='8w8a,4w8a', help='default: %(default)s')
+  parser.add_argument('--repeats', type=int, default=5, help='of the times; default: %(default)s')
   options = parser.parse_args(arguments)
   paper, _, setting = options.config.partition('/')
-  try:
+  with launcher.errors_without_traceback():
     config = launcher.load(paper, setting or 'embedded')
     if not isinstance(config, Settings):
       raise ValueError(f'--config={options.config} compares no quantized networks.')
@@ -177,15 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
       bits=options.bits.split(','),
       repeats=options.repeats,
     )
-  except (ValueError, FileNotFoundError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    raise SystemExit(2) from error
   from rich.console import Console
   from rich.table import Table
+  from rich.text import Text
 
-  table = Table('', 'accuracy', 'bytes', 'packed', 'time / float', title=options.network)
+  heads = ('', 'accuracy', 'bytes', 'packed', 'time / float')
+  table = Table(*heads, title=Text(options.network))
   for name, row in found.items():
     numbers = f'{row["accuracy"]:.2f}', f'{row["bytes"]:.0f}', f'{row["packed"]:.0f}'
-    table.add_row(name, *numbers, f'{row["time"]:.2f}')
+    table.add_row(Text(name), *numbers, f'{row["time"]:.2f}')
   Console().print(table)
   return found

@@ -96,8 +96,8 @@ def test_the_command_names_what_differs_from_the_setting(tmp_path):
   run = results.results(config, [results.row('CE', 'baseline', {'mean': 1.0})])
   run |= {'config': plain(config), 'seconds': 1.0}
   text = report.markdown([run])
-  command = 'python -m experiments.gml --config=cifar10_lt --seeds=0 \'--config.runs=("ce",)\''
-  assert command.replace('"', "'\"'\"'") + ' --config.network.epochs=3\n' in text
+  command = 'python -m experiments.gml --config=cifar10_lt --seeds=0 \'--config.runs=["ce"]\''
+  assert f'{command} --config.network.epochs=3\n' in text
   assert 'GML over a cross-entropy ResNet-32 on CIFAR-10-LT' in text
 
 

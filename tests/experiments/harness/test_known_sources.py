@@ -41,15 +41,5 @@ def test_what_is_not_in_the_package_is_said_in_full(paper, setting, texts):
     assert text in needed, text
 
 
-@pytest.mark.parametrize(
-  ('root', 'text'),
-  [
-    ('data/mini_imagenet', 'data/mini_imagenet/base/CLASS/*.jpg (64 classes)'),
-    ('/d/tiered_imagenet', 'renmengye/few-shot-ssl-public'),
-    ('data/cifar_fs', 'bertinetto/r2d2'),
-    ('data/cub', 'CUB-200-2011'),
-    ('photos', 'photos/SPLIT/CLASS/*.jpg'),
-  ],
-)
-def test_folders_of_classes_are_described(root, text):
-  assert text in sources.needs('image_folder', root)
+def test_folders_of_classes_are_described():
+  assert 'photos/SPLIT/CLASS/*.jpg' in sources.needs('image_folder', 'photos')
