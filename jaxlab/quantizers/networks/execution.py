@@ -126,7 +126,13 @@ def save_integer_network(path: str | os.PathLike, network: Quantized) -> int:
   """Writes the network's variables as one safetensors file; returns its size in bytes.
 
   The layout is that of `save_quantized`: codes are `integers/fc/kernel.codes`.
+
+  Raises:
+    ValueError: for a network that is not in integers.
   """
+  check_quantized(network, 'save_integer_network')
+  if COLLECTION not in network.variables:
+    raise ValueError('The network is not in integers: save what integer_network returns.')
   return save_quantized(path, network.unbind()[0])
 
 

@@ -118,7 +118,8 @@ class Quantized:
     exact: in which leaves the float network differs, `{collection: {...}}`, so that no array is held twice;
       None: the float kernels are gone (`integer_network`).
     hooks: static; of `jaxlab.models.apply`.
-    kwargs: static; of every call of the model, unless it says otherwise, e.g. `train=False`.
+    kwargs: static; of every call of the model, unless it says otherwise, e.g. `train=False`. Arrays that a
+      model takes are given at each call.
     anatomy: the names of the model's parts; None: what `models.anatomy` says.
     prepare: static; a function of the variables before every call (LSQ quantizes kernels there); or None.
     report: of `compensate`; else None.

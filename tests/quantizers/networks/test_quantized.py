@@ -284,6 +284,8 @@ def test_bad_input_is_named_by_every_method(name):
     run(X, Rule('.*', 'kernel', 4))
   with pytest.raises(ValueError, match=f"{name} takes a sequence of rules, .* got .*'kernel'"):
     run(X, [('.*', 'kernel', 4)])
+  with pytest.raises(ValueError, match=f'{name} takes a sequence of rules, .* got .*iterator'):
+    run(X, iter(rules))
   with pytest.raises(ValueError, match=r"kernel rule 'frist/in'. Closest of .*first/in"):
     run(X, [Rule('frist/in', 'kernel', 4, learned=name == 'lsq')])
   with pytest.raises(ValueError, match=r'NNX module, Linear.*to_linen'):
