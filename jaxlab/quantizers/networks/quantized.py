@@ -216,8 +216,7 @@ class Quantized:
         f'The network has no collection {", ".join(map(repr, unknown))}; it has '
         f'{", ".join(self.variables.tree)}.'
       )
-    new = Collections({**self.variables.tree, **collections})
-    return dataclasses.replace(self, variables=new)
+    return dataclasses.replace(self, variables={**self.variables.tree, **collections})
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Returns `model(*args, **kwargs)` of the quantized network.
