@@ -171,10 +171,10 @@ def test_networks_are_donated_vmapped_and_updated():
 def test_checkpoints_give_the_same_network_back(name, tmp_path):
   quantized = integer_network(network('repq')) if name == 'integers' else compensated(name)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / 'network', jax.tree.leaves(quantized))
+    checkpointer.save(tmp_path / 'network', quantized)
     checkpointer.wait_until_finished()
-    leaves = checkpointer.restore(tmp_path / 'network', jax.tree.leaves(quantized))
-  again = jax.tree.unflatten(jax.tree.structure(quantized), leaves)
+    again = checkpointer.restore(tmp_path / 'network', quantized)
+  assert jax.tree.structure(again) == jax.tree.structure(quantized)
   np.testing.assert_array_equal(again(X), quantized(X))
 
 
