@@ -6,7 +6,7 @@ from flax import traverse_util
 
 from jaxlab.quantizers.compensation.hook import COLLECTION
 from jaxlab.quantizers.networks import operands
-from jaxlab.quantizers.networks.quantized import Collections, Quantized, check_quantized
+from jaxlab.quantizers.networks.quantized import Quantized, check_quantized
 
 
 def fold_compensation(compensated: Quantized) -> Quantized:
@@ -55,5 +55,5 @@ def fold_compensation(compensated: Quantized) -> Quantized:
   variables['params'] = traverse_util.unflatten_dict(params, sep='/')
   variables[operands.COLLECTION] = traverse_util.unflatten_dict(constants, sep='/')
   return dataclasses.replace(
-    compensated, variables=Collections(variables), exact={}, hooks=hooks[:-1], report=None
+    compensated, variables=variables, exact={}, hooks=hooks[:-1], report=None
   )

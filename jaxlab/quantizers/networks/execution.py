@@ -38,7 +38,7 @@ from flax.linen.linear import canonicalize_padding
 
 from jaxlab.models.intercept import Hook, Site
 from jaxlab.quantizers.networks import operands
-from jaxlab.quantizers.networks.quantized import Collections, Quantized, check_quantized
+from jaxlab.quantizers.networks.quantized import Quantized, check_quantized
 from jaxlab.quantizers.networks.storage import load_quantized, save_quantized
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
 from jaxlab.quantizers.numerics.integers import integer_conv, integer_dot, pack_int4
@@ -119,14 +119,20 @@ def integer_network(quantized: Quantized) -> Quantized:
   }
   changes = {'exact': None, 'prepare': None, 'skipped': skipped}
   hooks = (integer_hooks()[0], *hooks)
-  return dataclasses.replace(quantized, variables=Collections(variables), hooks=hooks, **changes)
+  return dataclasses.replace(quantized, variables=variables, hooks=hooks, **changes)
 
 
 def save_integer_network(path: str | os.PathLike, network: Quantized) -> int:
   """Writes the network's variables as one safetensors file; returns its size in bytes.
 
   The layout is that of `save_quantized`: codes are `integers/fc/kernel.codes`.
+
+  Raises:
+    ValueError: for a network that is not in integers.
   """
+  check_quantized(network, 'save_integer_network')
+  if COLLECTION not in network.variables:
+    raise ValueError('The network is not in integers: save what integer_network returns.')
   return save_quantized(path, network.unbind()[0])
 
 

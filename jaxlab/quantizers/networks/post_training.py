@@ -31,6 +31,7 @@ from jaxlab.quantizers.networks.rules import (
   Rules,
   check_accepted,
   check_matches,
+  check_rules,
   decide,
 )
 from jaxlab.quantizers.numerics import affine
@@ -68,6 +69,7 @@ def quantize_weights(
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   owners = {path: path.rpartition('/')[0] for path in flat if re.search(r'(^|/)kernel$', path)}
+  check_rules(rules, 'quantize_weights')
   check_matches(rules, 'kernel', list(owners.values()))
   stacked = _stacked_subtrees(flat)
   for path, owner in owners.items():
@@ -185,6 +187,7 @@ def _output_hooks(
 
     return Hook(pattern, output=output, collection=collection)
 
+  check_rules(rules, 'A hook on outputs')
   patterns = dict.fromkeys(rule.path for rule in rules if rule.operand == 'output')
   return [bind(pattern) for pattern in patterns]
 
@@ -218,7 +221,7 @@ def collect_ranges(
     hooks = range_hooks(rules, quantizer)
     given = {**variables, 'ranges': ranges} if ranges else variables
     _, state = apply(model, given, batch, hooks=hooks, mutable=['ranges'], **kwargs)
-    return state['ranges']
+    return state.get('ranges', {})
 
   ranges: PyTree = {}
   for batch in peek(batches)[1]:

@@ -118,7 +118,8 @@ class Quantized:
     exact: in which leaves the float network differs, `{collection: {...}}`, so that no array is held twice;
       None: the float kernels are gone (`integer_network`).
     hooks: static; of `jaxlab.models.apply`.
-    kwargs: static; of every call of the model, unless it says otherwise, e.g. `train=False`.
+    kwargs: static; of every call of the model, unless it says otherwise, e.g. `train=False`. Arrays that a
+      model takes are given at each call.
     anatomy: the names of the model's parts; None: what `models.anatomy` says.
     prepare: static; a function of the variables before every call (LSQ quantizes kernels there); or None.
     report: of `compensate`; else None.
@@ -215,8 +216,7 @@ class Quantized:
         f'The network has no collection {", ".join(map(repr, unknown))}; it has '
         f'{", ".join(self.variables.tree)}.'
       )
-    new = Collections({**self.variables.tree, **collections})
-    return dataclasses.replace(self, variables=new)
+    return dataclasses.replace(self, variables={**self.variables.tree, **collections})
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Returns `model(*args, **kwargs)` of the quantized network.

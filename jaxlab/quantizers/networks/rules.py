@@ -128,6 +128,14 @@ def decide(rules: Rules, path: str, operand: Operand) -> Rule | None:
   return None
 
 
+def check_rules(rules: Rules, function: str) -> None:
+  """Raises ValueError unless `rules` is a sequence of rules; an iterator would be empty the second time."""
+  if not (isinstance(rules, Sequence) and all(isinstance(rule, Rule) for rule in rules)):
+    raise ValueError(
+      f"{function} takes a sequence of rules, e.g. [Rule('.*', 'kernel', 4)]; got {rules!r}."
+    )
+
+
 def check_accepted(
   rules: Rules,
   method: str,
@@ -142,10 +150,7 @@ def check_accepted(
     accepted: granularities of each operand that it quantizes.
     learned: whether its steps are learned.
   """
-  if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in rules):
-    raise ValueError(
-      f"{method} takes a sequence of rules, e.g. [Rule('.*', 'kernel', 4)]; got {rules!r}."
-    )
+  check_rules(rules, method)
   for rule in rules:
     if rule.operand not in accepted:
       wrong = f'operand {rule.operand!r}'

@@ -365,6 +365,7 @@ def load_plain(path):
       "'fc' .DenseGeneral. has no integer form: only nn.Dense and nn.Conv",
     ),
     (lambda path: load_plain(path / 'a.safetensors'), "holds no 'integers'"),
+    (lambda path: execution.save_integer_network(path / 'a', pair()[-1]), 'not in integers'),
   ],
 )
 def test_bad_input_is_named(make, match, tmp_path):

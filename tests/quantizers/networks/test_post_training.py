@@ -50,6 +50,17 @@ def test_the_first_rule_that_matches_decides():
   np.testing.assert_array_equal(quantized['fc2']['bias'], VARIABLES['params']['fc2']['bias'])
 
 
+def test_rules_that_turn_everything_off_leave_the_network_as_it_is():
+  off = [Rule('relu', 'output', 0), Rule('fc1', 'kernel', None), Rule('relu', 'output', 4)]
+  quantized = quantizers.ptq(NET, VARIABLES, X, off)
+  np.testing.assert_array_equal(quantized(X), NET.apply(VARIABLES, X))
+  for function in (quantizers.range_hooks, quantizers.fake_quantize_hooks):
+    with pytest.raises(ValueError, match='takes a sequence of rules'):
+      function(iter(off))
+  with pytest.raises(ValueError, match='quantize_weights takes a sequence of rules'):
+    quantizers.quantize_weights(VARIABLES['params'], iter(off))
+
+
 @pytest.mark.parametrize('degenerate', ['element', 'tensor'])
 def test_stacked_blocks_have_ranges_of_their_own(degenerate):
   options = {'patch_size': 4, 'image_size': 8, 'width': 8, 'depth': 2, 'num_heads': 2}

@@ -171,10 +171,10 @@ def test_networks_are_donated_vmapped_and_updated():
 def test_checkpoints_give_the_same_network_back(name, tmp_path):
   quantized = integer_network(network('repq')) if name == 'integers' else compensated(name)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(tmp_path / 'network', jax.tree.leaves(quantized))
+    checkpointer.save(tmp_path / 'network', quantized)
     checkpointer.wait_until_finished()
-    leaves = checkpointer.restore(tmp_path / 'network', jax.tree.leaves(quantized))
-  again = jax.tree.unflatten(jax.tree.structure(quantized), leaves)
+    again = checkpointer.restore(tmp_path / 'network', quantized)
+  assert jax.tree.structure(again) == jax.tree.structure(quantized)
   np.testing.assert_array_equal(again(X), quantized(X))
 
 
@@ -284,6 +284,8 @@ def test_bad_input_is_named_by_every_method(name):
     run(X, Rule('.*', 'kernel', 4))
   with pytest.raises(ValueError, match=f"{name} takes a sequence of rules, .* got .*'kernel'"):
     run(X, [('.*', 'kernel', 4)])
+  with pytest.raises(ValueError, match=f'{name} takes a sequence of rules, .* got .*iterator'):
+    run(X, iter(rules))
   with pytest.raises(ValueError, match=r"kernel rule 'frist/in'. Closest of .*first/in"):
     run(X, [Rule('frist/in', 'kernel', 4, learned=name == 'lsq')])
   with pytest.raises(ValueError, match=r'NNX module, Linear.*to_linen'):
