@@ -150,8 +150,9 @@ class TokenTask:
 class SequenceTask:
   """A label at every position of ragged sequences, padded to one length.
 
-  Records: `sequence` float `[length, channels]`, `mask` bool `[length]` (True at what is there), `label` int
-  `[length]`, `index`. The model reads the pair (sequence, mask); what is padded counts nowhere.
+  Records: `sequence` float `[length, channels]`, `valid` bool `[length]` (False at padding), `label`
+  int `[length]`, `index`. The model reads the pair (sequence, valid); what is padded counts nowhere. (A
+  loader's own field `mask` says which records of a last batch are there.)
   """
 
   length: int
@@ -167,14 +168,14 @@ class SequenceTask:
     shape = (size, self.length)
     return {
       'sequence': jax.ShapeDtypeStruct((*shape, self.channels), jnp.float32),
-      'mask': jax.ShapeDtypeStruct(shape, jnp.bool_),
+      'valid': jax.ShapeDtypeStruct(shape, jnp.bool_),
       'label': jax.ShapeDtypeStruct(shape, jnp.int32),
       'index': jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 
   def inputs(self, batch: Batch) -> tuple[Array, Array]:
-    """Returns sequences, zero where they are padded, and masks."""
-    return jnp.where(batch['mask'][..., None], batch['sequence'], 0), batch['mask']
+    """Returns sequences, zero where they are padded, and what is valid."""
+    return jnp.where(batch['valid'][..., None], batch['sequence'], 0), batch['valid']
 
   def augmented(self, keys: Array, batch: Batch) -> tuple[Array, Array]:
     """Returns `inputs`."""
@@ -182,19 +183,19 @@ class SequenceTask:
     return self.inputs(batch)
 
   def targets(self, batch: Batch) -> tuple[Array, Array]:
-    """Returns labels and masks."""
-    return batch['label'], batch['mask']
+    """Returns labels, and which are valid."""
+    return batch['label'], batch['valid']
 
   def score(self, outputs: Array, targets: tuple[Array, Array]) -> dict[str, Array]:
     """Returns `loss` and `correct`, means over what is there of each sequence."""
-    labels, mask = targets
+    labels, valid = targets
     outputs = outputs.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(mask, labels, 0))
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(valid, labels, 0))
     correct = (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
-    present = jnp.maximum(jnp.sum(mask, -1), 1)
+    present = jnp.maximum(jnp.sum(valid, -1), 1)
     return {
-      'loss': jnp.sum(jnp.where(mask, loss, 0), -1) / present,
-      'correct': jnp.sum(jnp.where(mask, correct, 0), -1) / present,
+      'loss': jnp.sum(jnp.where(valid, loss, 0), -1) / present,
+      'correct': jnp.sum(jnp.where(valid, correct, 0), -1) / present,
     }
 
 
@@ -202,7 +203,7 @@ class SequenceTask:
 class BoxTask:
   """Boxes in images, padded to one number.
 
-  Records: `image`, `boxes` float `[count, 4]`, `label` int `[count]`, `mask` bool `[count]`, `index`.
+  Records: `image`, `boxes` float `[count, 4]`, `label` int `[count]`, `valid` bool `[count]`, `index`.
   What a detector says and how it is judged is the detector's own: `score` is passed in.
   """
 
@@ -223,7 +224,7 @@ class BoxTask:
       'image': jax.ShapeDtypeStruct((size, *self.stored), jnp.uint8),
       'boxes': jax.ShapeDtypeStruct((size, self.count, 4), jnp.float32),
       'label': jax.ShapeDtypeStruct((size, self.count), jnp.int32),
-      'mask': jax.ShapeDtypeStruct((size, self.count), jnp.bool_),
+      'valid': jax.ShapeDtypeStruct((size, self.count), jnp.bool_),
       'index': jax.ShapeDtypeStruct((size,), jnp.int32),
     }
 
@@ -237,8 +238,8 @@ class BoxTask:
     return self.inputs(batch)
 
   def targets(self, batch: Batch) -> Batch:
-    """Returns boxes, labels and masks."""
-    return {name: batch[name] for name in ('boxes', 'label', 'mask')}
+    """Returns boxes, labels, and which are valid."""
+    return {name: batch[name] for name in ('boxes', 'label', 'valid')}
 
   def score(self, outputs: Any, targets: Batch) -> dict[str, Array]:
     """Returns what the detector's own function says of each image."""

@@ -8,13 +8,14 @@ from experiments.harness import supervised
 from experiments.harness.data import Augment
 from experiments.harness.sections import Recipe, Schedule
 from experiments.harness.tasks import BoxTask, ImageTask, SequenceTask, TokenTask
+from jaxlab.training import map_batches
 
 KEYS = jax.random.split(jax.random.key(0), 2)
 
 
 def boxes(outputs, targets):
   miss = jnp.abs(outputs[:, None] - targets['boxes']).sum(-1)
-  return {'loss': jnp.sum(jnp.where(targets['mask'], miss, 0), -1)}
+  return {'loss': jnp.sum(jnp.where(targets['valid'], miss, 0), -1)}
 
 
 IMAGE = {'stored': (8, 8, 3), 'mean': 0.5, 'std': 0.25}
@@ -56,10 +57,10 @@ def test_a_task_is_hashable_and_scores_each_record(name):
 def test_what_is_padded_of_a_sequence_counts_nowhere():
   task = TASKS['sequence']
   batch = records(task)
-  batch['mask'] = jnp.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
+  batch['valid'] = jnp.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
   logits = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 2)), jnp.float32)
   inputs, mask = task.inputs(batch)
-  assert not inputs[0, 2:].any() and inputs[0, :2].any() and mask is batch['mask']
+  assert not inputs[0, 2:].any() and inputs[0, :2].any() and mask is batch['valid']
 
   scored = task.score(logits, task.targets(batch))
   for row, length in ((0, 2), (1, 5)):
@@ -80,7 +81,7 @@ def test_what_is_padded_of_a_sequence_counts_nowhere():
 
 def test_an_empty_sequence_has_no_loss():
   task = TASKS['sequence']
-  batch = {**records(task), 'mask': jnp.zeros((2, 5), bool)}
+  batch = {**records(task), 'valid': jnp.zeros((2, 5), bool)}
   scored = task.score(jnp.ones((2, 5, 2)), task.targets(batch))
   np.testing.assert_array_equal(scored['loss'], [0, 0])
   np.testing.assert_array_equal(scored['correct'], [0, 0])
@@ -102,7 +103,7 @@ def test_a_program_learns_labels_of_ragged_sequences():
   program = supervised.program(Tagger(), task, recipe, 40, loss=loss)
   state, batch = program.init(jax.random.key(0)), records(task)
   batch['label'] = jnp.asarray(batch['sequence'][..., 0] > 0, jnp.int32)
-  batch['mask'] = jnp.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
+  batch['valid'] = jnp.array([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
   values = []
   for _ in range(20):
     state, metrics = jax.jit(program.step)(state, program.frozen, batch)
@@ -114,12 +115,12 @@ def test_boxes_are_judged_by_the_detector_and_padding_is_handed_on():
   task = TASKS['box']
   batch = records(task)
   targets = task.targets(batch)
-  assert set(targets) == {'boxes', 'label', 'mask'}
+  assert set(targets) == {'boxes', 'label', 'valid'}
   images = task.inputs(batch)
   np.testing.assert_allclose(images, (np.asarray(batch['image']) / 255 - 0.5) / 0.25, rtol=1e-5)
   np.testing.assert_array_equal(task.augmented(KEYS, batch), images)
   outputs = jnp.zeros((2, 4))
-  expected = (np.abs(batch['boxes']).sum(-1) * np.asarray(batch['mask'])).sum(-1)
+  expected = (np.abs(batch['boxes']).sum(-1) * np.asarray(batch['valid'])).sum(-1)
   np.testing.assert_allclose(task.score(outputs, targets)['loss'], expected, rtol=1e-5)
 
 
@@ -141,3 +142,11 @@ def test_images_are_augmented_by_their_keys():
   np.testing.assert_array_equal(one, same)
   assert not np.array_equal(one, task.augmented(KEYS[::-1], batch))
   assert task == ImageTask(**IMAGE, view=(8, 8, 3), dtype='uint8')  # it judges alike
+
+
+@pytest.mark.parametrize('name', ['sequence', 'box'])
+def test_records_of_a_last_batch_that_is_not_full_are_judged(name):
+  task = TASKS[name]
+  source = [{k: np.asarray(v[0]) for k, v in records(task).items()}] * 3
+  found = map_batches(lambda batch: task.targets(batch), source, batch_size=2)
+  assert all(len(leaf) == 3 for leaf in jax.tree.leaves(found))
