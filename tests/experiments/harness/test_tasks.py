@@ -148,5 +148,5 @@ def test_images_are_augmented_by_their_keys():
 def test_records_of_a_last_batch_that_is_not_full_are_judged(name):
   task = TASKS[name]
   source = [{k: np.asarray(v[0]) for k, v in records(task).items()}] * 3
-  found = map_batches(lambda batch: task.targets(batch), source, batch_size=2)
+  found = map_batches(lambda batch: task.targets(batch), source, batch_size=8)
   assert all(len(leaf) == 3 for leaf in jax.tree.leaves(found))
