@@ -67,3 +67,11 @@ def test_seeds_are_summed_up_by_row_and_claim(tmp_path):
 )
 def test_cells_show_a_few_digits(value, text):
   assert results.cell(value) == text
+
+
+def test_a_table_is_cut_by_metrics_and_leaves_out_rows_without_any(monkeypatch):
+  monkeypatch.setenv('COLUMNS', '40')
+  rows = [row('one', 'method', {'a' * 20: 1, 'b' * 20: 2}), row('other', 'baseline', {'a' * 20: 3})]
+  text = results.table('title', rows, ['a' * 20, 'b' * 20])
+  assert text.count('│ one ') == 2 and text.count('│ other ') == 1
+  assert max(map(len, text.splitlines())) <= 40
