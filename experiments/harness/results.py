@@ -226,7 +226,8 @@ def shown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str
 def table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
   """Returns a comparison as text, rows down and metrics across.
 
-  Where the terminal is too narrow, the metrics are cut into several tables; no number is.
+  Where the terminal is too narrow, the metrics are cut into several tables, each with the rows that have
+  some of them; no number is cut.
   """
   from rich import box
   from rich.console import Console
@@ -253,7 +254,9 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence[str])
     for metric in part:
       drawn.add_column(Text(metric), justify='right', no_wrap=True)
     for index, item in enumerate(rows):
-      drawn.add_row(Text(item['name']), *(cells[metric][index] for metric in part))
+      line = [cells[metric][index] for metric in part]
+      if any(line) or len(parts) == 1:
+        drawn.add_row(Text(item['name']), *line)
     console.print(drawn, soft_wrap=True)
   return console.file.getvalue().rstrip()
 

@@ -80,3 +80,11 @@ def test_a_table_has_a_line_for_each_part_and_row():
     ('raw plain', 1.0), ('relu plain', 3.0)
   ]  # fmt: skip
   assert 'raw plain' in str(results.Results(found)) and 'needed' not in str(results.Results(found))
+
+
+def test_a_table_is_cut_by_metrics_and_leaves_out_rows_without_any(monkeypatch):
+  monkeypatch.setenv('COLUMNS', '40')
+  rows = [row('one', 'method', {'a' * 20: 1, 'b' * 20: 2}), row('other', 'baseline', {'a' * 20: 3})]
+  text = results.table('title', rows, ['a' * 20, 'b' * 20])
+  assert text.count('│ one ') == 2 and text.count('│ other ') == 1
+  assert max(map(len, text.splitlines())) <= 40
