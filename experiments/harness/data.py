@@ -139,7 +139,7 @@ class Augment:
   """The augmentation of training images.
 
   `kind` 'none'; 'pad_crop': zeros around, a random part of the stored size, a random flip (He et al.
-  2016); or 'resized_crop': options of `jaxlab.data.siamese_augment`.
+  2016); or 'resized_crop': options of `jaxlab.data.resized_crop_augment`.
   """
 
   kind: Literal['none', 'pad_crop', 'resized_crop'] = 'none'
@@ -158,7 +158,7 @@ class Augment:
   brightness: tuple[float, float] | None = None
 
   def crop_options(self) -> dict[str, Any]:
-    """Options of `jaxlab.data.siamese_augment`."""
+    """Options of `jaxlab.data.resized_crop_augment`."""
     options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return {k: v for k, v in options.items() if k not in ('kind', 'padding', 'flip')}
 

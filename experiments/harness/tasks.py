@@ -83,7 +83,9 @@ class ImageTask:
     if own.kind == 'none':
       return self.inputs(batch)
     if own.kind == 'resized_crop':
-      crop = data.siamese_augment(self.view[0], **own.crop_options(), mean=self.mean, std=self.std)
+      crop = data.resized_crop_augment(
+        self.view[0], **own.crop_options(), mean=self.mean, std=self.std
+      )
       return data.draw_views(crop, keys, batch['image'], 1)[0]
     steps = [functools.partial(data.random_crop, padding=own.padding)]
     if own.flip:

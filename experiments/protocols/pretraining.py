@@ -107,7 +107,7 @@ def training(
 def two_views(config: Settings) -> Callable[[Array, Array], Views]:
   """Returns `(keys, images) -> [view, view]`, both drawn by `config.augment`."""
   options = {'mean': config.data.mean, 'std': config.data.std, **config.augment.crop_options()}
-  augment = data.siamese_augment(config.data.view[0], **options)
+  augment = data.resized_crop_augment(config.data.view[0], **options)
   return lambda keys, images: data.draw_views(augment, keys, images)
 
 

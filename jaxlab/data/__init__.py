@@ -131,7 +131,7 @@ from jaxlab.data.transforms.randaugment import (
 )
 from jaxlab.data.transforms.views import (
   draw_views,
-  siamese_augment,
+  resized_crop_augment,
 )
 
 __all__ = [
@@ -204,11 +204,11 @@ __all__ = [
   'random_resized_crop',
   'random_solarize',
   'read_split_file',
+  'resized_crop_augment',
   'sample_episode',
   'sample_episodes',
   'select_imbalanced',
   'shot_groups',
-  'siamese_augment',
   'solarize',
   'source_labels',
   'split_long_tailed',

@@ -22,7 +22,7 @@ from jaxlab.data.transforms.crop import random_resized_crop
 from jaxlab.data.transforms.image import normalize, to_float
 
 
-def siamese_augment(
+def resized_crop_augment(
   size: int,
   *,
   scale: tuple[float, float] = (0.2, 1.0),
@@ -40,10 +40,11 @@ def siamese_augment(
   contrast: tuple[float, float] | None = None,
   brightness: tuple[float, float] | None = None,
 ) -> Augment:
-  """Returns the augmentation of MoCo v2, SimSiam and SSQL (Chen et al. 2020), `(key, image) -> view`.
+  """Returns random resized crops with what is done to them, `(key, image) -> view`.
 
   Random resized crop; color jitter; grayscale; Gaussian blur with sigma ~ U(0.1, 2); flip; normalization;
   and, for gray images, a change of contrast and brightness after it. A probability of 0 leaves a step out.
+  The defaults are the augmentation of MoCo v2, SimSiam and SSQL (Chen et al. 2020).
   With `rand_augment`, and without jitter, grayscale and blur, timm's for supervised training.
 
   Args:

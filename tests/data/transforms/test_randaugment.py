@@ -190,7 +190,7 @@ def test_wrong_operations_are_refused():
 def test_it_stands_between_flip_and_normalization():
   """The fill is the mean, which the normalization turns into zeros."""
   plain = {'scale': (1.0, 1.0), 'jitter': None, 'grayscale_probability': 0, 'blur_probability': 0}
-  augment = data.siamese_augment(
+  augment = data.resized_crop_augment(
     12, **plain, mean=(0.2, 0.4, 0.6), std=2.0, interpolation='bicubic', rand_augment={'num_ops': 4}
   )
   keys = jax.random.split(jax.random.key(0), 64)
