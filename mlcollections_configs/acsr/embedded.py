@@ -70,6 +70,10 @@ def get_config() -> ConfigDict:
       'acc_10', 'EnSR 0.1 members', 'EnSR 0.1', -0.5,
     ),
   )  # fmt: skip
+  config.reported = (
+    'Better than earlier methods by a significant margin in mean and worst accuracy, with a smaller '
+    'sigma; the ensemble more so (mini-ImageNet, CUB, CIFAR-FS).'
+  )
   return config
 
 
