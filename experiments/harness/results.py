@@ -270,6 +270,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], metrics: Sequence
 def cell(value: float | Mapping[str, float | None] | None) -> str:
   """Returns a number, or the mean and deviation of several, as tables show it; nothing for None.
 
+  A deviation of zero is left out.
+
   >>> cell(12.345), cell({'mean': 51.0, 'deviation': 1.414}), cell(208896.0)
   ('12.3', '51.0 ± 1.4', '208896')
   """
@@ -282,5 +284,5 @@ def cell(value: float | Mapping[str, float | None] | None) -> str:
   digits = 1 if size >= 10 else 2 if size >= 2 else 3
   if not math.isfinite(mean) or (size >= 100 and mean == int(mean) and not deviation):
     digits = 0
-  spread = '' if deviation is None else f' ± {deviation:.{digits}f}'
+  spread = f' ± {deviation:.{digits}f}' if deviation else ''
   return f'{mean:.{digits}f}{spread}'

@@ -140,8 +140,8 @@ def compare(
   draw(config, listed, reports, workdir)
   kinds = kinds_of(config)
   shown = [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
-  for what in ('megabytes', 'logit_mse_ratio'):
-    shown += [f'{name}_{bits}_{what}' for name in kinds for bits in config.bits]
+  for what in ('logit_mse_ratio', 'megabytes'):
+    shown += [f'{name}_{config.bits[-1]}_{what}' for name in kinds]
   for what in ('parameters', 'multiply_adds'):
     shown += [f'{name}_extra_{what}' for name in kinds]
   return results.results(config, listed, shown)

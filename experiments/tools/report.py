@@ -64,17 +64,19 @@ def _reported(together: Results) -> str:
 
 
 def _command(together: Results) -> str:
-  """Returns the command of the runs, with what differs from the setting's file."""
+  """Returns the command of the runs, with what differs from the setting's file and decides a result."""
   paper, setting = together['paper'], together['setting']
   parts = [f'python -m experiments.{paper}']
   parts += [f'--config={setting}'] * (setting != 'embedded')
   parts += [f'--seeds={",".join(map(str, together["seeds"]))}']
   try:
-    own = dict(sections.entries(sections.plain(launcher.load(paper, setting))))
+    loaded = launcher.load(paper, setting)
+    own = dict(sections.entries(sections.plain(loaded)))
+    decisive = {key for key, _ in sections.entries(sections.identity(loaded))}
   except (ValueError, ImportError):  # a paper or setting that is not here
     own = None
   for key, text in sections.entries(together['config']) if own is not None else ():
-    if key not in ('paper', 'setting', 'reported') and own.get(key) != text:
+    if own.get(key) != text and (key in decisive or key not in own):
       parts.append(shlex.quote(f'--config.{key}={text}'))
   return ' '.join(parts)
 
