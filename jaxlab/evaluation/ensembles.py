@@ -1,5 +1,7 @@
 """Ensembles of classifiers, from the probabilities of their members."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import numpy as np
