@@ -290,7 +290,7 @@ class Programs:
 
   `programs(fn, *args)` returns a jitted function equivalent to `fn` for such arguments: twelve blocks of one
   shape are traced twelve times, but compiled once. Functions of other arguments (in number, structure, shapes
-  or dtypes, also where a function does not read them) share nothing.
+  or dtypes, also where a function does not read them), or that read others of them, share nothing.
   """
 
   def __init__(self):
@@ -298,13 +298,14 @@ class Programs:
 
   def __call__(self, fn: Callable, *args: Any, **options: Any) -> Callable:
     """Returns a jitted `fn`; `options` go to `jax.jit`."""
-    jitted = jax.jit(fn, **options)
+    # Arguments that are not read stay in the text: else functions that read different ones look alike.
+    jitted = jax.jit(fn, keep_unused=True, **options)
     traced = jitted.trace(*args)
     lowered = traced.lower()
     digest = hashlib.sha256(lowered.as_text().encode())
     for constant in traced.jaxpr.consts:
       digest.update(np.asarray(constant).tobytes())
-    # The text leaves out arguments that are not read; called with others, a function would be traced anew.
+    # Called with other arguments, a function would be traced anew.
     given = tuple(jax.tree.leaves(lowered.in_avals))
     key = (digest.digest(), jax.tree.structure(args), given, jax.tree.structure(lowered.out_info))
     return self._by_key.setdefault(key, jitted)

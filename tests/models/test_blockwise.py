@@ -185,3 +185,33 @@ def test_blocks_with_kernels_of_other_sizes_are_compensated(method, count):
   found = compensate(quantized, batches, method, anatomy=own, dtype=jnp.float32)
   assert len(found.report.paths) == count
   assert np.all(found.report.error_after <= found.report.error_before * (1 + 1e-5))
+
+
+def test_functions_that_read_different_arguments_are_kept_apart():
+  programs = Programs()
+  args = (np.float32(1), np.float32(2))
+  first, second = programs(lambda a, b: -a, *args), programs(lambda a, b: -b, *args)
+  assert (first(*args), second(*args)) == (-1, -2)
+  assert programs(lambda c, d: -d, *args) is second
+
+
+class TwoAlike(nn.Module):
+  """A block with two layers of one shape."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.relu(nn.Dense(x.shape[-1], name='first')(x))
+    return x + nn.Dense(x.shape[-1], name='second')(y)
+
+
+@pytest.mark.parametrize('target', ['local', 'global'])
+def test_layers_of_one_shape_in_a_block_are_compensated_each_by_its_own_statistics(target):
+  model = nn.Sequential([TwoAlike(name='part0'), TwoAlike(name='part1')])
+  variables = random_variables(model, X)
+  quantized = percentile_ptq(model, variables, X, uniform_rules(4, 8))
+  own = Anatomy(blocks=['layers_0', 'layers_1'])
+  found = compensate(quantized, X, QwTv2(), anatomy=own, dtype=jnp.float32, target=target)
+  assert np.all(found.report.error_after <= found.report.error_before * (1 + 1e-5))
+  exact = model.apply(variables, X)
+  errors = [float(jnp.mean((network(X) - exact) ** 2)) for network in (quantized, found)]
+  assert errors[1] < errors[0]

@@ -172,10 +172,9 @@ class BlockWalk:
       return reach(block, parts, index, quantized, leaves, known, hooks)
 
     def observe(quantized, floats, leaves, teacher, state, batch):
-      y = array_leaves(part.run(slice_variables(quantized, below), leaves, hooks))
+      y = array_leaves(part.run(quantized, leaves, hooks))
       if teacher is None:
-        own = slice_variables(floats, below)
-        teacher = array_leaves(part.run(own, leaves, hooks))[0]
+        teacher = array_leaves(part.run(floats, leaves, hooks))[0]
       wide = jnp.promote_types(y[0].dtype, jnp.float32)
       err = teacher.astype(wide) - y[0].astype(wide)
       state = update(state, leaves[0], y[0], err, batch)
@@ -194,7 +193,9 @@ class BlockWalk:
       if run is None and part.path in self.inputs[index]:
         self._recalibrate_own(index, restored[0])
       teacher = None if teachers is None else teachers[batch][index].restore()
-      args = (self.quantized, self.float, restored, teacher, state, np.int32(batch))
+      # The part's own variables alone, so that parts of one shape share a program.
+      own = (slice_variables(tree, below) for tree in (self.quantized, self.float))
+      args = (*own, restored, teacher, state, np.int32(batch))
       run = run or self.programs(observe, *args, out_shardings=(None, None, everywhere))
       y, err, state = run(*args)
       outputs[batch][index] = park(y)
