@@ -5,6 +5,7 @@ rows are patches (channel-major, then kernel row, kernel column) at all output p
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -44,17 +45,25 @@ class ConvStats(NamedTuple):
   scatter: Array
 
 
-def num_groups(in_features: int, out_features: int, channels_per_group: int = 64) -> int:
-  """Returns QwT's number of groups, `max(in_features // 64, 1)`.
+def num_groups(in_features: int, out_features: int, channels_per_group: int | None = None) -> int:
+  """Returns the number of groups of a convolutional compensation.
+
+  By default the largest common divisor of both numbers of channels that is at most
+  `max(in_features // 64, 1)`, which is QwT's number wherever that divides them. With `channels_per_group`
+  it is `max(in_features // channels_per_group, 1)`.
 
   Raises:
-    ValueError: if it does not divide both numbers of channels.
+    ValueError: if the number that `channels_per_group` asks for does not divide both.
   """
+  if channels_per_group is None:
+    most = max(in_features // 64, 1)
+    common = math.gcd(in_features, out_features)
+    return max(groups for groups in range(1, most + 1) if common % groups == 0)
   groups = max(in_features // channels_per_group, 1)
   if in_features % groups or out_features % groups:
     raise ValueError(
       f'{groups} groups (channels_per_group={channels_per_group}) do not divide {in_features} input and '
-      f'{out_features} output channels; choose another channels_per_group.'
+      f'{out_features} output channels; choose another channels_per_group, or None for one that does.'
     )
   return groups
 

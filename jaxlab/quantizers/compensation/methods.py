@@ -16,13 +16,13 @@ class QwT:
     ridge: absolute penalty; None: 0 for the linear form, 1e-3 for the convolutional one, as in the code.
     kind: `'conv'` is a grouped convolution, for blocks of convolutions; `'auto'` decides by the kernels.
     kernel_size: of the convolution, odd.
-    channels_per_group: of its input.
+    channels_per_group: of its input; None for about 64, by a number of groups that divides the channels.
   """
 
   ridge: float | None = None
   kind: Kind = 'auto'
   kernel_size: int = 1
-  channels_per_group: int = 64
+  channels_per_group: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class NBC:
   factors: tuple[float, ...] = SCALE_FACTORS
   kind: Kind = 'auto'
   kernel_size: int = 1
-  channels_per_group: int = 64
+  channels_per_group: int | None = None
 
   def __post_init__(self):
     rule = self.scale_rule

@@ -60,7 +60,8 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
       `.zero_point`.
 
   Raises:
-    ValueError: for a tree that is empty or has such a name, or an array that this process cannot read.
+    ValueError: for a tree that is empty or has such a name, an array that this process cannot read, or one
+      of a dtype that `load_quantized` does not give back (int4, most kinds of float8, complex).
   """
   from etils import epath
   from safetensors import numpy as safetensors_numpy
@@ -72,7 +73,7 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
       raise ValueError(f'{keys}: keys must be strings without a slash.')
     name = '/'.join(keys)
     if isinstance(leaf, QuantizedArray):
-      choices[name] = {**dataclasses.asdict(leaf.quantizer), 'shape': list(leaf.shape)}
+      choices[name] = {**dataclasses.asdict(leaf.quantizer), 'shape': [int(n) for n in leaf.shape]}
       parts = {'codes': leaf.codes, 'scale': leaf.scale, 'zero_point': leaf.zero_point}
       tensors |= {f'{name}.{part}': array for part, array in parts.items() if array is not None}
     elif name.endswith(('.codes', '.scale', '.zero_point')):
@@ -87,11 +88,17 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
         f'{name!r} is traced, or spread over several processes, none of which can read it: save outside of '
         f'`jit`, what `jax.experimental.multihost_utils.process_allgather(tree, tiled=True)` returns.'
       )
+    dtype = jnp.result_type(array)
+    if dtype.name not in _DTYPES.values():
+      raise ValueError(
+        f'{name!r} has dtype {dtype.name}, which the file cannot give back; the dtypes are '
+        f'{", ".join(sorted(_DTYPES.values()))}.'
+      )
   host = {
     name: np.ascontiguousarray(jax.device_get(array)).reshape(np.shape(array))  # keeps scalars
     for name, array in tensors.items()
   }
-  metadata = {'format': FORMAT, 'quantizers': json.dumps(choices, sort_keys=True)}
+  metadata = {'format': FORMAT, 'quantizers': json.dumps(choices, sort_keys=True, default=_plain)}
   data = safetensors_numpy.save(host, metadata)
   target = epath.Path(path)
   partial = target.with_name(f'{target.name}.partial')
@@ -132,12 +139,18 @@ def load_quantized(path: str | os.PathLike) -> dict[str, PyTree]:
 
 
 # `safetensors.numpy` writes bfloat16 but does not read it.
-_DTYPES = {'BOOL': 'bool', 'BF16': 'bfloat16'} | {
+_FLOAT8 = {'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2'}
+_DTYPES = {'BOOL': 'bool', 'BF16': 'bfloat16', **_FLOAT8} | {
   f'{letter}{bits}': f'{kind}{bits}'
   for letter, kind in (('F', 'float'), ('I', 'int'), ('U', 'uint'))
   for bits in (8, 16, 32, 64)
   if letter != 'F' or bits > 8
 }
+
+
+def _plain(number: np.generic) -> int | float | bool:
+  """Returns a NumPy scalar as Python's own, which JSON knows."""
+  return number.item()
 
 
 def _array(view: Mapping[str, Any]) -> Array:

@@ -23,7 +23,7 @@ from jaxlab.models import (
   blockwise,
 )
 from jaxlab.quantizers import Quantized, Rule, edge_rules, ptq
-from jaxlab.quantizers.compensation import fits, walk
+from jaxlab.quantizers.compensation import conv, fits, walk
 from jaxlab.quantizers.compensation.cost import bipolar_cost, channel_affine_cost, linear_cost
 from jaxlab.quantizers.compensation.driver import compensate
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
@@ -393,3 +393,15 @@ def test_stacked_blocks_are_refused():
   variables = random_variables(model, X)
   with pytest.raises(ValueError, match='stacked'):
     compensate(Quantized(model, variables, {}), BATCHES)
+
+
+@pytest.mark.parametrize(
+  'channels', [(16, 24), (24, 24), (192, 320), (320, 192), (320, 1280), (64, 64), (256, 512)]
+)
+def test_default_groups_divide_the_channels_of_any_block(channels):
+  bound = max(channels[0] // 64, 1)
+  divisors = [n for n in range(1, max(channels) + 1) if channels[0] % n == channels[1] % n == 0]
+  expected = max(n for n in divisors if n <= bound)
+  assert conv.num_groups(*channels) == expected
+  for method in (QwT(), NBC()):
+    assert conv.num_groups(*channels, method.channels_per_group) == expected

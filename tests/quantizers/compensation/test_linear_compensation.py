@@ -247,7 +247,7 @@ def test_bad_arguments_raise():
   with pytest.raises(ValueError, match='groups=4 must divide'):
     init_linear_stats(6, 4, 4)
   with pytest.raises(ValueError, match='do not divide 128 input and 3'):
-    num_groups(128, 3)
+    num_groups(128, 3, 64)
   images = np.zeros((2, 6, 6, 4), np.float32)
   with pytest.raises(ValueError, match='kernel_size=2'):
     fit_conv_compensation(images, images, 2)

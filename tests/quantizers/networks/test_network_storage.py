@@ -103,3 +103,28 @@ def save_damaged(path):
 def test_bad_input_is_named(make, match, tmp_path):
   with pytest.raises(ValueError, match=match):
     make(str(tmp_path / 'x.safetensors'))
+
+
+@pytest.mark.parametrize('name', ['float8_e4m3fn', 'float8_e5m2'])
+def test_float8_is_read_back_bit_for_bit(tmp_path, name):
+  array = np.arange(256, dtype=np.uint8).view(jnp.dtype(name))
+  storage.save_quantized(tmp_path / 'a.safetensors', {'fc': {'kernel': jnp.asarray(array)}})
+  read = storage.load_quantized(tmp_path / 'a.safetensors')['fc']['kernel']
+  assert read.dtype == array.dtype
+  np.testing.assert_array_equal(np.asarray(read).view(np.uint8), np.arange(256))
+
+
+@pytest.mark.parametrize('name', ['int4', 'uint4', 'float8_e4m3b11fnuz', 'complex64'])
+def test_what_cannot_be_read_back_is_refused_when_written(tmp_path, name):
+  path = tmp_path / 'a.safetensors'
+  with pytest.raises(ValueError, match=f"'fc/kernel' has dtype {name}"):
+    storage.save_quantized(path, {'fc': {'kernel': jnp.ones((2, 2), name)}})
+  assert not path.exists()
+
+
+def test_bits_may_be_numpy_integers(tmp_path):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+  stored = store(AffineQuantizer(np.int64(4), 'symmetric', 'channel', np.int32(-1)), x)
+  storage.save_quantized(tmp_path / 'a.safetensors', {'kernel': stored})
+  read = storage.load_quantized(tmp_path / 'a.safetensors')['kernel']
+  np.testing.assert_array_equal(read.dequantize(), stored.dequantize())
