@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import xla_flags
+from experiments.harness import xla_flags
 
 
 def run(

@@ -13,7 +13,7 @@ import pytest
 from golden_vectors import Vectors
 
 # Before any backend starts: it adds compiler flags, which processes started by tests inherit.
-from experiments import xla_flags
+from experiments.harness import xla_flags
 
 xla_flags.add('xla_force_host_platform_device_count', '8')
 # Tests compile much and compute little. Without LLVM's optimizations they compile three times as fast,

@@ -95,7 +95,7 @@ def show(found: dict[str, Any]) -> None:
   table.add_column('per chip', no_wrap=True)
   programs = found['programs'].values()
   for name in found['programs']:
-    table.add_column(Text(name), justify='right', no_wrap=True)
+    table.add_column(Text(name), justify='right', overflow='fold')
   for name in next(iter(programs))['hbm']:
     sizes = [program['hbm'][name] for program in programs]
     if name == 'fits':

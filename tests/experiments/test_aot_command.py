@@ -61,6 +61,20 @@ def test_report_is_printed_and_written(config, tmp_path, capsys):
   assert named['programs']['step [a]']['flops'] == found['programs']['step [a]']['flops']
 
 
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
+  monkeypatch.setenv('COLUMNS', '60')
+  program = {
+    'hbm': {'total': 3 * 2**20, 'fits': True},
+    'flops': 6.8631e9,
+    'collectives': {'all-reduce': {'count': 502, 'bytes': 2**20}},
+    'compile_seconds': 39.4,
+  }
+  programs = dict.fromkeys(('quantize', 'block', 'forward', 'fine_tuning'), program)
+  aot.show({'config': 'toy', 'topology': 'v5e:4x4', 'mesh': {'data': 16}, 'programs': programs})
+  text = capsys.readouterr().out
+  assert '…' not in text and text.count('502 x') == text.count('6.8631e+') == 4
+
+
 @pytest.mark.parametrize(
   'arguments, message',
   [

@@ -88,7 +88,8 @@ assert jax.config.jax_compilation_cache_dir == os.environ['JAX_COMPILATION_CACHE
 
 @pytest.mark.parametrize('late', [False, True])
 def test_flags_that_come_too_late_are_warned_of(late):
-  from experiments import _only_cpu, xla_flags
+  from experiments import _only_cpu
+  from experiments.harness import xla_flags
 
   names = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION'
   if not _only_cpu() or not xla_flags._library_holds(names):

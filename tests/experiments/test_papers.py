@@ -8,11 +8,7 @@ import pytest
 from experiments.harness import launcher
 from experiments.harness.settings import assignments, plain
 
-PAPERS = sorted(
-  folder.parent.name
-  for folder in launcher.CONFIGS.glob('*/embedded.py')
-  if hasattr(importlib.import_module(f'experiments.{folder.parent.name}'), 'Settings')
-)
+PAPERS = sorted(folder.parent.name for folder in launcher.CONFIGS.glob('*/embedded.py'))
 SETTINGS = [(paper, path.stem) for paper in PAPERS for path in launcher.settings(paper)]
 
 
@@ -34,9 +30,8 @@ def test_every_setting_has_programs_that_can_be_traced(paper, setting):
   config = launcher.load(paper, setting)
   found = programs(config)
   assert found
-  # What a family's networks have in common is traced with the small one.
-  for name in list(found) if setting == 'embedded' else list(found)[:1]:
-    found[name].trace()
+  for program in found.values():
+    program.trace()
 
 
 @pytest.mark.parametrize(('paper', 'setting'), SETTINGS)

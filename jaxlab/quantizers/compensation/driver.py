@@ -78,6 +78,8 @@ def compensate(
     RuntimeWarning: if a fit has fewer rows than unknowns.
   """
   method = QwT() if method is None else method
+  if not isinstance(method, Method):
+    raise ValueError(f'method is a QwT(...), QwTv2(...) or NBC(...); got {method!r}.')
   if target not in ('local', 'global'):
     raise ValueError(f"target={target!r}; choose 'local' or 'global'.")
   check_quantized(quantized, 'compensate')

@@ -27,7 +27,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.intercept import Hook, HookPoint, Site, apply
-from jaxlab.quantizers.networks.quantized import COLLECTION
+from jaxlab.quantizers.networks.quantized import COLLECTION, check_model
 from jaxlab.quantizers.networks.rules import Bits, Rules, check_accepted, check_matches, decide
 from jaxlab.quantizers.numerics import affine
 from jaxlab.quantizers.numerics.affine import AffineParams, AffineQuantizer
@@ -156,6 +156,7 @@ def plan(
     ValueError: if a rule names no candidate or asks for what the method does not do, bits are outside 2 to 8,
       or blocks are stacked.
   """
+  check_model(model, variables)
   check_accepted(rules, method, {'kernel': (kernels,), 'input': ('tensor',)}, learned)
   ndims: dict[str, int] = {}
   points: dict[str, str] = {}

@@ -22,9 +22,9 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import Hook, Site, apply, check_linen, module_paths
+from jaxlab.models.intercept import Hook, Site, apply, module_paths
 from jaxlab.quantizers.networks.operands import operand_hooks
-from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, peek
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model, peek
 from jaxlab.quantizers.networks.rules import (
   Bits,
   Rule,
@@ -269,7 +269,7 @@ def ptq(
     ValueError: if there is no batch, a rule matches no module or asks for what is not done here (checked
       before any computation), or a range is not finite.
   """
-  check_linen(model)
+  check_model(model, variables)
   choices = ('tensor', 'channel')
   check_accepted(rules, 'ptq', {'kernel': choices, 'output': choices})
   first, batches = peek(batches)

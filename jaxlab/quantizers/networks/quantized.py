@@ -23,7 +23,7 @@ from flax.core import FrozenDict
 
 from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.blockwise import array_leaves
-from jaxlab.models.intercept import Hook, apply
+from jaxlab.models.intercept import Hook, apply, check_linen
 
 Array = jax.Array
 PyTree = Any
@@ -108,7 +108,7 @@ class _Static:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Quantized:
   """A quantized network, and the float network that it approximates: a pytree whose leaves are its arrays.
 
@@ -128,7 +128,7 @@ class Quantized:
 
   model: nn.Module
   variables: Collections
-  exact: PyTree | None = dataclasses.field(default=None, repr=False)
+  exact: PyTree | None = None
   hooks: tuple[Hook, ...] = ()
   kwargs: Mapping[str, Any] = FrozenDict()
   anatomy: Anatomy | None = None
@@ -218,6 +218,9 @@ class Quantized:
       )
     return dataclasses.replace(self, variables={**self.variables.tree, **collections})
 
+  def __repr__(self) -> str:
+    return f'Quantized({type(self.model).__name__}, {self.variables!r})'
+
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Returns `model(*args, **kwargs)` of the quantized network.
 
@@ -239,6 +242,17 @@ class Quantized:
     """Returns the network of these arrays."""
     arrays = dict(zip(('variables', 'exact', 'report'), children))
     return cls(**arrays, **{f.name: getattr(static, f.name) for f in dataclasses.fields(static)})
+
+
+def check_model(model: Any, variables: Any) -> None:
+  """Raises ValueError unless `model` is a Linen module and `variables` are a mapping with `'params'`."""
+  check_linen(model)
+  if not isinstance(variables, Mapping) or 'params' not in variables:
+    held = ', '.join(map(repr, variables)) if isinstance(variables, Mapping) else ''
+    raise ValueError(
+      f"variables are what `model.init` returns, {{'params': ...}}; got a {type(variables).__name__}"
+      f'{f" of {held[:100]}" if held else ""}.'
+    )
 
 
 def check_quantized(value: Any, function: str) -> None:

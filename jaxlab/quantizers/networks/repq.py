@@ -20,7 +20,7 @@ from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import raise_unmatched
 from jaxlab.quantizers.networks import operands
 from jaxlab.quantizers.networks.calibration import calibrate_inputs
-from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, joined_batch
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model, joined_batch
 from jaxlab.quantizers.networks.rules import Rules
 from jaxlab.tracing import is_concrete
 
@@ -212,6 +212,7 @@ def repq(
       asks for what is not done here, bits are outside 2 to 8, blocks are stacked (all before any work), or
       weights or calibration data are not finite.
   """
+  check_model(model, variables)
   x = joined_batch(batches)
   if pairs is None:
     found = layer_norm_pairs(anatomy_of(model) if anatomy is None else anatomy, variables['params'])

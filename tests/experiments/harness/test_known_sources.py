@@ -1,15 +1,8 @@
-import importlib
-
 import pytest
 
 from experiments.harness import launcher, sources
 
-SETTINGS = [
-  (paper, path.stem)
-  for paper in launcher.papers()
-  if hasattr(importlib.import_module(f'experiments.{paper}'), 'Settings')
-  for path in launcher.settings(paper)
-]
+SETTINGS = [(paper, path.stem) for paper in launcher.papers() for path in launcher.settings(paper)]
 
 
 @pytest.mark.parametrize(('paper', 'setting'), SETTINGS)

@@ -329,3 +329,20 @@ def test_a_bridged_nnx_module_is_quantized():
   variables = {'params': nnx.to_pure_dict(nnx.state(trained, nnx.Param))}
   quantized = ptq(model, variables, X, uniform_rules(8))
   assert 0 < np.abs(quantized(X) - trained(X)).max() < 0.1
+
+
+@pytest.mark.parametrize('method', [ptq, percentile_ptq, repq, gptq_ptq, lsq])
+@pytest.mark.parametrize('given', [{'kernel': 1}, None], ids=['parameters', 'nothing'])
+def test_what_are_no_variables_is_refused_by_name(method, given):
+  rules = uniform_rules(4, learned=method is lsq)
+  with pytest.raises(ValueError, match=r"variables are what `model.init` returns, \{'params'"):
+    method(MODEL, given, X, rules)
+
+
+def test_a_method_is_its_settings():
+  with pytest.raises(ValueError, match=r"method is a QwT\(...\), .*; got 'qwt'"):
+    compensate(network('percentile_ptq'), X, 'qwt')
+
+
+def test_it_is_shown_in_a_line():
+  assert repr(network('ptq')) == 'Quantized(Own, Collections(params, quantization))'

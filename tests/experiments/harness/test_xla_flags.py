@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments import xla_flags
+from experiments.harness import xla_flags
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_this_xla_starts_with_every_flag_that_it_is_said_to_know():
   """XLA aborts at a flag that it does not know; one of these was given up by newer ones."""
   program = (
     'import experiments, os\n'
-    'from experiments import xla_flags\n'
+    'from experiments.harness import xla_flags\n'
     'xla_flags.add("xla_cpu_use_fusion_emitters", "false")\n'
     'assert not xla_flags.add("xla_cpu_no_such_flag", "1")\n'
     'assert xla_flags.add("xla_force_host_platform_device_count", "3")\n'
