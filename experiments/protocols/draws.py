@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.harness import pictures
 from experiments.harness.runs import Call, say
-from experiments.protocols.frozen_features import Facts, Settings, Task, placed
+from experiments.protocols.frozen_features import Facts, Settings, Task
 from jaxlab import parallel
 
 Array = jax.Array
@@ -58,7 +58,7 @@ def programs(config: Settings, facts: Facts, methods: Methods) -> dict[str, Call
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.draws))
     train = _shapes((config.draws, facts.examples), facts.dim)
     test = _shapes((facts.test_examples,), facts.dim)
-    return placed((keys, train, test), parallel.replicated(mesh))
+    return parallel.abstract((keys, train, test), parallel.replicated(mesh))
 
   def fitting(fit: Callable[..., PyTree], mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
     keys, train, _ = arguments(mesh)
@@ -68,7 +68,7 @@ def programs(config: Settings, facts: Facts, methods: Methods) -> dict[str, Call
     fitted = {}
     for name, fit in methods.fits.items():
       function, given = fitting(fit, mesh)
-      fitted[name] = placed(jax.eval_shape(function, *given), parallel.replicated(mesh))
+      fitted[name] = parallel.abstract(jax.eval_shape(function, *given), parallel.replicated(mesh))
     judge = _on_draws(functools.partial(methods.judge, mesh), (0, 0, None, 0), mesh)
     return judge, (*arguments(mesh), fitted)
 

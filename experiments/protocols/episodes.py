@@ -253,16 +253,8 @@ def program(config: Settings, method: Method) -> Call:
     function = jax.shard_map(
       own_tasks, mesh=mesh, in_specs=specs, out_specs=BATCH_AXES, check_vma=False
     )
-    placed = tuple(
-      jax.tree.map(
-        lambda leaf, spec=spec: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-        ),
-        tree,
-      )
-      for tree, spec in zip(abstract(config, method.numbers, mesh), specs, strict=True)
-    )
-    return function, placed
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return function, parallel.abstract(abstract(config, method.numbers, mesh), shardings)
 
   return Call(make)
 

@@ -325,8 +325,10 @@ def programs(config: Settings) -> dict[str, Call]:
 
   def make(mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
     model = own.make()
-    variables = placed(models.abstract_variables(model, task.view), parallel.replicated(mesh))
-    batch = placed(task.batch(config.eval_batch_size), parallel.batch_sharding(mesh))
+    variables = parallel.abstract(
+      models.abstract_variables(model, task.view), parallel.replicated(mesh)
+    )
+    batch = parallel.abstract(task.batch(config.eval_batch_size), parallel.batch_sharding(mesh))
     return feature_fn(model, own.feature, task), (variables, batch)
 
   return {'features': Call(make)}
@@ -398,13 +400,6 @@ def extract(config: Settings, variables: Variables, sources: Mapping[str, data.S
       **harness_data.reading(config.data, split),
     )
   return arrays
-
-
-def placed(shapes: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
-  """Returns shapes with a sharding."""
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-  )
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
-from jax.sharding import NamedSharding
 
 from experiments.harness import networks
 from experiments.harness.data import Tokens
@@ -210,12 +209,15 @@ def programs(config: Settings) -> dict[str, Run | Call]:
   def search(variables: Variables, x: jax.Array) -> quantizers.Quantized:
     return quantize(own, model, variables, x, bits)
 
+  def over_mesh(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns shapes, each split by the rule for parameters."""
+    return parallel.abstract(shapes, parallel.fsdp_shardings(shapes, mesh))
+
   def inputs(mesh: jax.sharding.Mesh, count: int) -> jax.ShapeDtypeStruct:
-    shape, sharding = input_shape(own, count), networks.calibration_sharding(mesh, count)
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    return parallel.abstract(input_shape(own, count), networks.calibration_sharding(mesh, count))
 
   def floats(mesh: jax.sharding.Mesh) -> Variables:
-    return _placed(models.abstract_variables(model, input_shape(own, 1).shape[1:]), mesh)
+    return over_mesh(models.abstract_variables(model, input_shape(own, 1).shape[1:]), mesh)
 
   @functools.cache
   def quantized(mesh: jax.sharding.Mesh) -> quantizers.Quantized:
@@ -223,7 +225,7 @@ def programs(config: Settings) -> dict[str, Run | Call]:
     if not searched:
       return quantizers.Quantized(model, {**floats(mesh), 'quantization': {}}, {}, hooks)
     shapes = jax.eval_shape(search, floats(mesh), inputs(mesh, sizes.ranges))
-    return _placed(shapes, mesh)
+    return over_mesh(shapes, mesh)
 
   def block(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     batch, network = inputs(mesh, sizes.batch_size), quantized(mesh)
@@ -241,7 +243,7 @@ def programs(config: Settings) -> dict[str, Run | Call]:
       return compensation.apply_linear_compensation(y, x, fit)
 
     slices = (blockwise.slice_variables(tree, first.path) for tree in (variables, exact))
-    return fit_one, (*slices, _placed(list(first.call.array_shapes), mesh, batch.sharding))
+    return fit_one, (*slices, parallel.abstract(list(first.call.array_shapes), batch.sharding))
 
   def forward(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     batch = inputs(mesh, config.eval_batch_size)
@@ -257,13 +259,3 @@ def input_shape(own: Network, count: int) -> jax.ShapeDtypeStruct:
   if isinstance(own.data, Tokens):
     return jax.ShapeDtypeStruct((count, own.data.length), jnp.int32)
   return jax.ShapeDtypeStruct((count, *own.data.view), jnp.float32)
-
-
-def _placed(tree: Any, mesh: jax.sharding.Mesh, sharding: NamedSharding | None = None) -> Any:
-  """Returns shapes with a sharding, by default each array split by the rule for parameters."""
-  shardings = parallel.fsdp_shardings(tree, mesh)
-  return jax.tree.map(
-    lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or own),
-    tree,
-    shardings,
-  )

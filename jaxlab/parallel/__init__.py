@@ -14,10 +14,11 @@ from jaxlab.parallel.partition import (
   state_shardings,
   tree_paths,
 )
-from jaxlab.parallel.program import ShardedProgram, place, shard_program
+from jaxlab.parallel.program import ShardedProgram, abstract, place, shard_program
 
 __all__ = [
   'ShardedProgram',
+  'abstract',
   'batch_sharding',
   'check_batch_size',
   'fsdp_shardings',

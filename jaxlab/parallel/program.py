@@ -60,9 +60,9 @@ def shard_program(program: Any, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> Sh
       out_shardings=(shardings, whole),
       donate_argnums=0,
     ),
-    state=jax.tree.map(_abstract, state, shardings),
-    batch=jax.tree.map(lambda leaf: _abstract(leaf, over_batch), program.batch),
-    frozen=jax.tree.map(_abstract, program.frozen, frozen),
+    state=abstract(state, shardings),
+    batch=abstract(program.batch, over_batch),
+    frozen=abstract(program.frozen, frozen),
   )
 
 
@@ -93,5 +93,17 @@ def place(values: PyTree, like: PyTree, what: str = 'arrays') -> PyTree:
   return jax.tree.map(lambda leaf, own: jax.device_put(leaf, own.sharding), values, like)
 
 
-def _abstract(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Returns shapes and dtypes of `tree` with shardings, to compile for: arrays that are not there.
+
+  Args:
+    tree: arrays, or their shapes.
+    shardings: of all of them, or a tree of them; one may stand for a whole subtree.
+  """
+
+  def given(sharding: jax.sharding.Sharding, part: PyTree) -> PyTree:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+    )
+
+  return jax.tree.map(given, shardings, tree)

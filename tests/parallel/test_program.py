@@ -1,9 +1,10 @@
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 from small_program import FSDP_RULES, Data, make_program
 
-from jaxlab.parallel import make_mesh, shard_program
+from jaxlab.parallel import abstract, batch_sharding, make_mesh, replicated, shard_program
 
 
 def run(initial, mesh, rules=(), steps=3):
@@ -50,3 +51,12 @@ def test_result_does_not_depend_on_the_mesh(initial, on_one_device, axes, rules)
   state, losses = run(initial, make_mesh(**axes), rules)
   chex.assert_trees_all_close(losses, on_one_device[1], rtol=2e-6)
   chex.assert_trees_all_close(state, on_one_device[0], rtol=2e-5, atol=2e-6)
+
+
+def test_shapes_are_given_one_sharding_or_one_for_each_part():
+  mesh, tree = make_mesh(), {'a': {'x': jnp.ones(8), 'y': jnp.ones((8, 2))}, 'b': jnp.ones(8)}
+  whole, split = replicated(mesh), batch_sharding(mesh)
+  found = abstract(tree, {'a': split, 'b': whole})
+  assert found['a']['y'] == jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split)
+  assert [leaf.sharding for leaf in jax.tree.leaves(found)] == [split, split, whole]
+  assert all(leaf.sharding == whole for leaf in jax.tree.leaves(abstract(tree, whole)))
