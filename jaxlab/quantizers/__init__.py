@@ -8,12 +8,25 @@ and of which `integer_network` makes integers.
 """
 
 from jaxlab.quantizers import compensation
+from jaxlab.quantizers.networks.absmax import absmax_ptq, largest_magnitudes
+from jaxlab.quantizers.networks.activation_qat import (
+  activation_qat,
+  activation_rules,
+  weight_only_ptq,
+)
 from jaxlab.quantizers.networks.execution import (
   export_network,
   integer_hooks,
   integer_network,
   load_integer_network,
   save_integer_network,
+)
+from jaxlab.quantizers.networks.float8 import (
+  PROBES,
+  float8_hooks,
+  init_float8,
+  merge_probes,
+  split_probes,
 )
 from jaxlab.quantizers.networks.folding import (
   fold_batch_norm,
@@ -26,12 +39,14 @@ from jaxlab.quantizers.networks.gptq import (
 from jaxlab.quantizers.networks.input_ranges import (
   recalibration_hook,
 )
-from jaxlab.quantizers.networks.lsq import lsq
+from jaxlab.quantizers.networks.kernels import quantize_kernels
+from jaxlab.quantizers.networks.layers import Layer, find_layers
+from jaxlab.quantizers.networks.lsq import lsq, weight_only_lsq
+from jaxlab.quantizers.networks.norm_readers import norm_dense_pairs
 from jaxlab.quantizers.networks.operands import (
   MAX_BITS,
   MIN_BITS,
   operand_hooks,
-  quantize_kernels,
 )
 from jaxlab.quantizers.networks.percentile import (
   percentile_ptq,
@@ -40,12 +55,11 @@ from jaxlab.quantizers.networks.post_training import (
   collect_ranges,
   fake_quantize_hooks,
   ptq,
-  quantize_weights,
   range_hooks,
 )
 from jaxlab.quantizers.networks.quantized import Quantized
+from jaxlab.quantizers.networks.range_qat import range_qat
 from jaxlab.quantizers.networks.repq import (
-  norm_dense_pairs,
   reparametrize,
   repq,
 )
@@ -56,31 +70,50 @@ from jaxlab.quantizers.networks.rules import (
   parse_bits,
   uniform_rules,
 )
+from jaxlab.quantizers.networks.smoothing import smooth_norms
 from jaxlab.quantizers.networks.storage import (
   load_quantized,
   restore,
   save_quantized,
   size_in_bytes,
 )
+from jaxlab.quantizers.networks.weights import quantize_weights
+from jaxlab.quantizers.numerics.activation_steps import (
+  activation_fake_quantize,
+  step_of_percentiles,
+  step_of_range,
+)
 from jaxlab.quantizers.numerics.affine import (
   AffineParams,
   AffineQuantizer,
   affine_fake_quantize,
   calibrate,
-  code_range,
   dequantize,
   fake_quantize,
   min_max,
   params_from_range,
   quantize,
 )
+from jaxlab.quantizers.numerics.bit_widths import code_range
+from jaxlab.quantizers.numerics.float8 import (
+  DelayedScale,
+  Float8Scales,
+  cast_saturating,
+  float8_dot,
+  float8_fake_quantize,
+  float8_round,
+  init_delayed_scale,
+  update_delayed_scale,
+)
 from jaxlab.quantizers.numerics.gptq import (
   GPTQKernel,
   GPTQResult,
-  HessianState,
-  accumulate_hessian,
   dequantize_groups,
   gptq_kernel,
+)
+from jaxlab.quantizers.numerics.hessians import (
+  HessianState,
+  accumulate_hessian,
   init_hessian,
   output_error,
   unfold,
@@ -117,6 +150,15 @@ from jaxlab.quantizers.numerics.logarithmic import (
 from jaxlab.quantizers.numerics.quantiles import (
   select_quantiles,
 )
+from jaxlab.quantizers.numerics.range_uniform import (
+  Range,
+  activation_range,
+  feature_scale,
+  output_scale,
+  quantize_feature,
+  range_quantize,
+  weight_range,
+)
 from jaxlab.quantizers.numerics.ranges import (
   Observer,
   averaged_min_max_observer,
@@ -152,22 +194,33 @@ __all__ = [
   'EDGES',
   'MAX_BITS',
   'MIN_BITS',
+  'PROBES',
   'AffineParams',
   'AffineQuantizer',
+  'DelayedScale',
   'FixedPoint',
+  'Float8Scales',
   'GPTQKernel',
   'GPTQResult',
   'HessianState',
+  'Layer',
   'Observer',
   'Quantized',
   'QuantizedArray',
+  'Range',
   'Rule',
+  'absmax_ptq',
   'accumulate_hessian',
+  'activation_fake_quantize',
+  'activation_qat',
+  'activation_range',
+  'activation_rules',
   'affine_fake_quantize',
   'as_qarray',
   'averaged_min_max_observer',
   'averaged_running_min_max_observer',
   'calibrate',
+  'cast_saturating',
   'clip_inclusive',
   'code_range',
   'collect_ranges',
@@ -182,8 +235,14 @@ __all__ = [
   'export_network',
   'fake_quantize',
   'fake_quantize_hooks',
+  'feature_scale',
+  'find_layers',
   'fixed_point_constants',
   'flip_negative_channels',
+  'float8_dot',
+  'float8_fake_quantize',
+  'float8_hooks',
+  'float8_round',
   'fold_batch_norm',
   'fold_batch_norms',
   'fold_channel_affine',
@@ -192,11 +251,14 @@ __all__ = [
   'gptq_kernel',
   'gptq_ptq',
   'grouped_integer_dot',
+  'init_delayed_scale',
+  'init_float8',
   'init_hessian',
   'integer_conv',
   'integer_dot',
   'integer_hooks',
   'integer_network',
+  'largest_magnitudes',
   'load_integer_network',
   'load_quantized',
   'log2_dequantize',
@@ -210,6 +272,7 @@ __all__ = [
   'lsq_fake_quantize',
   'lsq_plus_fake_quantize',
   'lsq_scale',
+  'merge_probes',
   'min_max',
   'min_max_observer',
   'mse_range',
@@ -217,6 +280,7 @@ __all__ = [
   'norm_dense_pairs',
   'operand_hooks',
   'output_error',
+  'output_scale',
   'pack_int4',
   'pact_fake_quantize',
   'pact_penalty',
@@ -228,9 +292,12 @@ __all__ = [
   'ptq',
   'quantile_observer',
   'quantize',
+  'quantize_feature',
   'quantize_kernels',
   'quantize_weights',
   'range_hooks',
+  'range_qat',
+  'range_quantize',
   'recalibration_hook',
   'reparametrize',
   'repq',
@@ -244,9 +311,17 @@ __all__ = [
   'scale_gradient',
   'select_quantiles',
   'size_in_bytes',
+  'smooth_norms',
+  'split_probes',
+  'step_of_percentiles',
+  'step_of_range',
   'store',
   'top_k_percentile_range',
   'unfold',
   'uniform_rules',
   'unpack_int4',
+  'update_delayed_scale',
+  'weight_only_lsq',
+  'weight_only_ptq',
+  'weight_range',
 ]

@@ -170,7 +170,8 @@ def update_bipolar_stats(
     scale_x: scalar.
     scale_err: scalar.
     kernel_size: for the convolutional form over `[batch, height, width, channels]`; None: linear.
-    weights: of the examples, `[batch]`; those with weight 0 do not count for z_max either.
+    weights: of the examples, `[batch]`, or of rows, over the first axes; those with weight 0 do not count for
+      z_max either.
   """
   check_scale(scale_x)
   check_scale(scale_err)
@@ -186,7 +187,8 @@ def _update_bipolar_stats(stats, x, err, scale_x, scale_err, weights, kernel_siz
     u = patches(u, kernel_size, stride_of(x.shape, err.shape))
   magnitude = jnp.abs(v)
   if weights is not None:
-    magnitude = jnp.where((weights > 0).reshape(-1, *(1,) * (v.ndim - 1)), magnitude, 0)
+    counts = (weights > 0).reshape(*weights.shape, *(1,) * (v.ndim - weights.ndim))
+    magnitude = jnp.where(counts, magnitude, 0)
   largest = jnp.max(magnitude, axis=tuple(range(v.ndim - 1)))
   return BipolarStats(
     update_linear_stats(stats.linear, u, v, weights), jnp.maximum(stats.z_max, largest)
@@ -270,7 +272,7 @@ def update_prediction_stats(
   p = predict_bipolar(x, params, err.shape).astype(dtype)
   e = err.astype(dtype)
   w = jnp.ones(e.shape[0], dtype) if weights is None else weights.astype(dtype)
-  w = jnp.broadcast_to(w.reshape(-1, *(1,) * (e.ndim - 1)), (*e.shape[:-1], 1))
+  w = jnp.broadcast_to(w.reshape(*w.shape, *(1,) * (e.ndim - w.ndim)), (*e.shape[:-1], 1))
   axes = tuple(range(e.ndim - 1))
   count = jnp.sum(w)
   mean = jnp.sum(w * e, axes) / jnp.where(count > 0, count, 1)

@@ -57,7 +57,7 @@ def update_channel_affine_stats(
     y_quant: outputs of the quantized module; `axis` holds the channels, all others are rows.
     y_full: outputs of the float module, same shape.
     axis: of the channels.
-    weights: of the examples along axis 0, `[batch]`.
+    weights: of the examples along axis 0, `[batch]`, or of rows, over the first axes.
 
   Raises:
     ValueError: if the shapes differ, or the axis is out of range or of another size.
@@ -69,7 +69,7 @@ def update_channel_affine_stats(
     )
   dtype = stats.mean_quant.dtype
   w = jnp.ones(y_quant.shape[0], dtype) if weights is None else weights.astype(dtype)
-  w = jnp.broadcast_to(w.reshape(-1, *(1,) * (y_quant.ndim - 1)), y_quant.shape)
+  w = jnp.broadcast_to(w.reshape(*w.shape, *(1,) * (y_quant.ndim - w.ndim)), y_quant.shape)
   w, q, f = (
     jnp.moveaxis(a.astype(dtype), axis, -1).reshape(-1, a.shape[axis]) for a in (w, y_quant, y_full)
   )

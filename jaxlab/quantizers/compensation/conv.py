@@ -84,14 +84,19 @@ def stride_of(x_shape: tuple, y_shape: tuple) -> int:
   )
 
 
+def check_kernel_size(kernel_size: int) -> None:
+  """Raises ValueError if the kernel size is not odd."""
+  if kernel_size < 1 or kernel_size % 2 == 0:
+    raise ValueError(f'kernel_size={kernel_size}: expected an odd size.')
+
+
 def patches(x: Array, kernel_size: int, stride: int) -> Array:
   """Returns `[batch, rows, columns, channels * kernel_size^2]`, channel-major, padded by kernel_size // 2.
 
   Raises:
     ValueError: if the kernel size is not odd (the output would not lie on the block's).
   """
-  if kernel_size < 1 or kernel_size % 2 == 0:
-    raise ValueError(f'kernel_size={kernel_size}: expected an odd size.')
+  check_kernel_size(kernel_size)
   if kernel_size == 1:
     return x[:, ::stride, ::stride]
   pads = [(kernel_size // 2,) * 2] * 2

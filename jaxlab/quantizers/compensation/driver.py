@@ -5,7 +5,6 @@ outputs wait in host memory. Each block runs once in float and once quantized; t
 compensated output.
 """
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -21,8 +20,9 @@ from jaxlab.models.blockwise import Programs, find_blocks
 from jaxlab.quantizers.compensation.hook import COLLECTION, compensation_hook
 from jaxlab.quantizers.compensation.methods import Method, QwT, QwTv2
 from jaxlab.quantizers.compensation.recalibration import with_constants
-from jaxlab.quantizers.compensation.walk import BlockWalk
-from jaxlab.quantizers.networks.quantized import Quantized, Report, check_quantized, peek
+from jaxlab.quantizers.compensation.walk import BlockWalk, check_block
+from jaxlab.quantizers.networks.batches import Batches, Counted, as_call, counted_mask, peek
+from jaxlab.quantizers.networks.quantized import Quantized, Report, check_quantized
 
 Array = jax.Array
 PyTree = Any
@@ -30,7 +30,7 @@ PyTree = Any
 
 def compensate(
   quantized: Quantized,
-  batches: Array | Iterable[Any],
+  batches: Batches,
   method: Method | None = None,
   *,
   anatomy: Anatomy | None = None,
@@ -39,6 +39,7 @@ def compensate(
   target: Literal['local', 'global'] = 'local',
   dtype: Any = jnp.float16,
   programs: Programs | None = None,
+  counted: Counted = None,
   **kwargs: Any,
 ) -> Quantized:
   """Fits and adds the compensation of every block of a quantized network, in closed form.
@@ -50,8 +51,8 @@ def compensate(
     quantized: a network of any method here, in which blocks are modules called one after another, each on
       what the one before returned (with whatever the model computes in between and hands in besides). Learned
       steps (`lsq`) are constants from now on.
-    batches: calibration inputs of one shape, all of which are fitted to; one that is a tuple is several
-      arguments. No labels.
+    batches: calibration inputs, all of which are fitted to; the last may be smaller. One that is a tuple is
+      several arguments, one that is a mapping keywords. No labels.
     method: `QwT`, `QwTv2` or `NBC`; None: `QwT()`.
     anatomy: the names of the model's parts; None: those that the network knows, or `models.anatomy(model)`.
       Read without `blocks`, and by `QwTv2('branch')`.
@@ -63,16 +64,18 @@ def compensate(
       float16 as in QwT's evaluation, or float32.
     programs: compiled functions of earlier calls, e.g. at other bit-widths: a `Programs()` that is handed to
       all of them.
-    **kwargs: passed to the model, over the network's own.
+    counted: which positions are fitted to (others are padding): the name of the model's argument that is
+      the mask `[batch, ...]`, or a function of its arguments. The convolutional form counts whole images.
+    **kwargs: passed to the model with every batch, over the network's own.
 
   Returns:
     The network with a collection `'compensation'` and a `report`; `QwTv2` also changes the ranges of inputs.
 
   Raises:
     ValueError: for what is no `Quantized`, or one that is compensated or in integers already; if there is no
-      batch, the model's parts are not known, no block matches, blocks are nested,
-      shared or stacked, `start_block` is out of range, shapes do not fit the method, or activations are not
-      finite.
+      batch, the model's parts are not known, no block matches, blocks are nested, shared or stacked, the
+      activations of a block cannot be told among what it is given or returns, `start_block` is out of range,
+      shapes do not fit the method, or activations are not finite.
 
   Warns:
     RuntimeWarning: if a fit has fewer rows than unknowns.
@@ -89,23 +92,26 @@ def compensate(
   anatomy = quantized.anatomy if anatomy is None else anatomy
   float_variables, hooks = quantized.in_float().unbind()
   variables, _ = quantized.unbind()
-  inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in peek(batches)[1]]
-  root, parts = find_blocks(model, variables, inputs[0], kwargs, hooks, blocks, anatomy)
+  inputs = [as_call(batch, kwargs) for batch in peek(batches)[1]]
+  masks = [counted_mask(counted, model, call) for call in inputs]
+  root, parts = find_blocks(model, variables, *inputs[0], hooks, blocks, anatomy)
   if not 0 <= start_block < len(parts):
     raise ValueError(f'start_block={start_block} is not one of the {len(parts)} blocks.')
   parts = parts[start_block:]
 
   ends = _branch_ends(model, method, anatomy)
+  for block in parts:
+    check_block(block, method, variables, ends, len(inputs))
   programs = Programs() if programs is None else programs
-  networks = [Stream(root, parts, variables, hooks, inputs, kwargs, programs)]
+  networks = [Stream(root, parts, variables, hooks, inputs, programs)]
   if target == 'global':
-    networks.append(Stream(root, parts, float_variables, hooks, inputs, kwargs, programs))
+    networks.append(Stream(root, parts, float_variables, hooks, inputs, programs))
   arrays: dict[str, dict[str, Array]] = {}
   entries: list[tuple] = []
   for index, block in enumerate(parts):
     for network in networks:
       network.advance(index)
-    walk = BlockWalk(block, method, variables, float_variables, hooks, dtype, programs, ends)
+    walk = BlockWalk(block, method, variables, float_variables, hooks, dtype, programs, masks, ends)
     fitted, outputs = walk.run(networks)
     arrays |= fitted
     entries += walk.entries
@@ -122,6 +128,9 @@ def compensate(
     kwargs=kwargs,
     anatomy=anatomy,
     report=report,
+    skipped=quantized.skipped,
+    rounded=quantized.rounded,
+    layers=quantized.layers,
   )
 
 

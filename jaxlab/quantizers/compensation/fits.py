@@ -44,7 +44,7 @@ class FirstPass(NamedTuple):
 
   Attributes:
     state: of no rows.
-    update: `(state, x, y, err, index of the batch) -> state`, traceable.
+    update: `(state, x, y, err, index of the batch, weights of the rows or None) -> state`, traceable.
   """
 
   state: Any
@@ -55,22 +55,23 @@ class Rows(NamedTuple):
   """The calibration rows of one module that are kept for further passes, parked.
 
   Attributes:
-    batches: its input x and error err; None where the method does not look at them again.
+    batches: its input x and error err, None where the method does not look at them again; and 1 for rows that
+      count, 0 for others, over the first axes of err, or None.
     programs: where compiled functions are shared.
   """
 
-  batches: Sequence[tuple[Parked | None, Parked | None]]
+  batches: Sequence[tuple[Parked | None, Parked | None, np.ndarray | None]]
   programs: Programs
 
   @property
   def num_examples(self) -> int:
     """Number of examples in all batches."""
-    return sum(err.shape[0] for _, err in self.batches)
+    return sum(err.shape[0] for _, err, _ in self.batches)
 
-  def _restored(self) -> Iterator[tuple[int, Array, Array]]:
+  def _restored(self) -> Iterator[tuple[int, Array, Array, np.ndarray | None]]:
     start = 0
-    for x, err in self.batches:
-      yield start, x.restore(), err.restore()
+    for x, err, counted in self.batches:
+      yield start, x.restore(), err.restore(), counted
       start += err.shape[0]
 
   def fold(
@@ -82,14 +83,16 @@ class Rows(NamedTuple):
   ) -> Any:
     """Returns `state` after `update(state, x, err, *arrays, weights=)` with every batch.
 
-    `weights(start, size)` are those of the examples `start .. start + size - 1`; None: none. On a mesh the
-    state is a copy on every device and sums run over the whole batch.
+    `weights(start, size)` are those of the examples `start .. start + size - 1`, on their last axis; None:
+    all that count are 1. On a mesh the state is a copy on every device and sums run over the whole batch.
     """
     weighted = lambda state, x, err, w, *arrays: update(state, x, err, *arrays, weights=w)  # noqa: E731
     run = None
-    for start, x, err in self._restored():
+    for start, x, err, counted in self._restored():
       everywhere = replicated_like(err)
       w = None if weights is None else np.asarray(weights(start, err.shape[0]), np.float32)
+      if counted is not None:
+        w = counted if w is None else w.reshape(*w.shape, *(1,) * (counted.ndim - 1)) * counted
       state, w, arrays = jax.device_put((state, w, arrays), everywhere)
       args = (state, x, err, w, *arrays)
       run = run or self.programs(weighted, *args, out_shardings=everywhere)
@@ -102,6 +105,24 @@ def replicated_like(x: Array) -> jax.sharding.Sharding:
   if isinstance(x.sharding, jax.sharding.NamedSharding):
     return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
   return x.sharding
+
+
+def check(method: Method, shapes: Shapes, num_batches: int) -> None:
+  """Raises ValueError if a method cannot compensate a module of these shapes from so many batches."""
+  if isinstance(method, QwTv2):
+    if method.held_out and num_batches < 2:
+      raise ValueError('held_out=True needs at least two calibration batches.')
+  elif shapes.is_conv:
+    if getattr(method, 'relative', False):
+      raise ValueError('relative=True is about the linear form; the block has convolutions.')
+    conv.check_kernel_size(method.kernel_size)
+    conv.stride_of(shapes.x, shapes.out)
+    _groups(method, shapes)
+  elif shapes.x[:-1] != shapes.out[:-1]:
+    raise ValueError(
+      f'The module is given {shapes.x} and returns {shapes.out}: a linear compensation needs one input token '
+      f'per output token (a strided block needs the convolutional form).'
+    )
 
 
 def first_pass(method: Method, shapes: Shapes) -> FirstPass:
@@ -141,7 +162,7 @@ def fit(method: Method, shapes: Shapes, state: Any, rows: Rows) -> Fitted:
   if isinstance(method, QwT):
     return _fit_qwt(method, shapes, state)
   if isinstance(method, QwTv2):
-    return _fit_qwt_v2(method, state, len(rows.batches))
+    return _fit_qwt_v2(method, state)
   return _fit_nbc(method, shapes, state, rows)
 
 
@@ -154,30 +175,31 @@ def _fit_qwt(method: QwT, shapes: Shapes, stats: Any) -> Fitted:
     ridge = 1e-3 if method.ridge is None else method.ridge
     solved = conv.solve_conv(stats, method.kernel_size, ridge)
   else:
-    solved = linear.solve_linear(stats, method.ridge or 0.0)
+    ridge = method.ridge or 0.0
+    if method.relative:
+      ridge = ridge * np.mean(np.diagonal(np.asarray(stats.scatter_x[0])))
+    solved = linear.solve_linear(stats, ridge, penalize_bias=not method.relative)
     solved = solved._replace(weight=jnp.asarray(np.asarray(solved.weight)[0]))
   gated, r2 = linear.gate(solved), float(solved.r2)
   return Fitted({'weight': gated.weight, 'bias': gated.bias}, r2, not r2 > 0)
 
 
-def _update_linear(stats, x, y, err, batch):
+def _update_linear(stats, x, y, err, batch, weights):
   del y, batch
-  return linear.update_linear_stats(stats, x, err)
+  return linear.update_linear_stats(stats, x, err, weights)
 
 
-def _update_conv(stats, x, y, err, batch, *, kernel_size):
+def _update_conv(stats, x, y, err, batch, weights, *, kernel_size):
   del y, batch
-  return conv.update_conv_stats(stats, x, err, kernel_size)
+  return conv.update_conv_stats(stats, x, err, kernel_size, weights)
 
 
-def _fit_qwt_v2(method: QwTv2, stats: Any, num_batches: int) -> Fitted:
+def _fit_qwt_v2(method: QwTv2, stats: Any) -> Fitted:
   # Moments of (y, err), which tell the remaining error more exactly than those of (y, y + err).
   solve = lambda own: channel_affine.solve_channel_affine(  # noqa: E731
     channel_affine.stats_of_sum(own), method.eps, method.clip
   )
   if method.held_out:
-    if num_batches < 2:
-      raise ValueError('held_out=True needs at least two calibration batches.')
     halves, stats = stats, channel_affine.merge_channel_affine_stats(*stats)
     affine = channel_affine.gate_channel_affine(
       solve(stats), solve(halves[0]), channel_affine.stats_of_sum(halves[1])
@@ -193,14 +215,14 @@ def _fit_qwt_v2(method: QwTv2, stats: Any, num_batches: int) -> Fitted:
   return Fitted(affine._asdict(), float('nan'), False, tuple(errors))
 
 
-def _update_affine(stats, x, y, err, batch):
+def _update_affine(stats, x, y, err, batch, weights):
   del x, batch
-  return channel_affine.update_channel_affine_stats(stats, y, err)
+  return channel_affine.update_channel_affine_stats(stats, y, err, weights=weights)
 
 
-def _update_halves(halves, x, y, err, batch):
+def _update_halves(halves, x, y, err, batch, weights):
   del x
-  ones = jnp.ones(y.shape[0])
+  ones = jnp.ones(y.shape[0]) if weights is None else weights
   return tuple(
     channel_affine.update_channel_affine_stats(stats, y, err, weights=ones * (batch % 2 == odd))
     for odd, stats in enumerate(halves)
@@ -267,15 +289,20 @@ def _nbc_scales(method: NBC, shapes: Shapes, sums: tuple, rows: Rows, solve: Cal
   return scales, score
 
 
-def _update_bipolar(stats, x, y, err, batch, *, scale, kernel_size):
+def _update_bipolar(stats, x, y, err, batch, weights, *, scale, kernel_size):
   del y, batch
-  return bipolar.update_bipolar_stats(stats, x, err, scale, scale, kernel_size=kernel_size)
+  return bipolar.update_bipolar_stats(
+    stats, x, err, scale, scale, kernel_size=kernel_size, weights=weights
+  )
 
 
-def _update_magnitudes(sums, x, y, err, batch):
+def _update_magnitudes(sums, x, y, err, batch, weights):
   del y, batch
   new = []
   for old, value in zip((sums[:3], sums[3:]), (x, err)):
-    size = jnp.abs(value.astype(old[0].dtype))
-    new += [old[0] + jnp.sum(size), old[1] + size.size, jnp.maximum(old[2], jnp.max(size))]
+    size, count = jnp.abs(value.astype(old[0].dtype)), value.size
+    if weights is not None:
+      own = weights.reshape(*weights.shape, *(1,) * (value.ndim - weights.ndim)).astype(size.dtype)
+      size, count = size * own, jnp.sum(own) * (value.size // own.size)
+    new += [old[0] + jnp.sum(size), old[1] + count, jnp.maximum(old[2], jnp.max(size))]
   return tuple(new)

@@ -46,8 +46,11 @@ def fold_compensation(compensated: Quantized) -> Quantized:
         f"granularity 'linear' or 'branch') behind a layer with a quantized kernel."
       )
     gamma, beta = own['gamma'], own['beta']
-    params[kernel] = (params[kernel] * gamma).astype(params[kernel].dtype)
-    constants[f'{kernel}/scale'] = constants[f'{kernel}/scale'] * gamma
+    layer = compensated.layers.get(path)
+    # The outputs of ConvTranspose(transpose_kernel=True) are the second last axis.
+    factor = gamma[:, None] if layer is not None and layer.channels == (-2,) else gamma
+    params[kernel] = (params[kernel] * factor).astype(params[kernel].dtype)
+    constants[f'{kernel}/scale'] = constants[f'{kernel}/scale'] * factor
     bias = f'{path}/bias'
     biases = params if bias in params else constants
     old = biases.get(bias)

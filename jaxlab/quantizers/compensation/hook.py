@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlab.models.blockwise import array_leaves
 from jaxlab.models.intercept import Hook, Site
+from jaxlab.models.main_arrays import main_input, main_output
 from jaxlab.quantizers.compensation.bipolar import BipolarCompensation, apply_nbc
 from jaxlab.quantizers.compensation.channel_affine import ChannelAffine, apply_channel_affine
 from jaxlab.quantizers.compensation.linear import LinearCompensation
@@ -50,10 +50,11 @@ class _Compensate:
     names = next((names for mark, names in kinds.items() if site.has(mark)), None)
     if names is None:
       return out
-    leaves, treedef = jax.tree.flatten(out)
     own = {name: site.read(name) for name in names}
-    x = array_leaves((args, kwargs))[0]
-    return jax.tree.unflatten(treedef, [apply_arrays(leaves[0], x, own, self.dtype), *leaves[1:]])
+    x = main_input(site, args, kwargs)
+    y = main_output(out, x)
+    new = apply_arrays(y, x, own, self.dtype)
+    return jax.tree.map(lambda leaf: new if leaf is y else leaf, out)
 
 
 def apply_arrays(y: Array, x: Array, arrays: dict[str, Array], dtype: Any) -> Array:

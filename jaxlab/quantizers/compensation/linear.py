@@ -81,7 +81,8 @@ def update_linear_stats(
     stats: from `init_linear_stats`.
     x: `[..., in_features]`; the features of a group are adjacent.
     err: `[..., out_features]`, as many rows.
-    weights: of the examples, `[batch]`, e.g. 0 for a held-out one; None: all 1.
+    weights: of the examples, `[batch]`, e.g. 0 for a held-out one, or of the rows, over the first axes of x;
+      None: all 1.
 
   Raises:
     ValueError: if the numbers of rows or features differ from each other or from the statistics.
@@ -100,7 +101,7 @@ def update_linear_stats(
   dtype = stats.mean_x.dtype
   ones = jnp.ones(x.shape[:-1], dtype)
   if weights is not None:
-    ones = ones * weights.astype(dtype).reshape(-1, *(1,) * (x.ndim - 2))
+    ones = ones * weights.astype(dtype).reshape(*weights.shape, *(1,) * (ones.ndim - weights.ndim))
   w = ones.reshape(-1, 1, 1)
   x = x.astype(dtype).reshape(-1, groups, p)
   err = err.astype(dtype).reshape(-1, groups, o)
@@ -235,7 +236,9 @@ def by_numpy(*trees: Any) -> tuple[Any, ...]:
   return np, *jax.tree.map(np.asarray, trees)
 
 
-def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearCompensation:
+def fit_linear_compensation(
+  x: Array, err: Array, ridge: float = 0.0, *, bias: bool = True, penalize_bias: bool = True
+) -> LinearCompensation:
   """Returns the least-squares layer `err ~ x W + b` (QwT, eq. of the closed form).
 
   The result is not gated: see `gate`.
@@ -249,13 +252,31 @@ def fit_linear_compensation(x: Array, err: Array, ridge: float = 0.0) -> LinearC
     x: block inputs `[..., in]`; all leading axes are rows.
     err: float minus quantized block output, `[..., out]`.
     ridge: absolute penalty on weight and bias.
+    bias: whether there is one; otherwise the bias is 0, and R^2 counts from 0 instead of from the mean.
+    penalize_bias: whether the bias is in the penalty.
 
   Raises:
     ValueError: if the rows differ in number, or values are not finite.
   """
   stats = init_linear_stats(x.shape[-1], err.shape[-1])
-  solved = solve_linear(update_linear_stats(stats, x, err), ridge)
+  stats = update_linear_stats(stats, x, err)
+  if not bias:
+    stats, penalize_bias = _about_zero(stats), False
+  solved = solve_linear(stats, ridge, penalize_bias=penalize_bias)
   return solved._replace(weight=solved.weight[0])
+
+
+def _about_zero(stats: LinearStats) -> LinearStats:
+  """Returns the moments about 0 in place of those about the means."""
+  mx, me = stats.mean_x, stats.mean_err
+  return LinearStats(
+    stats.count,
+    jnp.zeros_like(mx),
+    jnp.zeros_like(me),
+    stats.scatter_x + stats.count * mx[..., :, None] * mx[..., None, :],
+    stats.scatter_x_err + stats.count * mx[..., :, None] * me[..., None, :],
+    stats.scatter_err + stats.count * me**2,
+  )
 
 
 def gate(compensation: LinearCompensation) -> LinearCompensation:

@@ -14,6 +14,8 @@ class QwT:
 
   Attributes:
     ridge: absolute penalty; None: 0 for the linear form, 1e-3 for the convolutional one, as in the code.
+    relative: the ridge counts in units of the scatter of an input channel about its mean, the average over
+      channels, and the bias is not penalized; of the linear form. GPLQ takes 1e-4 here.
     kind: `'conv'` is a grouped convolution, for blocks of convolutions; `'auto'` decides by the kernels.
     kernel_size: of the convolution, odd.
     channels_per_group: of its input; None for about 64, by a number of groups that divides the channels.
@@ -23,6 +25,13 @@ class QwT:
   kind: Kind = 'auto'
   kernel_size: int = 1
   channels_per_group: int | None = None
+  relative: bool = False
+
+  def __post_init__(self):
+    if self.relative and (self.ridge is None or self.kind == 'conv'):
+      raise ValueError(
+        f'relative=True is about a ridge of the linear form; got ridge={self.ridge}, kind={self.kind!r}.'
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from jaxlab.models.blockwise import (
   CAPTURES,
   Part,
   Programs,
-  array_leaves,
   find_parts,
   park,
   reach,
@@ -23,6 +22,7 @@ from jaxlab.models.blockwise import (
   slice_variables,
 )
 from jaxlab.models.intercept import Hook, Site, any_of
+from jaxlab.models.main_arrays import array_leaves
 from jaxlab.quantizers.compensation import fits
 from jaxlab.quantizers.compensation.cost import compensation_cost
 from jaxlab.quantizers.compensation.hook import apply_arrays
@@ -32,6 +32,7 @@ from jaxlab.quantizers.compensation.recalibration import (
   recalibrate,
   with_constants,
 )
+from jaxlab.quantizers.networks.batches import counted_rows, positions_of, row_weights
 from jaxlab.quantizers.networks.input_ranges import renewed_constants
 from jaxlab.quantizers.networks.quantized import COLLECTION as QUANTIZATION
 
@@ -56,9 +57,10 @@ class BlockWalk:
     hooks: Sequence[Hook],
     dtype: Any,
     programs: Programs,
+    masks: Sequence[Array | None],
     branch_ends: Mapping[str, Sequence[str]] = {},
   ):
-    self.branch_ends = branch_ends
+    self.branch_ends, self.masks = branch_ends, masks
     self.block, self.method, self.dtype, self.programs = block, method, dtype, programs
     self.hooks = hooks
     self.quantized = slice_variables(variables, block.path)
@@ -73,22 +75,10 @@ class BlockWalk:
     self.pending: dict[int, dict[str, Array]] = {}
 
   def _parts(self) -> list[Part]:
-    block, method = self.block, self.method
-    if not isinstance(method, QwTv2) or (method.granularity == 'block' and not method.modules):
+    block = self.block
+    chosen = _chosen_layers(block, self.method, self.float, self.branch_ends)
+    if chosen is None:
       return [block]
-    flat = traverse_util.flatten_dict(dict(self.float['params']), sep='/')
-    layers = [path.removesuffix('/kernel') for path in flat if path.endswith('/kernel')]
-    if method.modules:
-      chosen = [path for path in layers if re.fullmatch(method.modules, path)]
-    elif method.granularity == 'branch':
-      chosen = [relative(path, block.path) for path in self.branch_ends.get(block.path, ())]
-    else:
-      chosen = layers
-    if not chosen:
-      raise ValueError(
-        f'No layer of {block.path!r} is one to compensate; it has {", ".join(layers)}. Give modules=, or an '
-        f'anatomy that tells the branches of the block.'
-      )
     pattern = any_of([f'{block.path}/{path}' for path in chosen])
     return find_parts(block, self.quantized, block.call.array_shapes, self.hooks, pattern)
 
@@ -100,7 +90,7 @@ class BlockWalk:
     arrays = {}
     for index, part in enumerate(self.parts):
       self._recalibrate(index, stream, arrays)
-      shapes = self._shapes(part)
+      shapes = _shapes(part, self.method, self.quantized)
       state, rows = self._observe(index, shapes, stream, outputs, teachers)
       try:
         found = fits.fit(self.method, shapes, state, rows)
@@ -120,10 +110,10 @@ class BlockWalk:
     if not paths:
       return
 
-    def ranges(quantized, leaves, arrays):
-      return recalibrate(block, quantized, leaves, hooks, paths, arrays, dtype)
+    def ranges(quantized, leaves, arrays, positions):
+      return recalibrate(block, quantized, leaves, hooks, paths, arrays, dtype, positions)
 
-    args = (self.quantized, restore(stream.leaves[0]), arrays)
+    args = (self.quantized, restore(stream.leaves[0]), arrays, positions_of(self.masks[0]))
     self._renew(self.programs(ranges, *args)(*args))
 
   def _renew(self, new: Mapping[str, Array]) -> None:
@@ -139,23 +129,16 @@ class BlockWalk:
     below = relative(self.parts[index].path, self.block.path)
     old = slice_variables(self.quantized, below)[QUANTIZATION]['input']
     prefix = f'{below}/input/' if below else 'input/'
-    found = renewed_constants(old, x)
+    rows = counted_rows(x, positions_of(self.masks[0]), self.parts[index].path)
+    found = renewed_constants(old, rows)
     self._renew({f'{prefix}{name}': leaf for name, leaf in found.items()})
-
-  def _shapes(self, part: Part) -> fits.Shapes:
-    x, out = part.call.array_shapes[0].shape, part.out.array_shapes[0].shape
-    kind = getattr(self.method, 'kind', 'linear')
-    if kind == 'auto':
-      leaves = jax.tree.leaves(self.quantized.get('params', {}))
-      kind = 'conv' if len(x) == 4 and any(np.ndim(leaf) == 4 for leaf in leaves) else 'linear'
-    return fits.Shapes(x, out, kind == 'conv')
 
   def _has_exact_sums(self, part: Part) -> bool:
     """Whether the errors of `part` follow from its statistics, and its output can be compensated later.
 
     A scale and a shift in float32 are exact enough; the rounding of a narrower output is to be measured.
     """
-    dtype = part.out.array_shapes[0].dtype
+    dtype = part.y_shape.dtype
     return isinstance(self.method, QwTv2) and dtype == jnp.promote_types(dtype, jnp.float32)
 
   def _observe(
@@ -168,17 +151,23 @@ class BlockWalk:
     state, update = fits.first_pass(self.method, shapes)
 
     def given(quantized, leaves, outputs, pending):
-      known = _compensated(outputs, pending, dtype)
+      known = _compensated(parts, outputs, pending, dtype)
       return reach(block, parts, index, quantized, leaves, known, hooks)
 
-    def observe(quantized, floats, leaves, teacher, state, batch):
-      y = array_leaves(part.run(quantized, leaves, hooks))
+    def observe(quantized, floats, leaves, teacher, state, batch, mask):
+      outputs = array_leaves(part.run(quantized, leaves, hooks))
+      y = outputs[part.main]
       if teacher is None:
-        teacher = array_leaves(part.run(floats, leaves, hooks))[0]
-      wide = jnp.promote_types(y[0].dtype, jnp.float32)
-      err = teacher.astype(wide) - y[0].astype(wide)
-      state = update(state, leaves[0], y[0], err, batch)
-      return y, None if exact else err, state
+        teacher = array_leaves(part.run(floats, leaves, hooks))[part.main]
+      wide = jnp.promote_types(y.dtype, jnp.float32)
+      err = teacher.astype(wide) - y.astype(wide)
+      weights = row_weights(err, mask, part.path)
+      if shapes.is_conv and weights is not None and weights.ndim > 1:
+        raise ValueError(
+          f'{part.path!r}: the convolutional form counts whole images, counted says which positions do.'
+        )
+      state = update(state, leaves[part.lead], y, err, batch, weights)
+      return outputs, None if exact else err, weights, state
 
     run, arrive, kept = None, None, []
     for batch, leaves in enumerate(stream.leaves):
@@ -191,15 +180,16 @@ class BlockWalk:
         arrive = arrive or self.programs(given, *args)
         restored = arrive(*args)
       if run is None and part.path in self.inputs[index]:
-        self._recalibrate_own(index, restored[0])
+        self._recalibrate_own(index, restored[part.lead])
       teacher = None if teachers is None else teachers[batch][index].restore()
       # The part's own variables alone, so that parts of one shape share a program.
       own = (slice_variables(tree, below) for tree in (self.quantized, self.float))
-      args = (*own, restored, teacher, state, np.int32(batch))
-      run = run or self.programs(observe, *args, out_shardings=(None, None, everywhere))
-      y, err, state = run(*args)
+      args = (*own, restored, teacher, state, np.int32(batch), self.masks[batch])
+      run = run or self.programs(observe, *args, out_shardings=(None, None, None, everywhere))
+      y, err, weights, state = run(*args)
       outputs[batch][index] = park(y)
-      kept.append((None if isinstance(self.method, QwTv2) else leaves[0], park(err)))
+      x = None if isinstance(self.method, QwTv2) else leaves[part.lead]
+      kept.append((x, park(err), None if weights is None else np.asarray(weights)))
     return jax.device_get(state), fits.Rows(kept, self.programs)
 
   def _finish(
@@ -209,24 +199,28 @@ class BlockWalk:
     if self._has_exact_sums(self.parts[index]):
       self.pending[index] = found.arrays
       return found.errors
-    dtype = self.dtype
+    dtype, main = self.dtype, self.parts[index].main
 
-    def finish(arrays, x, y, err):
+    def finish(arrays, x, y, err, weights):
       new = apply_arrays(y, x, arrays, dtype)
       left = y.astype(err.dtype) + err - new.astype(err.dtype)
-      return new, jnp.sum(err**2), jnp.sum(left**2)
+      own = err, left
+      if weights is not None:
+        weights = weights.reshape(*weights.shape, *(1,) * (err.ndim - weights.ndim))
+        own = [jnp.where(weights > 0, values, 0) for values in own]
+      return new, *(jnp.sum(values**2) for values in own)
 
     run, before, after, size = None, 0.0, 0.0, 0
-    for known, (x, err) in zip(outputs, rows.batches):
-      y, *rest = known[index]
-      x, y, err = restore((x, y, err))
+    for known, (x, err, weights) in zip(outputs, rows.batches):
+      x, y, err = restore((x, known[index][main], err))
       placed = jax.device_put(found.arrays, fits.replicated_like(y))
-      args = (placed, x, y, err)
+      args = (placed, x, y, err, weights)
       run = run or self.programs(finish, *args)
       new, *squares = run(*args)
-      known[index] = [park(new), *rest]
+      known[index] = [*known[index][:main], park(new), *known[index][main + 1 :]]
       before, after = before + float(squares[0]), after + float(squares[1])
-      size += err.size
+      share = 1 if weights is None else np.mean(weights)
+      size += err.size * share
     return before / size, after / size
 
   def _leave(self, stream: Stream, outputs) -> list[list]:
@@ -236,7 +230,7 @@ class BlockWalk:
       return [known[0] for known in outputs]
 
     def leave(quantized, leaves, outputs, pending):
-      known = _compensated(outputs, pending, dtype)
+      known = _compensated(parts, outputs, pending, dtype)
       if parts == [block]:
         return known[0]
       return reach(block, parts, len(parts), quantized, leaves, known, hooks)
@@ -251,13 +245,13 @@ class BlockWalk:
   def _teachers(self, stream: Stream) -> tuple[list[list], list[list]]:
     """Returns the float network's activation at each part, and what its block returns, for each batch."""
     paths = [part.path for part in self.parts]
-
+    mains = {part.path: part.main for part in self.parts}
     block, hooks = self.block, self.hooks
 
     def run_float(floats, leaves):
       def keep(site: Site, call, *args, **kwargs):
         y = call(*args, **kwargs)
-        site.write('output', array_leaves(y)[0])
+        site.write('output', array_leaves(y)[mains[site.path]])
         return y
 
       keeping = Hook(any_of(paths), call=keep, collection=CAPTURES)
@@ -275,11 +269,72 @@ class BlockWalk:
     return teachers, outputs
 
 
+def check_block(
+  block: Part,
+  method: Method,
+  variables: PyTree,
+  branch_ends: Mapping[str, Sequence[str]],
+  num_batches: int,
+) -> None:
+  """Raises ValueError if a method cannot compensate a block, by its shapes and names alone; names the block.
+
+  Args:
+    block: of the network.
+    method: settings.
+    variables: of the network.
+    branch_ends: the last layer of each branch, by block.
+    num_batches: of the calibration.
+  """
+  own = slice_variables(variables, block.path)
+  _chosen_layers(block, method, own, branch_ends)
+  try:
+    fits.check(method, _shapes(block, method, own), num_batches)
+  except ValueError as error:
+    raise ValueError(f'{block.path}: {error}') from error
+
+
+def _chosen_layers(
+  block: Part, method: Method, variables: PyTree, branch_ends: Mapping[str, Sequence[str]]
+) -> list[str] | None:
+  """Returns the layers that are compensated, seen from the block; None: the block itself is."""
+  if not isinstance(method, QwTv2) or (method.granularity == 'block' and not method.modules):
+    return None
+  flat = traverse_util.flatten_dict(dict(variables.get('params', {})), sep='/')
+  layers = [path.removesuffix('/kernel') for path in flat if path.endswith('/kernel')]
+  if method.modules:
+    chosen = [path for path in layers if re.fullmatch(method.modules, path)]
+  elif method.granularity == 'branch':
+    chosen = [relative(path, block.path) for path in branch_ends.get(block.path, ())]
+  else:
+    chosen = layers
+  if not chosen:
+    raise ValueError(
+      f'No layer of {block.path!r} is one to compensate; it has {", ".join(layers)}. Give modules=, or an '
+      f'anatomy that tells the branches of the block.'
+    )
+  return chosen
+
+
+def _shapes(part: Part, method: Method, variables: PyTree) -> fits.Shapes:
+  """Returns the shapes of a part of a block with these variables."""
+  x, out = part.x_shape.shape, part.y_shape.shape
+  kind = getattr(method, 'kind', 'linear')
+  if kind == 'auto':
+    leaves = jax.tree.leaves(variables.get('params', {}))
+    kind = 'conv' if len(x) == 4 and any(np.ndim(leaf) == 4 for leaf in leaves) else 'linear'
+  return fits.Shapes(x, out, kind == 'conv')
+
+
 def _compensated(
-  outputs: Mapping[int, list[Array]], pending: Mapping[int, dict[str, Array]], dtype: Any
+  parts: Sequence[Part],
+  outputs: Mapping[int, list[Array]],
+  pending: Mapping[int, dict[str, Array]],
+  dtype: Any,
 ) -> dict[int, list[Array]]:
   """Returns the outputs of parts, by index, with the compensations that are pending applied."""
-  return {
-    i: [apply_arrays(y, None, pending[i], dtype), *rest] if i in pending else [y, *rest]
-    for i, (y, *rest) in outputs.items()
-  }
+  known = {i: list(arrays) for i, arrays in outputs.items()}
+  for i, arrays in pending.items():
+    if i in known:
+      main = parts[i].main
+      known[i][main] = apply_arrays(known[i][main], None, arrays, dtype)
+  return known

@@ -13,16 +13,18 @@ from jaxlab.models.anatomy import anatomy
 from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.blockwise import (
   Part,
-  array_leaves,
+  Skeleton,
   find_blocks,
   reach_with_state,
   relative,
   slice_variables,
 )
 from jaxlab.models.intercept import Hook, Site, any_of, apply
+from jaxlab.models.main_arrays import array_leaves
 from jaxlab.quantizers.networks import operands
+from jaxlab.quantizers.networks.batches import Batch, Positions, as_call
 from jaxlab.quantizers.networks.input_ranges import input_constants, search_hook
-from jaxlab.quantizers.networks.operands import Plan
+from jaxlab.quantizers.networks.operands import METHODS, Plan
 from jaxlab.quantizers.networks.quantized import COLLECTION
 from jaxlab.quantizers.networks.rules import Bits
 
@@ -35,49 +37,67 @@ Kinds = tuple[tuple[str, str], ...]
 def calibrate_inputs(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  x: Array,
+  x: Batch,
   todo: Plan,
   parts: Anatomy | None = None,
+  positions: Positions | None = None,
+  /,
   **kwargs: Any,
 ) -> Constants:
   """Returns `{path: constants}` of the collection's `input`, from one forward pass over the batch `x`.
 
-  Ranges are fixed in order of execution (`search_hook`). Per-channel constants also hold `value`
-  `[channels]`, what the channels of scale 0 are equal to.
+  Ranges are fixed in order of execution (`search_hook`), those of a module that is called several times by
+  all its calls. Per-channel constants also hold `value` `[channels]`, what the channels of scale 0 are equal
+  to.
 
   Blocks (of the anatomy `parts`, or of the model's own) with equal settings and shapes share one compilation,
   for all bit-widths. A model without blocks that
   follow each other, and one that is traced, is a single program (compiled at each call if the model has
   unhashable fields).
+
+  Args:
+    model: any Linen module.
+    variables: its variables, kernels quantized.
+    x: a batch; see `batches`.
+    todo: what is quantized.
+    parts: see above.
+    positions: those of the batch that count; None: all.
+    **kwargs: passed to the model.
+
+  Raises:
+    ValueError: if a module's variables are not carried through a transformation around it, or the shape of
+      its input does not tell which of its positions count.
   """
   variables = {name: tree for name, tree in variables.items() if name != COLLECTION}
-  kwargs = tuple(kwargs.items())
-  arrays = (variables, x)
+  given = as_call(x, kwargs)
+  call = Skeleton.of(given)
+  arrays = (variables, array_leaves(given))
   if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays)):
     network, whole = None, _whole
   else:
     try:
-      network, whole = _cut(model, _Shapes.of(arrays), todo.kinds, kwargs, parts), _jitted_whole
+      network, whole = _cut(model, _Shapes.of(variables), todo.kinds, call, parts), _jitted_whole
     except TypeError:  # the model cannot be hashed
       network, whole = None, None
   if network is not None:
-    found = _by_blocks(network, *arrays, todo.input_bits, dict(kwargs))
+    found = _by_blocks(network, *arrays, todo.input_bits, positions)
   else:
-    static = {'model': model, 'kinds': todo.kinds, 'kwargs': kwargs}
+    static = {'model': model, 'kinds': todo.kinds, 'call': call}
     if whole is None:
-      found = jax.jit(functools.partial(_whole, **static))(*arrays, todo.input_bits)
+      found = jax.jit(functools.partial(_whole, **static))(*arrays, todo.input_bits, positions)
     else:
-      found = whole(*arrays, todo.input_bits, **static)
+      found = whole(*arrays, todo.input_bits, positions, **static)
   return {path: found[path] for path, _ in todo.kinds}
 
 
-def _whole(variables, x, bits, *, model, kinds, kwargs) -> Constants:
-  hooks = [search_hook(dict(kinds), bits)]
-  _, state = apply(model, variables, x, hooks=hooks, mutable=[COLLECTION], **dict(kwargs))
+def _whole(variables, leaves, bits, positions, *, model, kinds, call) -> Constants:
+  hooks = [search_hook(dict(kinds), bits, positions)]
+  args, kwargs = call.fill(leaves)
+  _, state = apply(model, variables, *args, hooks=hooks, **{**kwargs, 'mutable': [COLLECTION]})
   return input_constants(state.get(COLLECTION, {}))
 
 
-_jitted_whole = jax.jit(_whole, static_argnames=('model', 'kinds', 'kwargs'))
+_jitted_whole = jax.jit(_whole, static_argnames=('model', 'kinds', 'call'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,34 +134,45 @@ class _Network(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _cut(
-  model: nn.Module, shapes: _Shapes, kinds: Kinds, kwargs: tuple, parts: Anatomy | None
+  model: nn.Module, shapes: _Shapes, kinds: Kinds, call: Skeleton, parts: Anatomy | None
 ) -> _Network | None:
   """Returns the model in blocks, for equal arguments the same objects; None if it has no blocks in a row."""
-  variables, x = shapes.tree()
+  variables = shapes.tree()
+  args, kwargs = call.fill(call.array_shapes)
   pattern = _block_pattern(model, parts)
-  places: dict[str, int] = {}
+  places: dict[str, set[int]] = {}
   finished: list[str] = []
+  inner: set[str] = set()
+  running: list[str] = []
 
   def place(site: Site, visit: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    places.setdefault(site.path, len(finished))
+    if running:
+      inner.add(site.path)
+    places.setdefault(site.path, set()).add(len(finished))
+    is_block = re.fullmatch(pattern, site.path)
+    running.extend([site.path] if is_block else [])
     out = visit(*args, **kwargs)
-    if re.fullmatch(pattern, site.path):
-      finished.append(site.path)
+    if is_block:
+      finished.append(running.pop())
     return out
 
   try:
-    everywhere = [Hook('.*', call=place)]
-    root, blocks = find_blocks(model, variables, (x,), dict(kwargs), everywhere, pattern)
+    everywhere = [Hook('.*', call=place, methods=METHODS)]
+    root, blocks = find_blocks(model, variables, args, kwargs, everywhere, pattern)
     hash(tuple(blocks))
   except (TypeError, ValueError):  # no blocks, or nested, shared, stacked or unhashable ones
     return None
   inside, outside = [], [[] for _ in range(len(blocks) + 1)]
   rest = dict(kinds)
   for block in blocks:
-    own = [path for path in rest if path.startswith(f'{block.path}/')]
+    own = [path for path in rest if f'{path}/'.startswith(f'{block.path}/')]
     inside.append(tuple((relative(path, block.path), rest.pop(path)) for path in own))
   for path, kind in rest.items():
-    outside[places[path]].append((path, kind))
+    if (
+      path in inner or len(places[path]) > 1
+    ):  # called in blocks, or here and there: by all its calls
+      return None
+    outside[min(places[path])].append((path, kind))
   return _Network(root, tuple(blocks), tuple(inside), tuple(map(tuple, outside)))
 
 
@@ -160,14 +191,13 @@ def _block_pattern(model: nn.Module, parts: Anatomy | None) -> str:
 def _by_blocks(
   network: _Network,
   variables: PyTree,
-  x: Array,
+  images: list[Array],
   bits: Mapping[str, Bits],
-  kwargs: Mapping[str, Any],
+  positions: Positions | None,
 ) -> Constants:
   blocks = network.blocks
   # Of the blocks themselves only what goes in and comes out counts for what lies between them.
   borders = tuple(dataclasses.replace(block, module=None) for block in blocks)
-  images = array_leaves(((x,), dict(kwargs)))
   inside: Constants = {}
   between: Constants = {}
   outputs: dict[int, list[Array]] = {}
@@ -185,21 +215,21 @@ def _by_blocks(
         'blocks': borders,
         'kinds': sum(network.outside[: index + 1], ()),
       }
-      leaves, between = _between(known, images, outputs, own, index=index, **static)
+      leaves, between = _between(known, images, outputs, own, positions, index=index, **static)
     if block:
       kinds, path = network.inside[index], block.path
-      own = {name: bits[f'{path}/{name}'] for name, _ in kinds}
+      own = {name: bits[operands.join(path, name)] for name, _ in kinds}
       alone = dataclasses.replace(block, path='', out=None, sources=())
       slices = slice_variables(variables, path)
-      outputs[index], new = _inside(slices, leaves, own, block=alone, kinds=kinds)
-      inside |= {f'{path}/{name}': constants for name, constants in new.items()}
+      outputs[index], new = _inside(slices, leaves, own, positions, block=alone, kinds=kinds)
+      inside |= {operands.join(path, name): constants for name, constants in new.items()}
   return inside | between
 
 
 @functools.partial(jax.jit, static_argnames=('root', 'blocks', 'index', 'kinds'))
-def _between(variables, images, outputs, bits, *, root, blocks, index, kinds):
+def _between(variables, images, outputs, bits, positions, *, root, blocks, index, kinds):
   """Returns what block `index` is given, and the constants of all inputs between blocks so far."""
-  hooks = [search_hook(dict(kinds), bits)]
+  hooks = [search_hook(dict(kinds), bits, positions)]
   leaves, state = reach_with_state(
     root, blocks, index, variables, images, outputs, hooks, [COLLECTION]
   )
@@ -207,7 +237,8 @@ def _between(variables, images, outputs, bits, *, root, blocks, index, kinds):
 
 
 @functools.partial(jax.jit, static_argnames=('block', 'kinds'))
-def _inside(variables, leaves, bits, *, block, kinds):
+def _inside(variables, leaves, bits, positions, *, block, kinds):
   """Returns what a block returns, and the constants of its inputs."""
-  out, state = block.run(variables, leaves, [search_hook(dict(kinds), bits)], mutable=[COLLECTION])
+  hooks = [search_hook(dict(kinds), bits, positions)]
+  out, state = block.run(variables, leaves, hooks, mutable=[COLLECTION])
   return array_leaves(out), input_constants(state.get(COLLECTION, {}))

@@ -36,19 +36,24 @@ from flax import linen as nn
 from flax import traverse_util
 from flax.linen.linear import canonicalize_padding
 
-from jaxlab.models.intercept import Hook, Site
+from jaxlab.models.intercept import Hook, Site, first_argument
 from jaxlab.quantizers.networks import operands
-from jaxlab.quantizers.networks.quantized import Quantized, check_quantized
-from jaxlab.quantizers.networks.storage import load_quantized, save_quantized
+from jaxlab.quantizers.networks.layers import Layer, why_in_float
+from jaxlab.quantizers.networks.quantized import (
+  NO_EXTENT,
+  Quantized,
+  check_quantized,
+  join_reasons,
+)
+from jaxlab.quantizers.networks.storage import load_quantized, read_notes, save_quantized
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
-from jaxlab.quantizers.numerics.integers import integer_conv, integer_dot, pack_int4
-from jaxlab.quantizers.numerics.storage import QuantizedArray
+from jaxlab.quantizers.numerics.integers import integer_conv, integer_dot
+from jaxlab.quantizers.numerics.storage import QuantizedArray, pack_codes
 
 Array = jax.Array
 PyTree = Any
 
 COLLECTION = 'integers'
-LAYERS = (nn.Dense, nn.Conv)
 AFFINE = {'scale', 'zero_point', 'low', 'high'}
 
 
@@ -58,8 +63,8 @@ def integer_hooks() -> tuple[Hook, ...]:
   Layers without codes run by `operand_hooks`. There is no gradient through codes.
 
   Raises (when the model is applied):
-    ValueError: if the variables have no collection `'integers'`, or a layer with codes is neither
-      `nn.Dense` nor a plain two-dimensional `nn.Conv`.
+    ValueError: if the variables have no collection `'integers'`, or a layer with codes is no `nn.Dense`,
+      `nn.DenseGeneral` or `nn.Conv`, has `batch_dims` or a `mask`.
   """
   return (Hook('.*', call=_run_site, collection=COLLECTION), *operands.operand_hooks())
 
@@ -70,11 +75,13 @@ def integer_network(quantized: Quantized) -> Quantized:
   A layer becomes integers if both its kernel and its input have affine constants in `'quantization'`, or
   learned steps. It stays in float, with the reason in `skipped`, if it has not, or if
 
-  - the input's range has no extent (such inputs are not quantized);
+  - the input's range has no extent (such inputs are not quantized), or is found anew for each token;
+  - it is another module than `nn.Dense`, `nn.DenseGeneral` and `nn.Conv` (of one to three spatial axes, with
+    any padding), has a call of its own, `batch_dims` or a `mask`;
   - the int32 accumulator could overflow;
   - it is a convolution whose input range, widened to hold the 0 of the padding, takes more than 8 bits.
 
-  A constant channel of a kernel, which has no step, becomes the code 1 with the constant for its scale.
+  A channel of a kernel whose scale is 0 becomes the code 1 with its constant for the scale.
 
   Args:
     quantized: of any method here, or of `compensate`; arrays concrete. (Kernels in bfloat16 have been rounded
@@ -101,7 +108,8 @@ def integer_network(quantized: Quantized) -> Quantized:
   integers: dict[str, Any] = {}
   skipped = {}
   for path in _kernel_paths(params):
-    layer = _integer_layer(params[_join(path, 'kernel')], *_constants(constants, path))
+    known = quantized.layers.get(path)
+    layer = _integer_layer(params[_join(path, 'kernel')], *_constants(constants, path), known)
     if isinstance(layer, str):
       skipped[path] = layer
       continue
@@ -117,6 +125,7 @@ def integer_network(quantized: Quantized) -> Quantized:
     operands.COLLECTION: traverse_util.unflatten_dict(constants, sep='/'),
     COLLECTION: traverse_util.unflatten_dict(integers, sep='/'),
   }
+  skipped = join_reasons(skipped, quantized.skipped)
   changes = {'exact': None, 'prepare': None, 'skipped': skipped}
   hooks = (integer_hooks()[0], *hooks)
   return dataclasses.replace(quantized, variables=variables, hooks=hooks, **changes)
@@ -133,7 +142,8 @@ def save_integer_network(path: str | os.PathLike, network: Quantized) -> int:
   check_quantized(network, 'save_integer_network')
   if COLLECTION not in network.variables:
     raise ValueError('The network is not in integers: save what integer_network returns.')
-  return save_quantized(path, network.unbind()[0])
+  notes = {'skipped': dict(network.skipped)}
+  return save_quantized(path, network.unbind()[0], notes=notes)
 
 
 def load_integer_network(
@@ -154,19 +164,14 @@ def load_integer_network(
   Raises:
     ValueError: for another file, or one without integers.
   """
-  variables = load_quantized(path)
+  variables, notes = load_quantized(path), read_notes(path)
   if COLLECTION not in variables:
     raise ValueError(
       f'{os.fspath(path)!r} holds no {COLLECTION!r}: it was not written by save_integer_network.'
     )
   # Empty trees leave no trace in a file.
   variables = {'params': {}, operands.COLLECTION: {}, **variables}
-  params = traverse_util.flatten_dict(variables['params'], sep='/')
-  constants = traverse_util.flatten_dict(variables[operands.COLLECTION], sep='/')
-  skipped = {
-    owner: _integer_layer(params[_join(owner, 'kernel')], *_constants(constants, owner))
-    for owner in _kernel_paths(params)
-  }
+  skipped = notes.get('skipped', {})
   hooks = integer_hooks() if hooks is None else hooks
   return Quantized(model, variables, hooks=hooks, kwargs=kwargs, skipped=skipped)
 
@@ -197,17 +202,25 @@ def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -
       f'The variables have no collection {COLLECTION!r}: call what `integer_network` returns, '
       f'or pass the variables of its `unbind()` (a block: its slice of every collection, which may be empty).'
     )
-  return _run_layer(site, *args) if site.has('kernel') else call(*args, **kwargs)
+  if site.has('kernel'):
+    return _run_layer(site, first_argument(site, args, kwargs)[0])
+  return call(*args, **kwargs)
 
 
 def _run_layer(site: Site, x: Array) -> Array:
   module, kernel, own = site.module, site.read('kernel'), site.read('input')
-  if not isinstance(module, LAYERS):
-    raise _no_integer_form(site, 'only nn.Dense and nn.Conv have one')
+  if (reason := why_in_float(module)) is not None:
+    raise ValueError(
+      f'{site.path!r} ({type(module).__name__}) has no integer form: {reason}. Give its kernel no bits by a '
+      f'rule.'
+    )
   wide = jnp.promote_types(x.dtype, own['scale'].dtype)
   codes = jnp.round(x.astype(wide) / own['scale']) + own['zero_point']
   codes = jnp.clip(codes, own['low'], own['high']).astype(jnp.uint8)
-  multiply = integer_dot if isinstance(module, nn.Dense) else functools.partial(_conv, site)
+  multiply = integer_dot
+  if isinstance(module, nn.DenseGeneral | nn.Conv):
+    form = _conv if isinstance(module, nn.Conv) else _dense_general
+    multiply = functools.partial(form, module)
   acc = multiply(codes, kernel.integer_codes(), own['zero_point'], kernel.zero_point)
   y = acc.astype(wide) * (own['scale'] * kernel.scale)
   dtypes = [x.dtype]
@@ -217,59 +230,94 @@ def _run_layer(site: Site, x: Array) -> Array:
   return y.astype(jnp.result_type(*dtypes) if module.dtype is None else module.dtype)
 
 
-def _conv(site: Site, x: Array, kernel: Array, x_zero_point: Array, zero_point: Array) -> Array:
-  module = site.module
-  padding = canonicalize_padding(module.padding, len(module.kernel_size))
-  if kernel.ndim != 4:
-    raise _no_integer_form(site, f'its kernel has {kernel.ndim - 2} spatial dimensions, not 2')
-  if padding in ('CIRCULAR', 'REFLECT', 'CAUSAL'):
-    raise _no_integer_form(site, f'its padding is {padding}')
-  if module.mask is not None or _pair(module.input_dilation) != (1, 1):
-    raise _no_integer_form(site, 'it has a mask or dilates its input')
-  batch = x.shape[:-3]
+def _dense_general(
+  module: nn.DenseGeneral, x: Array, kernel: Array, x_zero_point: Array, zero_point: Array
+) -> Array:
+  axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+  count = len(axes)
+  x = jnp.moveaxis(x, axes, range(-count, 0))
+  inputs = int(np.prod(kernel.shape[:count]))
+  acc = integer_dot(
+    x.reshape(*x.shape[:-count], inputs),
+    kernel.reshape(inputs, -1),
+    x_zero_point,
+    jnp.broadcast_to(zero_point, kernel.shape[count:]).reshape(-1),
+  )
+  return acc.reshape(*x.shape[:-count], *kernel.shape[count:])
+
+
+def _conv(
+  module: nn.Conv, x: Array, kernel: Array, x_zero_point: Array, zero_point: Array
+) -> Array:
+  rank = kernel.ndim - 2
+  dilation, padding = (
+    _each(module.kernel_dilation, rank),
+    canonicalize_padding(module.padding, rank),
+  )
+  windows = [(size - 1) * d + 1 for size, d in zip(kernel.shape, dilation)]
+  batch = x.shape[: -rank - 1]
+  x = x.reshape(-1, *x.shape[-rank - 1 :])
+  if padding in ('CIRCULAR', 'REFLECT'):
+    edges = [(0, 0), *(((size - 1) // 2, size // 2) for size in windows), (0, 0)]
+    x = jnp.pad(x, edges, mode={'CIRCULAR': 'wrap', 'REFLECT': 'reflect'}[padding])
+    padding = 'VALID'
+  elif padding == 'CAUSAL':
+    padding = [(windows[0] - 1, 0)]
   acc = integer_conv(
-    x.reshape(-1, *x.shape[-3:]),
+    x,
     kernel,
     x_zero_point,
     zero_point,
-    strides=_pair(module.strides),
+    strides=_each(module.strides, rank),
     padding=padding,
-    dilation=_pair(module.kernel_dilation),
+    dilation=dilation,
+    input_dilation=_each(module.input_dilation, rank),
     groups=module.feature_group_count,
   )
   return acc.reshape(*batch, *acc.shape[1:])
 
 
-def _pair(value: int | Sequence[int] | None) -> tuple[int, int]:
+def _each(value: int | Sequence[int] | None, rank: int) -> tuple[int, ...]:
   value = 1 if value is None else value
-  return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _no_integer_form(site: Site, reason: str) -> ValueError:
-  return ValueError(
-    f'{site.path!r} ({type(site.module).__name__}) has no integer form: {reason}. Give its kernel no bits '
-    f'by a rule.'
-  )
+  return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
 def _integer_layer(
-  kernel: Array, kernel_constants: Mapping[str, Array], input_constants: Mapping[str, Array]
+  kernel: Array,
+  kernel_constants: Mapping[str, Array],
+  input_constants: Mapping[str, Array],
+  layer: Layer | None,
 ) -> dict[str, Any] | str:
-  """Returns `{kernel, input}` of the collection, or why the layer stays in float."""
+  """Returns `{kernel, input}` of the collection, or why the layer stays in float.
+
+  Args:
+    kernel: fake-quantized.
+    kernel_constants: of the collection `'quantization'`.
+    input_constants: the same.
+    layer: what it is; None: not known, so that it is found out when it runs.
+  """
   for what, constants in (('kernel', kernel_constants), ('input', input_constants)):
     if not constants:
       return f'its {what} is not quantized'
+    if 'epsilon' in constants:
+      return f'its {what} has a scale a token, which is found in float at each call'
     if not set(constants) >= AFFINE or (what == 'input' and np.size(constants['scale']) != 1):
       return f'its {what} has no affine quantizer a {"channel" if what == "kernel" else "tensor"}'
-  if np.ndim(kernel_constants['scale']) > 1:
+  if 'group' in kernel_constants:
     return 'its kernel has a scale a group of inputs'
+  if layer is not None and layer.in_float is not None:
+    return layer.in_float
+  # Channels are the last axes, as the shape of the scales says.
+  scales = np.shape(kernel_constants['scale'])
+  if scales != np.shape(kernel)[np.ndim(kernel) - len(scales) :]:
+    return 'its kernel has no scale an output'
   # float64: distances between codes are exact there for every zero point of float32.
   own = {name: np.asarray(value, np.float64).item() for name, value in input_constants.items()}
   if own['scale'] == 0:
-    return 'the range of its input has no extent'
+    return NO_EXTENT.format('input')
   lowest, highest = (own[name] - np.round(own['zero_point']) for name in ('low', 'high'))
   bottom, top = lowest, highest
-  if kernel.ndim > 2:
+  if kernel.ndim > 2 if layer is None else layer.spatial:
     bottom, top = min(lowest, 0), max(highest, 0)
   if top - bottom > 255:
     return (
@@ -279,9 +327,11 @@ def _integer_layer(
   bits = round(np.log2(levels))
   codes, scale, zero_point, steps = _encode(kernel, dict(kernel_constants), bits=bits)
   farthest = max(abs(lowest), abs(highest))
-  if max(farthest, farthest * float(steps), np.prod(kernel.shape[:-1]) * 255**2) >= 2**31:
+  inputs = kernel.size // max(np.size(scale), 1)
+  if max(farthest, farthest * float(steps), inputs * 255**2) >= 2**31:
     return 'its int32 accumulator could overflow'
-  quantizer = AffineQuantizer(bits, 'asymmetric', 'channel')
+  axis = -1 if len(scales) == 1 else tuple(range(-len(scales), 0))
+  quantizer = AffineQuantizer(bits, 'asymmetric', 'channel', axis)
   return {
     'kernel': QuantizedArray(codes, scale, zero_point, quantizer, tuple(kernel.shape)),
     'input': {
@@ -303,10 +353,12 @@ def _encode(
   codes = jnp.round(kernel.astype(scale.dtype) / jnp.where(flat, 1, scale)) + zero_point
   codes = jnp.where(flat, 1, jnp.clip(codes, constants['low'], constants['high']))
   zero_point = jnp.where(flat, 0, zero_point)
-  scale = jnp.where(flat, kernel.reshape(-1, kernel.shape[-1])[0].astype(scale.dtype), scale)
-  steps = jnp.max(jnp.sum(jnp.abs(codes - zero_point), tuple(range(kernel.ndim - 1))))
+  inputs = tuple(range(kernel.ndim - scale.ndim))
+  first = kernel[(0,) * len(inputs)].astype(scale.dtype)
+  scale = jnp.where(flat, first, scale)
+  steps = jnp.max(jnp.sum(jnp.abs(codes - zero_point), inputs))
   codes = codes.astype(jnp.uint8)
-  return pack_int4(codes) if bits <= 4 else codes, scale, zero_point, steps
+  return pack_codes(codes, bits), scale, zero_point, steps
 
 
 def _kernel_paths(params: Mapping[str, Array]) -> list[str]:

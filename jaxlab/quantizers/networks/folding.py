@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import any_of, raise_unmatched
+from jaxlab.quantizers.networks.layers import Layer
 
 Array = jax.Array
 PyTree = Any
@@ -27,6 +28,7 @@ def fold_batch_norm(
   mean: Array,
   var: Array,
   epsilon: float = 1e-5,
+  axis: int = -1,
 ) -> tuple[Array, Array]:
   """Returns `(kernel k, offset + (bias - mean) k)` with `k = scale / sqrt(var + epsilon)`.
 
@@ -40,6 +42,7 @@ def fold_batch_norm(
     mean: running mean `[out]`.
     var: running variance `[out]`, as it is used in evaluation.
     epsilon: the norm's own.
+    axis: of the kernel's outputs; -2 of `ConvTranspose(transpose_kernel=True)`.
 
   Returns:
     `(kernel, bias)`, computed in at least float32, in the dtype of `kernel`.
@@ -47,7 +50,7 @@ def fold_batch_norm(
   Raises:
     ValueError: if a vector does not have the kernel's output channels.
   """
-  out = kernel.shape[-1]
+  out = kernel.shape[axis]
   vectors = {'bias': bias, 'scale': scale, 'offset': offset, 'mean': mean, 'var': var}
   for name, vector in vectors.items():
     if vector is not None and vector.shape != (out,):
@@ -58,7 +61,8 @@ def fold_batch_norm(
   factor = (1 if scale is None else scale.astype(wide)) / jnp.sqrt(var.astype(wide) + epsilon)
   shifted = (0 if bias is None else bias.astype(wide)) - mean.astype(wide)
   new_bias = (0 if offset is None else offset.astype(wide)) + shifted * factor
-  return (kernel.astype(wide) * factor).astype(kernel.dtype), new_bias.astype(kernel.dtype)
+  each = factor.reshape([out if i == axis % kernel.ndim else 1 for i in range(kernel.ndim)])
+  return (kernel.astype(wide) * each).astype(kernel.dtype), new_bias.astype(kernel.dtype)
 
 
 def fold_batch_norms(
@@ -67,6 +71,7 @@ def fold_batch_norms(
   pairs: Anatomy | Sequence[tuple[str, str]],
   *,
   epsilon: float = 1e-5,
+  layers: Mapping[str, Layer] | None = None,
 ) -> tuple[PyTree, PyTree]:
   """Folds the batch norms of a model; returns `(params, batch_stats)` of the same trees.
 
@@ -83,14 +88,19 @@ def fold_batch_norms(
       the norm at the path that the template expands to (`re.Match.expand`). Other norms are left as they
       are.
     epsilon: of the model's batch norms.
+    layers: `find_layers(model, variables, inputs)`, which know the outputs of kernels. None: they are the
+      axis that an `Anatomy` tells, or that has as many channels as the norm.
 
   Raises:
-    ValueError: if a pattern matches no kernel, a norm does not exist or is taken twice, or the channels
-      differ.
+    ValueError: if a pattern matches no kernel, a norm does not exist or is taken twice, the channels differ,
+      or the outputs of a kernel with as many inputs cannot be told (a transposed convolution may have them on
+      either axis).
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   stats = traverse_util.flatten_dict(dict(batch_stats), sep='/')
+  told = {}
   if isinstance(pairs, Anatomy):
+    told = {norm.layer: norm.axis for norm in pairs.norms}
     normalized = [n for n in pairs.norms if n.layer is not None and f'{n.path}/mean' in stats]
     pairs = [(any_of([norm.layer]), norm.path) for norm in normalized]
   for path, norm in norm_of_kernels(flat, stats, pairs).items():
@@ -102,6 +112,9 @@ def fold_batch_norms(
       stats[f'{norm}/mean'],
       stats[f'{norm}/var'],
       epsilon,
+      _output_axis(
+        path, flat[f'{path}/kernel'].shape, stats[f'{norm}/mean'].size, layers, told.get(path)
+      ),
     )
     flat[f'{path}/kernel'] = kernel
     new = {'scale': jnp.ones_like(bias), 'bias': jnp.zeros_like(bias)}
@@ -120,6 +133,33 @@ def fold_batch_norms(
   return (
     traverse_util.unflatten_dict(flat, sep='/'),
     traverse_util.unflatten_dict(stats, sep='/'),
+  )
+
+
+def _output_axis(
+  path: str,
+  shape: tuple[int, ...],
+  channels: int,
+  layers: Mapping[str, Layer] | None,
+  told: int | None,
+) -> int:
+  """Returns the axis of a kernel's outputs, -1 or -2."""
+  if layers is not None and path in layers:
+    known = layers[path].channels
+    if known not in ((-1,), (-2,)):
+      raise ValueError(
+        f'{path!r} ({layers[path].name}) has outputs on the axes {known} of its kernel {tuple(shape)}: a '
+        f'norm cannot be folded into it.'
+      )
+    return known[0]
+  if told is not None or len(shape) < 3 or shape[-2] != channels:
+    return -1 if told is None else told
+  if shape[-1] != channels:
+    return -2
+  raise ValueError(
+    f'{path!r} has as many inputs as outputs, and its kernel {tuple(shape)} does not tell which axis is '
+    f'which: those of ConvTranspose(transpose_kernel=True) are the other way round. Hand in '
+    f'layers=find_layers(model, variables, inputs), or an Anatomy with Norm(..., axis=-1).'
   )
 
 

@@ -4,10 +4,13 @@ Kernels of a quantized network are fake-quantized in `params`; the constants are
 `'quantization'`, at the module whose operand they quantize:
 
 - `input`: of the module's first argument. Affine `{scale, zero_point, low, high}`, scalars or
-  `[channels]`; log-sqrt2 `{scale, bits}`; learned `{step, low, high}` (LSQ).
-- `kernel`: of its kernel, `{scale, zero_point, low, high}`, the first two `[features]`: the codes of the
-  fake-quantized kernel are `round(kernel / scale) + zero_point`.
-- `output`: of what the module returns, affine, or absent.
+  `[channels]`; of each token by its own maximum `{epsilon, low, high}`; log-sqrt2 `{scale, bits}`; learned
+  `{step, low, high}` (LSQ).
+- `kernel`: of its kernel, `{scale, zero_point, low, high}`, the first two `[features]`, or in the shape that
+  broadcasts against a kernel whose outputs are other axes: the codes of the fake-quantized kernel are
+  `round(kernel / scale) + zero_point`.
+- `embedding`: of its table, as `kernel`, the first two `[rows, 1]`; `input` is then that of a tied head.
+- `output`: of what the module returns, affine or by token, or absent.
 - `bias`: what is added to the output of a layer that has no bias of its own (see `repq`).
 
 The hooks hold no constants and name no path: the same ones serve every network and, given a block's own
@@ -15,10 +18,9 @@ slice of the variables, every block of it. Operands without constants stay in fl
 """
 
 import functools
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +28,31 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.intercept import Hook, HookPoint, Site, apply
+from jaxlab.models.intercept import Hook, HookPoint, Site, first_argument
+from jaxlab.models.main_arrays import is_array
+from jaxlab.quantizers.networks.batches import Batch, as_call, trace_calls
+from jaxlab.quantizers.networks.layers import (
+  TABLES,
+  VECTORS,
+  Layer,
+  check_channels,
+  check_unstacked,
+  layer_of,
+)
 from jaxlab.quantizers.networks.quantized import COLLECTION, check_model
-from jaxlab.quantizers.networks.rules import Bits, Rules, check_accepted, check_matches, decide
+from jaxlab.quantizers.networks.rules import (
+  Bits,
+  Rule,
+  Rules,
+  check_accepted,
+  check_matches,
+  decide,
+)
 from jaxlab.quantizers.numerics import affine
 from jaxlab.quantizers.numerics.affine import AffineParams, AffineQuantizer
 from jaxlab.quantizers.numerics.learned import lsq_fake_quantize
 from jaxlab.quantizers.numerics.logarithmic import log_sqrt2_fake_quantize
-from jaxlab.quantizers.numerics.quantiles import quantiles_by_ends, quantiles_of_finite
+from jaxlab.quantizers.numerics.quantiles import quantiles_of_finite
 from jaxlab.quantizers.numerics.ranges import PERCENTILES, best_candidate
 from jaxlab.quantizers.numerics.row_sums import has_one_cpu
 from jaxlab.tracing import is_concrete
@@ -45,10 +64,11 @@ TENSOR = AffineQuantizer(rule='asymmetric', granularity='tensor')
 CHANNEL = AffineQuantizer(rule='asymmetric', granularity='channel', axis=-1)
 
 LEARNED = ('step', 'low', 'high')
+BY_TOKEN = ('epsilon', 'low', 'high')
+Constant = Literal['widen', 'zeros', 'mark']
 FLOOR = 1e-6  # smallest learned step; one that has sunk below gets no gradient
+METHODS = ('__call__', 'attend')  # whose first argument is an operand
 MIN_BITS, MAX_BITS = 2, 8
-SMALL = 2**19  # values of a kernel that may be searched together with others
-LENGTHS = 8  # largest ratio of lengths in one such search
 
 AFFINE_POINTS = r'(.*/)?(query|key|value)'
 LOGARITHMIC_POINTS = r'(.*/)?softmax'
@@ -64,7 +84,12 @@ def operand_hooks() -> tuple[Hook, ...]:
   Raises (when the model is applied):
     ValueError: if the variables have no collection `'quantization'`: the network was not calibrated.
   """
-  return (Hook('.*', call=_run_site, collection=COLLECTION),)
+  return (Hook('.*', call=_run_site, collection=COLLECTION, methods=METHODS),)
+
+
+def reads_operand(site: Site) -> bool:
+  """Returns whether this call reads an operand: of an embedding not the lookup, but a tied head's product."""
+  return isinstance(site.module, nn.Embed) == (site.method == 'attend')
 
 
 def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -74,17 +99,22 @@ def _run_site(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -
       f'network, or pass the variables of its `unbind()` (a block: its slice of every collection, which may '
       f'be empty).'
     )
-  if site.has('input'):
-    args = (fake_quantize_operand(args[0], site.read('input')), *args[1:])
+  if site.has('input') and reads_operand(site):
+    x, given = first_argument(site, args, kwargs)
+    args, kwargs = given(fake_quantize_operand(x, site.read('input')))
   y = call(*args, **kwargs)
+  if site.method != '__call__':
+    return y
   y = y + site.read('bias').astype(y.dtype) if site.has('bias') else y
   return fake_quantize_operand(y, site.read('output')) if site.has('output') else y
 
 
 def fake_quantize_operand(x: Array, constants: Mapping[str, Array]) -> Array:
-  """Returns `x` fake-quantized by constants of the collection: affine, log-sqrt2 or learned."""
+  """Returns `x` fake-quantized by constants of the collection: affine, by token, log-sqrt2 or learned."""
   if 'bits' in constants:
     return log_sqrt2_fake_quantize(x, constants['scale'], constants['bits'])
+  if 'epsilon' in constants:
+    return affine.fake_quantize(TENSOR, x, token_params(x, constants))
   if 'step' in constants:
     return lsq_fake_quantize(x, *(constants[n] for n in LEARNED), floor=FLOOR)
   params = AffineParams(
@@ -93,13 +123,24 @@ def fake_quantize_operand(x: Array, constants: Mapping[str, Array]) -> Array:
   return affine.fake_quantize(TENSOR, x, params)
 
 
+def token_params(x: Array, constants: Mapping[str, Array]) -> AffineParams:
+  """Returns the params of each token of `x` `[..., channels]`: its scale is `(max |x| + epsilon) / high`."""
+  epsilon, low, high = (constants[name] for name in BY_TOKEN)
+  x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+  largest = jnp.max(jnp.abs(x), -1, keepdims=True)
+  return AffineParams((largest + epsilon) / high, jnp.zeros_like(high), low, high)
+
+
 def affine_form(constants: Mapping[str, Array]) -> dict[str, Array]:
   """Returns constants as affine ones: learned codes `[Q_n, Q_p]` become `[0, Q_p - Q_n]`."""
   if 'step' not in constants:
     return dict(constants)
   step, low, high = (jnp.asarray(constants[name]) for name in LEARNED)
   scale = jnp.maximum(step, FLOOR)
-  scale = scale.ravel() if scale.ndim else scale
+  shape = scale.shape
+  while len(shape) > 1 and shape[0] == 1:
+    shape = shape[1:]
+  scale = scale.reshape(shape)
   return {
     'scale': scale,
     'zero_point': jnp.full_like(scale, -low),
@@ -115,25 +156,31 @@ class Plan(NamedTuple):
     kinds: static pairs (path, kind of the quantizer of its input): `'tensor'`, `'channel'`, `'log_sqrt2'`.
     input_bits: bit-width by path, of `kinds`.
     kernel_bits: bit-width of kernels by path.
-    kernel_ndims: dimensions of all kernels by path.
+    layers: all layers with a kernel by path.
+    skipped: kernels that rules name and that are not quantized, by path, and why.
+    table_bits: bit-width of embedding tables by path.
   """
 
   kinds: tuple[tuple[str, str], ...]
   input_bits: dict[str, Bits]
   kernel_bits: dict[str, Bits]
-  kernel_ndims: dict[str, int]
+  layers: dict[str, Layer]
+  skipped: dict[str, str]
+  table_bits: dict[str, Bits]
 
 
 def plan(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  x: Array,
+  x: Batch,
   rules: Rules,
-  method: str,
+  name: str,
+  /,
   *,
   learned: bool = False,
   kernels: str = 'channel',
   per_channel: Sequence[str] = (),
+  tables: bool = False,
   **kwargs: Any,
 ) -> Plan:
   """Returns which kernels and inputs `rules` ask to be quantized; traces the model abstractly.
@@ -144,12 +191,13 @@ def plan(
   Args:
     model: any Linen module.
     variables: its variables.
-    x: model input, or its shape.
+    x: a batch of model inputs, or their shapes.
     rules: over kernels and inputs.
-    method: its name, for messages.
+    name: of the method, for messages.
     learned: whether it learns its steps.
     kernels: the granularity of its kernels.
     per_channel: paths whose input gets one quantizer a channel.
+    tables: whether it quantizes embedding tables.
     **kwargs: passed to the model.
 
   Raises:
@@ -157,40 +205,97 @@ def plan(
       or blocks are stacked.
   """
   check_model(model, variables)
-  check_accepted(rules, method, {'kernel': (kernels,), 'input': ('tensor',)}, learned)
-  ndims: dict[str, int] = {}
+  accepted = {'kernel': (kernels,), 'input': ('tensor',)}
+  accepted |= {'embedding': ('channel',)} if tables else {}
+  check_accepted(rules, name, accepted, learned)
+  table_bits: dict[str, Bits] = {}
+  found_tables: list[str] = []
+  layers: dict[str, Layer] = {}
   points: dict[str, str] = {}
+  flat = traverse_util.flatten_dict(dict(variables['params']), sep='/')
 
   def visit(site: Site, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if site.module.scope.has_variable('params', 'kernel'):
-      kernel = site.module.scope.get_variable('params', 'kernel')
-      ndims[site.path], points[site.path] = kernel.ndim, 'tensor'
+    out = call(*args, **kwargs)
+    if isinstance(site.module, nn.Embed):
+      found_tables.append(site.path)
+      rule = decide(rules, site.path, 'embedding') if tables else None
+      table_bits.update({} if rule is None else {site.path: rule.bits})
+      if rule is not None and site.method == 'attend':
+        points[site.path] = 'tensor'
+    elif site.method != '__call__':
+      pass
+    elif (layer := layer_of(site, flat, args, kwargs)) is not None:
+      layers.setdefault(site.path, layer)
+      if is_array(out):  # others hand their kernels over to those who multiply
+        points[site.path] = 'tensor'
     elif isinstance(site.module, HookPoint):
       for pattern, kind in ((AFFINE_POINTS, 'tensor'), (LOGARITHMIC_POINTS, 'log_sqrt2')):
         if re.fullmatch(pattern, site.path):
           points[site.path] = kind
-    return call(*args, **kwargs)
+    return out
 
-  jax.eval_shape(
-    lambda v, x: apply(model, v, x, hooks=[Hook('.*', call=visit)], **kwargs), dict(variables), x
-  )
-  check_matches(rules, 'kernel', list(ndims))
+  trace_calls(model, variables, as_call(x, kwargs), visit, methods=METHODS)
+  check_matches(rules, 'kernel', list(layers), found_tables)
   check_matches(rules, 'input', list(points))
-  flat = traverse_util.flatten_dict(dict(variables['params']), sep='/')
-  stacked = [path for path, ndim in ndims.items() if flat[f'{path}/kernel'].ndim != ndim]
-  if stacked:
-    raise ValueError(
-      f'The kernels of {", ".join(stacked[:3])} are stacked (nn.scan): quantize the plain network, with '
-      f'variables of `unstack_blocks`.'
-    )
+  check_matches(rules, 'embedding', found_tables)
+  check_unstacked(layers, name)
   kinds = {path: 'channel' if path in per_channel else kind for path, kind in points.items()}
   input_bits, kernel_bits = (
     {path: rule.bits for path in paths if (rule := decide(rules, path, operand)) is not None}
-    for operand, paths in (('input', kinds), ('kernel', ndims))
+    for operand, paths in (('input', kinds), ('kernel', layers))
   )
-  for path, bits in (*input_bits.items(), *kernel_bits.items()):
+  for path in kernel_bits:
+    shape = flat[join(path, 'kernel')].shape
+    layers[path] = with_axes(layers[path], decide(rules, path, 'kernel'), shape)
+    check_channels(path, layers[path], shape)
+  for path, bits in (*input_bits.items(), *kernel_bits.items(), *table_bits.items()):
     check_bits(path, bits)
-  return Plan(tuple((p, kinds[p]) for p in input_bits), input_bits, kernel_bits, ndims)
+  skipped = kernels_in_float(flat, rules, (*kernel_bits, *table_bits))
+  kinds = tuple((path, kinds[path]) for path in input_bits)
+  return Plan(kinds, input_bits, kernel_bits, layers, skipped, table_bits)
+
+
+def said_by(todo: Plan) -> dict[str, Any]:
+  """Returns the fields of `Quantized` that a plan knows."""
+  return {'layers': todo.layers, 'skipped': todo.skipped}
+
+
+def kernels_in_float(
+  flat: Mapping[str, Any], rules: Rules, quantized: Iterable[str]
+) -> dict[str, str]:
+  """Returns the modules with weights that rules for kernels name and that are not quantized, and why.
+
+  Tables and tokens are looked up or added, never multiplied with: rules for kernels are not meant for them.
+  """
+  quantized, skipped = set(quantized), {}
+  for name, leaf in flat.items():
+    path, _, own = name.rpartition('/')
+    if (
+      path in quantized or leaf.ndim < 2 or own in VECTORS or decide(rules, path, 'kernel') is None
+    ):
+      continue
+    if own == 'kernel':
+      skipped[path] = 'the model does not call it'
+    elif path and not TABLES.fullmatch(own):
+      skipped.setdefault(path, f'its {own} is no kernel')
+  return skipped
+
+
+def with_axes(layer: Layer, rule: Rule, shape: tuple[int, ...]) -> Layer:
+  """Returns the layer with the channel axes of the rule, if it gives some, for a kernel of a shape."""
+  if rule.axes is None:
+    return layer
+  ndim = len(shape)
+  if not all(-ndim <= axis < ndim for axis in rule.axes):
+    raise ValueError(
+      f'axes={rule.axes} of the rule for {rule.path!r} are not those of a kernel {tuple(shape)}.'
+    )
+  return layer._replace(channels=tuple(sorted({axis % ndim - ndim for axis in rule.axes})))
+
+
+def join(path: str, name: str) -> str:
+  """Returns the path of what a module at `path` holds; either may be empty."""
+  return f'{path}/{name}' if path and name else path or name
 
 
 def check_bits(path: str, bits: Bits) -> None:
@@ -201,119 +306,19 @@ def check_bits(path: str, bits: Bits) -> None:
     raise ValueError(f'bits of {path!r} must lie in [{MIN_BITS}, {MAX_BITS}]; got {bits}.')
 
 
-def quantize_kernels(
-  params: PyTree, kernel_bits: Mapping[str, Bits]
-) -> tuple[PyTree, dict[str, dict[str, Array]]]:
-  """Returns `params` with fake-quantized kernels, and `{path: constants}` of the collection's `kernel`.
-
-  One range per output channel (last axis), by `percentile_range`. Kernels of equal shape share one
-  compilation, and small ones of about the same length one search; both for all bit-widths.
-  """
-  flat = traverse_util.flatten_dict(dict(params), sep='/')
-  groups: dict[tuple, list[str]] = {}
-  for path, bits in kernel_bits.items():
-    kernel = flat[f'{path}/kernel']
-    alone = (path,) if not _is_small(kernel, bits) else (_length_class(kernel), kernel.dtype)
-    groups.setdefault(alone, []).append(path)
-  found = {}
-  for paths in groups.values():
-    kernels = [flat[f'{path}/kernel'] for path in paths]
-    if len(paths) == 1:
-      found[paths[0]] = _quantize_kernel(*kernels, kernel_bits[paths[0]])
-    else:
-      each = _quantize_kernels_together(kernels, [kernel_bits[path] for path in paths])
-      found |= dict(zip(paths, each))
-  constants = {}
-  for path in kernel_bits:
-    flat[f'{path}/kernel'], constants[path] = found[path]
-  return traverse_util.unflatten_dict(flat, sep='/'), constants
-
-
-def _is_small(kernel: Array, bits: Bits) -> bool:
-  """Whether a kernel may be searched together with others, laid side by side in host memory."""
-  if not (is_concrete(kernel) and is_concrete(bits)) or kernel.size > SMALL:
-    return False
-  return isinstance(kernel, np.ndarray) or len(kernel.sharding.device_set) == 1
-
-
-def _length_class(kernel: Array) -> int:
-  return math.ceil(math.log(max(kernel.size // kernel.shape[-1], 1), LENGTHS))
-
-
-@jax.jit
-def _quantize_kernel(kernel: Array, bits: Bits) -> tuple[Array, dict[str, Array]]:
-  constants = affine_constants(CHANNEL, kernel, bits)
-  return fake_quantize_operand(kernel, constants), constants
-
-
-def _quantize_kernels_together(
-  kernels: Sequence[Array], bits: Sequence[Bits]
-) -> list[tuple[Array, dict[str, Array]]]:
-  """Returns what `_quantize_kernel` does, for each, by one search over the rows of all channels.
-
-  It is the search that takes long to compile; all the rest is done by NumPy.
-  """
-  matrices = [np.asarray(kernel).reshape(-1, kernel.shape[-1]).T for kernel in kernels]
-  columns = max(matrix.shape[1] for matrix in matrices)
-  rows = np.concatenate(
-    [
-      np.pad(matrix, ((0, 0), (0, columns - matrix.shape[1])), constant_values=np.nan)
-      for matrix in matrices
-    ]
-  )
-  channels = [len(matrix) for matrix in matrices]
-  each = np.repeat(np.asarray(bits, np.float32), channels)
-  lengths = tuple(matrix.shape[::-1] for matrix in matrices)
-  rows, constants = jax.device_get(_quantize_rows(rows, each, lengths))
-  found = []
-  for kernel, matrix, end in zip(kernels, matrices, np.cumsum(channels)):
-    start = end - len(matrix)
-    new = rows[start:end, : matrix.shape[1]].T.reshape(kernel.shape)
-    own = {
-      name: leaf[start:end] if name in ('scale', 'zero_point') else leaf[start]
-      for name, leaf in constants.items()
-    }
-    home = None if isinstance(kernel, np.ndarray) else kernel.sharding
-    found.append(jax.device_put((new, own), home and next(iter(home.device_set))))
-  return found
-
-
-@functools.partial(jax.jit, static_argnames='lengths')
-def _quantize_rows(
-  rows: Array, bits: Array, lengths: tuple[tuple[int, int], ...]
-) -> tuple[Array, dict[str, Array]]:
-  """Returns fake-quantized rows and their constants.
-
-  Args:
-    rows: `[channels, columns]`, filled up with NaN.
-    bits: `[channels]`.
-    lengths: number of values a channel, and of channels, for each kernel.
-  """
-  wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-  counts = np.repeat(*np.transpose(lengths))
-  fill = np.arange(rows.shape[1]) >= counts[:, None]
-  shares = [1 - p for p in PERCENTILES] + list(PERCENTILES)
-  ends = (jnp.where(fill, value, wide) for value in (-jnp.inf, jnp.inf))
-  bounds = quantiles_by_ends(*ends, counts, shares)
-  minimum, maximum = best_candidate(CHANNEL, wide, bits[:, None], bounds[..., None], (1,))
-  # What the sorted ends of a broken row are is not said.
-  minimum = jnp.where(jnp.all(fill | jnp.isfinite(wide), 1), minimum[:, 0], jnp.nan)
-  constants = constants_of_range(CHANNEL, minimum, maximum[:, 0], bits)
-  own = {name: leaf[:, None] for name, leaf in constants.items()}
-  return fake_quantize_operand(rows, own), constants
-
-
 def is_finite(x: Array) -> Array:
   """Returns whether all values are finite, a scalar."""
   return jnp.all(jnp.isfinite(jnp.stack([jnp.min(x), jnp.max(x)])))  # NaN, if there is one
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def affine_constants(
+  quantizer: AffineQuantizer, x: Array, bits: Bits, constant: Constant = 'widen'
+) -> dict[str, Array]:
   """Returns `{scale, zero_point, low, high}` by `percentile_range`, scalars or `[channels]`.
 
-  A range below 16 units in the last place of its bounds is that of a constant: its scale is 0, which leaves
-  values as they are. If `x` is not finite, the scale is NaN.
+  A range below 16 units in the last place of its bounds is that of a constant, see `constants_of_range`.
+  If `x` is not finite, the scale is NaN.
   """
   x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
   finite = is_finite(x)
@@ -326,19 +331,39 @@ def affine_constants(quantizer: AffineQuantizer, x: Array, bits: Bits) -> dict[s
   shape = () if quantizer.granularity == 'tensor' else (-1,)
   minimum, maximum = best_candidate(quantizer, x, bits, bounds, axes)
   minimum = jnp.where(finite, minimum, jnp.nan)
-  return constants_of_range(quantizer, minimum.reshape(shape), maximum.reshape(shape), bits)
+  return constants_of_range(
+    quantizer, minimum.reshape(shape), maximum.reshape(shape), bits, constant
+  )
 
 
 def constants_of_range(
-  quantizer: AffineQuantizer, minimum: Array, maximum: Array, bits: Bits
+  quantizer: AffineQuantizer,
+  minimum: Array,
+  maximum: Array,
+  bits: Bits,
+  constant: Constant = 'widen',
 ) -> dict[str, Array]:
-  """Returns `{scale, zero_point, low, high}` of a range; see `affine_constants`."""
-  params = affine.params_from_range(quantizer, minimum, maximum, bits)
+  """Returns `{scale, zero_point, low, high}` of a range.
+
+  Args:
+    quantizer: static choices.
+    minimum: of what shares a scale.
+    maximum: of the same.
+    bits: of the codes.
+    constant: what becomes of the range of a constant: `'widen'` makes it hold 0, and gives zeros the scale
+      1, as `params_from_range` does; `'zeros'` the same, but zeros get the scale 0, which leaves values as
+      they are: nothing is known of their size; `'mark'` gives the scale 0 to every constant.
+  """
   extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
-  constant = maximum - minimum <= 16 * jnp.finfo(minimum.dtype).eps * extreme
+  flat = maximum - minimum <= 16 * jnp.finfo(minimum.dtype).eps * extreme
+  if constant != 'mark':
+    minimum = jnp.where(flat, jnp.minimum(minimum, 0), minimum)
+    maximum = jnp.where(flat, jnp.maximum(maximum, 0), maximum)
+  params = affine.params_from_range(quantizer, minimum, maximum, bits)
+  kept = {'widen': False, 'zeros': flat & (extreme == 0), 'mark': flat}[constant]
   return {
-    'scale': jnp.where(constant, 0, params.scale),
-    'zero_point': jnp.where(constant, 0, params.zero_point),
+    'scale': jnp.where(kept, 0, params.scale),
+    'zero_point': jnp.where(kept, 0, params.zero_point),
     'low': params.low,
     'high': params.high,
   }
@@ -348,11 +373,13 @@ def collection(
   inputs: Mapping[str, Mapping[str, Array]],
   kernels: Mapping[str, Mapping[str, Array]],
   biases: Mapping[str, Array],
+  tables: Mapping[str, Mapping[str, Array]] = {},
 ) -> dict[str, PyTree]:
   """Returns the tree of the collection `'quantization'` from constants by module path."""
   flat = {f'{path}/input': dict(constants) for path, constants in inputs.items()}
   flat |= {f'{path}/kernel': dict(constants) for path, constants in kernels.items()}
   flat |= {f'{path}/bias': bias for path, bias in biases.items()}
+  flat |= {f'{path}/embedding': dict(constants) for path, constants in tables.items()}
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -9,10 +9,8 @@ The pieces, for training loops that quantize in every step:
 And the whole, for a trained network: `ptq(model, variables, batches, rules)`.
 """
 
-import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -22,128 +20,76 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import Hook, Site, apply, module_paths
-from jaxlab.quantizers.networks.operands import operand_hooks
-from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model, peek
+from jaxlab.models.intercept import Hook, Site, apply
+from jaxlab.quantizers.networks.batches import (
+  Batches,
+  Call,
+  Counted,
+  as_call,
+  jitted_calls,
+  only_counted,
+  peek,
+)
+from jaxlab.quantizers.networks.layers import find_layers
+from jaxlab.quantizers.networks.operands import (
+  join,
+  kernels_in_float,
+  operand_hooks,
+  with_axes,
+)
+from jaxlab.quantizers.networks.outputs import NOT_CARRIED, look_at_outputs, why_no_output
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model
 from jaxlab.quantizers.networks.rules import (
   Bits,
   Rule,
   Rules,
   check_accepted,
-  check_matches,
   check_rules,
   decide,
+  quantizer_of,
+)
+from jaxlab.quantizers.networks.weights import (
+  KERNELS,
+  kernel_constants,
+  named_kernels,
+  quantize_weights,
 )
 from jaxlab.quantizers.numerics import affine
-from jaxlab.quantizers.numerics.affine import AffineQuantizer
+from jaxlab.quantizers.numerics.affine import AffineParams, AffineQuantizer
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
 
-KERNELS = AffineQuantizer(rule='half_range', granularity='channel', axis=-1)
 OUTPUTS = AffineQuantizer(rule='asymmetric', granularity='tensor')
 
 
-def quantize_weights(
-  params: PyTree,
-  rules: Rules,
-  quantizer: AffineQuantizer = KERNELS,
-  *,
-  scale_grad: bool = False,
-  degenerate: Literal['element', 'tensor'] = 'tensor',
-) -> PyTree:
-  """Returns `params` with the kernels that `rules` name fake-quantized, ranges from the kernels themselves.
-
-  Blocks that are stacked under `blocks` (`models.stack_blocks`, `ViT(scan=True)`) are quantized one by one.
-
-  Args:
-    params: parameter tree; a kernel's path without `/kernel` is its module's path.
-    rules: those over kernels are read.
-    quantizer: static choices; bits come from the rules, which may choose another granularity.
-    scale_grad: gradients also flow through the scale to the extreme weight, as in SSQL's training step.
-    degenerate: see `affine.fake_quantize`.
-
-  Raises:
-    ValueError: if a rule matches no kernel.
-  """
-  flat = traverse_util.flatten_dict(dict(params), sep='/')
-  owners = {path: path.rpartition('/')[0] for path in flat if re.search(r'(^|/)kernel$', path)}
-  check_rules(rules, 'quantize_weights')
-  check_matches(rules, 'kernel', list(owners.values()))
-  stacked = _stacked_subtrees(flat)
-  for path, owner in owners.items():
-    rule = decide(rules, owner, 'kernel')
-    if rule is not None:
-      quantize = functools.partial(
-        _fake_quantize_kernel,
-        bits=rule.bits,
-        quantizer=_quantizer(quantizer, rule),
-        scale_grad=scale_grad,
-        degenerate=degenerate,
-      )
-      flat[path] = (jax.vmap(quantize) if path.startswith(stacked) else quantize)(flat[path])
-  return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def _quantizer(default: AffineQuantizer, rule: Rule) -> AffineQuantizer:
-  if rule.granularity in (None, default.granularity):
-    return default
-  return dataclasses.replace(default, granularity=rule.granularity, group_size=None)
-
-
-def _fake_quantize_kernel(kernel: Array, bits: Bits, **choices: Any) -> Array:
-  if is_concrete(kernel):
-    return _kernel_by_own_range(kernel, bits, **choices)
-  # Kernels of one shape are traced and differentiated once.
-  if is_concrete(bits):
-    return _traced_once(kernel, None, bits=int(bits), **choices)
-  return _traced_once(kernel, bits, bits=None, **choices)
-
-
-def _kernel_by_own_range(
-  kernel: Array, bits: Bits, quantizer: AffineQuantizer, scale_grad: bool, degenerate: str
-) -> Array:
-  params = affine.calibrate(quantizer, kernel, bits)
-  return affine.fake_quantize(
-    quantizer, kernel, params, scale_grad=scale_grad, degenerate=degenerate
-  )
-
-
-@functools.partial(jax.jit, static_argnames=('bits', 'quantizer', 'scale_grad', 'degenerate'))
-def _traced_once(
-  kernel: Array, traced_bits: Array | None, bits: int | None, **choices: Any
-) -> Array:
-  return _kernel_by_own_range(kernel, traced_bits if bits is None else bits, **choices)
-
-
-def _stacked_subtrees(flat: Mapping[str, Array]) -> tuple[str, ...]:
-  """Returns the prefixes `.../blocks/` below which all arrays are stacked along their first axis.
-
-  Vectors (biases, scales of norms) are then matrices, and all arrays are of one length.
-  """
-  found: dict[str, list[Array]] = {}
-  for path, leaf in flat.items():
-    for match in re.finditer(r'(^|/)blocks/', path):
-      found.setdefault(path[: match.end()], []).append(leaf)
-  return tuple(
-    prefix
-    for prefix, leaves in found.items()
-    if all(len(leaf.shape) > 1 for leaf in leaves) and len({leaf.shape[0] for leaf in leaves}) == 1
-  )
-
-
 def range_hooks(
-  rules: Rules, quantizer: AffineQuantizer = OUTPUTS, collection: str = 'ranges'
+  rules: Rules,
+  quantizer: AffineQuantizer = OUTPUTS,
+  collection: str = 'ranges',
+  *,
+  mask: Array | None = None,
 ) -> list[Hook]:
   """Returns hooks that record the running minimum and maximum of every output that `rules` quantize.
 
-  Apply the model with `mutable=['ranges']`. The ranges of a second batch are merged with those that
-  `variables` hold, so that calibration is a loop over batches. Recorded values carry no gradient.
+  Outputs that are no float array are left alone. Apply the model with `mutable=['ranges']`. The ranges of a
+  second batch are merged with those that `variables` hold, so that calibration is a loop over batches; those
+  of a second call of a module likewise. Recorded values carry no gradient.
+
+  Args:
+    rules: those over outputs are read.
+    quantizer: granularity, where the rules choose none.
+    collection: of the ranges.
+    mask: bool `[batch, ...]`, which positions count; None: all.
+
+  Raises (when the model is applied):
+    ValueError: if the shape of an output does not tell which positions count.
   """
 
   def record(site: Site, y: Array, rule: Rule) -> Array:
-    minimum, maximum = affine.min_max(_quantizer(quantizer, rule), jax.lax.stop_gradient(y))
+    own = only_counted(jax.lax.stop_gradient(y), mask, site.path)
+    minimum, maximum = affine.min_max(quantizer_of(rule, quantizer), own)
     if site.has('minimum'):
       minimum = jnp.minimum(minimum, site.read('minimum'))
       maximum = jnp.maximum(maximum, site.read('maximum'))
@@ -158,18 +104,24 @@ def fake_quantize_hooks(
   rules: Rules,
   quantizer: AffineQuantizer = OUTPUTS,
   *,
-  degenerate: Literal['element', 'tensor'] = 'tensor',
+  degenerate: Literal['element', 'tensor'] = 'element',
   collection: str = 'ranges',
 ) -> list[Hook]:
   """Returns hooks that fake-quantize every output that `rules` name, with ranges from `variables`.
+
+  An output that was 0 throughout is left as it is. Of a dead channel (per channel) the scale is 1; with
+  `degenerate='tensor'` it keeps the whole output in float (SSQL's code).
 
   Raises (when the model is applied):
     ValueError: if a module has no range: the model was not calibrated.
   """
 
   def quantize(site: Site, y: Array, rule: Rule) -> Array:
-    own, ends = _quantizer(quantizer, rule), (site.read('minimum'), site.read('maximum'))
-    calibrated = affine.params_from_range(own, *ends, rule.bits)
+    own, ends = quantizer_of(rule, quantizer), (site.read('minimum'), site.read('maximum'))
+    if degenerate == 'tensor':
+      calibrated = affine.params_from_range(own, *ends, rule.bits, on_degenerate='identity')
+    else:
+      calibrated = _output_params(own, *ends, rule.bits)
     return affine.fake_quantize(own, y, calibrated, degenerate=degenerate)
 
   return _output_hooks(rules, quantize, collection)
@@ -183,7 +135,8 @@ def _output_hooks(
   def bind(pattern: str) -> Hook:
     def output(site: Site, y: Array) -> Array:
       rule = decide(rules, site.path, 'output')
-      return visit(site, y, rule) if rule is not None and rule.path == pattern else y
+      mine = rule is not None and rule.path == pattern and why_no_output(y) is None
+      return visit(site, y, rule) if mine else y
 
     return Hook(pattern, output=output, collection=collection)
 
@@ -192,12 +145,24 @@ def _output_hooks(
   return [bind(pattern) for pattern in patterns]
 
 
+def _output_params(
+  quantizer: AffineQuantizer, minimum: Array, maximum: Array, bits: Bits
+) -> AffineParams:
+  """Returns the parameters of an output; the scale is 0, for identity, where all of it was 0."""
+  params = affine.params_from_range(quantizer, minimum, maximum, bits)
+  dead = (minimum == 0) & (maximum == 0)
+  dead = dead if quantizer.granularity == 'tensor' else jnp.all(dead)
+  return params.replace(scale=jnp.where(dead, 0, params.scale))
+
+
 def collect_ranges(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Array | Iterable[Array],
+  batches: Batches,
   rules: Rules,
   quantizer: AffineQuantizer = OUTPUTS,
+  *,
+  counted: Counted = None,
   **kwargs: Any,
 ) -> PyTree:
   """Returns the ranges of all outputs that `rules` quantize, over `batches` of model inputs.
@@ -207,25 +172,27 @@ def collect_ranges(
   Args:
     model: any Linen module.
     variables: its variables.
-    batches: model inputs, each an array `[batch, ...]` (one shape: one compilation).
+    batches: model inputs, each an array `[batch, ...]`, a tuple of arguments or a mapping of keywords (one
+      shape: one compilation).
     rules: those over outputs are read.
     quantizer: granularity of the ranges, where the rules choose none.
-    **kwargs: passed to the model, e.g. `train=False`.
+    counted: which positions enter the ranges; see `percentile_ptq`.
+    **kwargs: passed to the model with every batch, e.g. `train=False`.
 
   Raises:
     ValueError: if there is no batch, or the data lead to ranges that are not finite.
   """
 
-  @jax.jit
-  def observe(variables, ranges, batch):
-    hooks = range_hooks(rules, quantizer)
+  def observe(call: Call, mask: Array | None, variables: PyTree, ranges: PyTree) -> PyTree:
+    hooks = range_hooks(rules, quantizer, mask=mask)
     given = {**variables, 'ranges': ranges} if ranges else variables
-    _, state = apply(model, given, batch, hooks=hooks, mutable=['ranges'], **kwargs)
+    args, kwargs = call
+    _, state = apply(model, given, *args, hooks=hooks, mutable=['ranges'], **kwargs)
     return state.get('ranges', {})
 
   ranges: PyTree = {}
-  for batch in peek(batches)[1]:
-    ranges = observe(dict(variables), ranges, batch)
+  for run in jitted_calls(observe, model, batches, kwargs, counted):
+    ranges = run(dict(variables), ranges)
   _check_finite(ranges)
   return ranges
 
@@ -240,30 +207,32 @@ def _check_finite(ranges: PyTree) -> None:
 def ptq(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Array | Iterable[Array],
+  batches: Batches,
   rules: Rules,
   *,
   anatomy: Anatomy | None = None,
   kernels: AffineQuantizer = KERNELS,
   outputs: AffineQuantizer = OUTPUTS,
+  counted: Counted = None,
   **kwargs: Any,
 ) -> Quantized:
   """Post-training quantization of kernels and outputs with ranges from their smallest to their largest value.
 
-  Kernels have their own range, outputs that seen by the float network on the batches. There is nothing in it
-  that integers could be made of: layers read the quantized outputs of what is before them, if anything
-  quantizes there; `percentile_ptq` quantizes their inputs.
+  Kernels have their own range (`quantize_weights`), outputs that seen by the float network on the batches.
+  There is nothing in it that integers could be made of: layers read the quantized outputs of what is before
+  them, if anything quantizes there; `percentile_ptq` quantizes their inputs.
 
   Args:
     model: any Linen module.
     variables: its variables; kept as they are except for the quantized kernels.
-    batches: calibration inputs `[batch, ...]`, seen one after another: ranges are those of all.
+    batches: calibration inputs, seen one after another: ranges are those of all. See `percentile_ptq`.
     rules: over kernels and outputs, 1 to 16 bits, with scales for the tensor or for channels. Bits may be
       traced.
     anatomy: the names of the model's parts, for what goes on from the result; None: `models.anatomy(model)`.
     kernels: quantizer of the kernels, by default one range a channel.
     outputs: quantizer of the outputs, by default one range.
-    **kwargs: passed to the model, e.g. `train=False`.
+    counted: which positions enter the ranges; see `percentile_ptq`.
+    **kwargs: passed to the model with every batch, e.g. `train=False`.
 
   Raises:
     ValueError: if there is no batch, a rule matches no module or asks for what is not done here (checked
@@ -273,17 +242,35 @@ def ptq(
   choices = ('tensor', 'channel')
   check_accepted(rules, 'ptq', {'kernel': choices, 'output': choices})
   first, batches = peek(batches)
-  check_matches(rules, 'output', module_paths(model, first, **kwargs))
+  call = as_call(first, kwargs)
+  outputs_in_float = look_at_outputs(model, variables, call, rules)
+  layers = find_layers(model, variables, *call[0], **call[1])
+  flat = traverse_util.flatten_dict(dict(variables['params']), sep='/')
+  named = named_kernels(flat, rules, kernels, layers)
   constants = {}
   if any(rule.operand == 'output' for rule in rules):
-    ranges = collect_ranges(model, variables, batches, rules, outputs, **kwargs)
+    ranges = collect_ranges(model, variables, batches, rules, outputs, counted=counted, **kwargs)
     constants = jax.jit(functools.partial(_constants, rules=rules, default=outputs))(ranges)
+  own = traverse_util.flatten_dict(constants, sep='/')
+  for path, reason in outputs_in_float.items():
+    if reason is None and join(path, 'output/scale') not in own:
+      outputs_in_float[path] = NOT_CARRIED
+  # A module that Linen does not call (one of NNX, bridged) would take constants for parameters of its own.
+  for path, (rule, quantizer, stacked) in ((path, named[path]) for path in layers if path in named):
+    kernel = flat[join(path, 'kernel')]
+    found = kernel_constants(quantizer, kernel, rule.bits, stacked)
+    own |= {join(path, f'kernel/{name}'): leaf for name, leaf in found.items()}
   quantized = {
     **variables,
-    'params': quantize_weights(variables['params'], rules, kernels),
-    COLLECTION: constants,
+    'params': quantize_weights(variables['params'], rules, kernels, layers=layers),
+    COLLECTION: traverse_util.unflatten_dict(own, sep='/'),
   }
-  return Quantized.of(model, quantized, variables, operand_hooks(), kwargs=kwargs, anatomy=anatomy)
+  for path in layers.keys() & named:
+    layers[path] = with_axes(layers[path], named[path].rule, flat[join(path, 'kernel')].shape)
+  skipped = kernels_in_float(flat, rules, named)
+  skipped |= {path: reason for path, reason in outputs_in_float.items() if reason is not None}
+  fields = {'kwargs': kwargs, 'anatomy': anatomy, 'layers': layers, 'skipped': skipped}
+  return Quantized.of(model, quantized, variables, operand_hooks(), **fields)
 
 
 def _constants(ranges: PyTree, rules: Rules, default: AffineQuantizer) -> PyTree:
@@ -292,7 +279,7 @@ def _constants(ranges: PyTree, rules: Rules, default: AffineQuantizer) -> PyTree
   for *path, _ in (path for path in flat if path[-1] == 'minimum'):
     ends = flat[*path, 'minimum'], flat[*path, 'maximum']
     rule = decide(rules, '/'.join(path), 'output')
-    params = affine.params_from_range(_quantizer(default, rule), *ends, rule.bits)
+    params = _output_params(quantizer_of(rule, default), *ends, rule.bits)
     for name in ('scale', 'zero_point', 'low', 'high'):
       found[*path, 'output', name] = jnp.broadcast_to(getattr(params, name), ends[0].shape)
   return traverse_util.unflatten_dict(found)

@@ -9,27 +9,37 @@ network in float and say nothing. So they are handed out only together with the 
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from flax.core import FrozenDict
 
 from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.blockwise import array_leaves
 from jaxlab.models.intercept import Hook, apply, check_linen
+from jaxlab.models.main_arrays import array_leaves
+from jaxlab.quantizers.networks.layers import Layer
+from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
 
 COLLECTION = 'quantization'
-OWN = (COLLECTION, 'compensation', 'integers', 'lsq', 'lsq_codes')
+OPERANDS = ('kernel', 'embedding', 'input', 'output')
+NO_EXTENT = 'the range of its {} has no extent'
+OWN = (
+  COLLECTION,
+  'compensation',
+  'integers',
+  'lsq',
+  'lsq_codes',
+  'learned_ranges',
+  'range_bits',
+)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -99,6 +109,8 @@ class _Static:
   anatomy: Anatomy | None
   prepare: Callable[..., Any] | None
   skipped: FrozenDict
+  rounded: FrozenDict
+  layers: FrozenDict
 
   def __hash__(self):
     try:
@@ -123,7 +135,10 @@ class Quantized:
     anatomy: the names of the model's parts; None: what `models.anatomy` says.
     prepare: static; a function of the variables before every call (LSQ quantizes kernels there); or None.
     report: of `compensate`; else None.
-    skipped: layers that stay in float in `integer_network`, by path, and why.
+    skipped: what was to be quantized and stays in float, by path, and why: operands that rules name, layers
+      of `integer_network`.
+    rounded: layers that `gptq_ptq` rounded to nearest, by path, and why.
+    layers: static; what the layers with a kernel are (`find_layers`), by path.
   """
 
   model: nn.Module
@@ -135,11 +150,14 @@ class Quantized:
   prepare: Callable[[dict[str, PyTree]], dict[str, PyTree]] | None = None
   report: Report | None = None
   skipped: Mapping[str, str] = FrozenDict()
+  rounded: Mapping[str, str] = FrozenDict()
+  layers: Mapping[str, Layer] = FrozenDict()
 
   def __post_init__(self):
     static = {name: value for name, value in self.kwargs.items() if not array_leaves(value)}
     found = {'hooks': tuple(self.hooks), 'kwargs': FrozenDict(static)}
-    found['skipped'] = FrozenDict(self.skipped)
+    names = ('skipped', 'rounded', 'layers')
+    found |= {name: FrozenDict(getattr(self, name)) for name in names}
     if isinstance(self.variables, Mapping):
       found['variables'] = Collections(self.variables)
     for name, value in found.items():
@@ -173,7 +191,10 @@ class Quantized:
       for path, leaf in floats.items()
       if path[0] not in OWN and known.get(path) is not leaf
     }
-    return cls(model, variables, traverse_util.unflatten_dict(own), hooks, **fields)
+    skipped = join_reasons(fields.pop('skipped', {}), reasons_of_values(variables))
+    return cls(
+      model, variables, traverse_util.unflatten_dict(own), hooks, skipped=skipped, **fields
+    )
 
   @property
   def float_variables(self) -> Collections:
@@ -219,7 +240,34 @@ class Quantized:
     return dataclasses.replace(self, variables={**self.variables.tree, **collections})
 
   def __repr__(self) -> str:
-    return f'Quantized({type(self.model).__name__}, {self.variables!r})'
+    kept = ', '.join(self._in_float())
+    kept = f', in float: {kept}' if kept else ''
+    return f'Quantized({type(self.model).__name__}, {self.variables!r}{kept})'
+
+  def _in_float(self) -> dict[str, str]:
+    return join_reasons(self.skipped, reasons_of_values(self.variables.tree))
+
+  def operands(self) -> dict[str, dict[str, int | None]]:
+    """Returns what is quantized: `{path: {operand: bits}}`, operands `'kernel'`, `'input'`, `'output'`.
+
+    Bits are None where they are traced, or differ within a stack of layers.
+    """
+    return quantized_operands(self.variables.tree)
+
+  def summary(self) -> str:
+    """Returns in words what is quantized, and, a line each, what is not as it was to be, and why."""
+    counts: dict[tuple[str, int | None], int] = {}
+    for own in self.operands().values():
+      for operand, bits in own.items():
+        counts[operand, bits] = counts.get((operand, bits), 0) + 1
+    order = sorted(counts, key=lambda key: (OPERANDS.index(key[0]), key[1] or 0))
+    parts = [
+      f'{counts[key]} {key[0]}{"s" * (counts[key] > 1)} of {key[1] or "?"} bits' for key in order
+    ]
+    lines = [', '.join(parts) or 'no constants of quantizers']
+    lines += [f'{path} in float: {why}' for path, why in self._in_float().items()]
+    lines += [f'{path} rounded to nearest: {why}' for path, why in self.rounded.items()]
+    return '\n'.join(lines)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """Returns `model(*args, **kwargs)` of the quantized network.
@@ -244,6 +292,67 @@ class Quantized:
     return cls(**arrays, **{f.name: getattr(static, f.name) for f in dataclasses.fields(static)})
 
 
+def quantized_operands(variables: Mapping[str, PyTree]) -> dict[str, dict[str, int | None]]:
+  """Returns `{path: {operand: bits}}` of the variables of a quantized network; see `Quantized.operands`."""
+  flat: dict[str, Any] = {}
+  for name in (COLLECTION, 'lsq_codes', 'integers'):
+    own = traverse_util.flatten_dict(dict(variables.get(name, {})), sep='/')
+    flat |= {path: leaf for path, leaf in own.items() if path not in flat or name == 'integers'}
+  learned = {}  # bits of operands with learned ranges or steps
+  for name in ('range_bits', 'activation_bits'):
+    own = traverse_util.flatten_dict(dict(variables.get(name, {})), sep='/')
+    learned |= {path: leaf for path, leaf in own.items() if path.rpartition('/')[2] in OPERANDS}
+  flat |= learned
+  found: dict[str, dict[str, int | None]] = {}
+  for path, leaf in flat.items():
+    module, name = path.rpartition('/')[::2]
+    if (quantizer := getattr(leaf, 'quantizer', None)) is not None:  # integers
+      found.setdefault(module, {})[name] = quantizer.bits
+    elif path in learned:
+      found.setdefault(module, {})[name] = _bits(leaf, None)
+    elif name in ('high', 'bits'):
+      owner, _, operand = module.rpartition('/')
+      scale = flat.get(f'{module}/scale')
+      if _is_zero(scale):
+        continue
+      found.setdefault(owner, {})[operand] = _bits(leaf, flat.get(f'{module}/low'))
+  return found
+
+
+def _bits(high: Array, low: Array | None) -> int | None:
+  if not (is_concrete(high) and (low is None or is_concrete(low))):
+    return None
+  bits = np.asarray(high, np.float64)
+  if low is not None:
+    bits = np.log2(bits - np.asarray(low, np.float64) + 1)
+  return int(np.round(bits.flat[0])) if np.all(bits == bits.flat[0]) else None
+
+
+def reasons_of_values(variables: Mapping[str, PyTree]) -> dict[str, str]:
+  """Returns the modules with an operand whose scale is 0: it stays in float. Traced ones pass unseen."""
+  found: dict[str, str] = {}
+  flat = traverse_util.flatten_dict(dict(variables.get(COLLECTION, {})), sep='/')
+  for path, leaf in flat.items():
+    module, _, name = path.rpartition('/')
+    owner, _, operand = module.rpartition('/')
+    if name == 'scale' and operand in OPERANDS and f'{module}/bits' not in flat and _is_zero(leaf):
+      found = join_reasons(found, {owner: NO_EXTENT.format(operand)})
+  return found
+
+
+def _is_zero(scale: Array | None) -> bool:
+  return scale is not None and is_concrete(scale) and bool(np.any(np.asarray(scale) == 0))
+
+
+def join_reasons(first: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+  """Returns the reasons of both by path, those of one path joined."""
+  found = dict(first)
+  for path, reason in more.items():
+    known = found.get(path)
+    found[path] = reason if known is None or reason in known else f'{known}; {reason}'
+  return found
+
+
 def check_model(model: Any, variables: Any) -> None:
   """Raises ValueError unless `model` is a Linen module and `variables` are a mapping with `'params'`."""
   check_linen(model)
@@ -262,24 +371,3 @@ def check_quantized(value: Any, function: str) -> None:
       f'{function} takes a Quantized, which ptq, percentile_ptq, repq, gptq_ptq and lsq return; got '
       f'{type(value).__name__}.'
     )
-
-
-def peek(batches: Array | Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-  """Returns the first batch and all batches of `batches`, one array or an iterable that is read once.
-
-  Raises:
-    ValueError: if there is none.
-  """
-  rest = iter([batches] if hasattr(batches, 'shape') else batches)
-  for first in rest:
-    return first, itertools.chain([first], rest)
-  raise ValueError('batches is empty: calibration needs at least one batch of model inputs.')
-
-
-def joined_batch(batches: Array | Iterable[Array]) -> Array:
-  """Returns all batches as one, `[batch, ...]`; raises ValueError as `peek` does."""
-  found = list(peek(batches)[1])
-  if len(found) == 1:
-    return found[0]
-  host = all(isinstance(batch, np.ndarray) for batch in found)
-  return (np if host else jnp).concatenate(found)

@@ -5,7 +5,6 @@ per channel, then moves the channels' differences into the LayerNorm and the lay
 transform of the float parameters, after which one range a tensor is right.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,16 +16,32 @@ from flax import traverse_util
 
 from jaxlab.models.anatomy import anatomy as anatomy_of
 from jaxlab.models.anatomy_parts import Anatomy
-from jaxlab.models.intercept import raise_unmatched
 from jaxlab.quantizers.networks import operands
+from jaxlab.quantizers.networks.batches import (
+  Batches,
+  Counted,
+  as_call,
+  counted_mask,
+  joined_batch,
+  positions_of,
+)
 from jaxlab.quantizers.networks.calibration import calibrate_inputs
-from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model, joined_batch
+from jaxlab.quantizers.networks.input_ranges import joined_constants
+from jaxlab.quantizers.networks.kernels import quantize_kernels
+from jaxlab.quantizers.networks.norm_readers import (
+  Pairs,
+  all_readers,
+  check_function,
+  layer_norm_pairs,
+  norm_dense_pairs,
+)
+from jaxlab.quantizers.networks.quantized import COLLECTION, Quantized, check_model
 from jaxlab.quantizers.networks.rules import Rules
+from jaxlab.quantizers.networks.tables import quantize_tables
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
 PyTree = Any
-Pairs = Sequence[tuple[str, str]]
 
 
 class Reparametrized(NamedTuple):
@@ -62,7 +77,8 @@ def reparametrize(
 
   Args:
     norm: `scale` and `bias` `[channels]`.
-    dense: `kernel` `[channels, features]` and, perhaps, `bias` `[features]`; the result has one.
+    dense: `kernel` `[channels, features]` (or several axes of features) and, perhaps, `bias` `[features]`;
+      the result has one.
     scale: steps of the per-channel quantizer of the norm's output, `[channels]`.
     zero_point: its zero points `[channels]`.
     value: `[channels]`, what channels of scale 0 are equal to; None: 0.
@@ -81,7 +97,7 @@ def reparametrize(
     )
   kernel = dense['kernel']
   shapes = {jnp.shape(norm['scale']), jnp.shape(scale), jnp.shape(zero_point), kernel.shape[:1]}
-  if len(shapes) != 1 or kernel.ndim != 2:
+  if len(shapes) != 1 or kernel.ndim < 2:
     raise ValueError(
       f'reparametrize: norm scale {jnp.shape(norm["scale"])}, quantizer {jnp.shape(scale)} and '
       f'{jnp.shape(zero_point)}, kernel {kernel.shape} are not [channels], [channels, features].'
@@ -94,8 +110,10 @@ def reparametrize(
   constant = 0 if value is None else value
   shift = jnp.where(flat, constant, (merged_zero_point - zero_point) * merged_scale)
 
-  new_kernel = kernel * ratio[:, None]
-  offset = jnp.matmul(shift, new_kernel, precision=jax.lax.Precision.HIGHEST)
+  new_kernel = kernel * ratio.reshape(-1, *(1,) * (kernel.ndim - 1))
+  flat_kernel = new_kernel.reshape(len(ratio), -1)
+  offset = jnp.matmul(shift, flat_kernel, precision=jax.lax.Precision.HIGHEST)
+  offset = offset.reshape(kernel.shape[1:])
   bias = dense['bias'] if 'bias' in dense else jnp.zeros(kernel.shape[1:], kernel.dtype)
   new_norm = {'scale': norm['scale'] / ratio, 'bias': norm['bias'] / ratio - shift}
   new_dense = {
@@ -110,72 +128,15 @@ def reparametrize(
   )
 
 
-def norm_dense_pairs(params: PyTree, pairs: Pairs) -> tuple[tuple[str, str], ...]:
-  """Returns the paths of all (LayerNorm, dense layer) in `params` that `pairs` names.
-
-  Args:
-    params: parameter tree.
-    pairs: (norm, dense) as regular expressions of paths below a common parent, e.g.
-      `('norm1', 'attention/qkv')`; each must name something.
-
-  Raises:
-    ValueError: if one of `pairs` matches nothing, or names a norm without bias.
-
-  >>> import numpy as np
-  >>> norm = {'scale': np.ones(2), 'bias': np.zeros(2)}
-  >>> fc1 = {'kernel': np.ones((2, 3)), 'bias': np.zeros(3)}
-  >>> norm_dense_pairs({'blocks_0': {'norm2': norm, 'mlp': {'fc1': fc1}}}, [('norm2', 'mlp/fc1')])
-  (('blocks_0/norm2', 'blocks_0/mlp/fc1'),)
-  """
-  flat = traverse_util.flatten_dict(dict(params), sep='/')
-  norms = {
-    path.removesuffix('scale').rstrip('/') for path in flat if path.split('/')[-1] == 'scale'
-  }
-  denses = [
-    path.removesuffix('kernel').rstrip('/') for path in flat if path.split('/')[-1] == 'kernel'
-  ]
-  found = []
-  for norm_pattern, dense_pattern in pairs:
-    matches = []
-    for dense in denses:
-      if match := re.fullmatch(rf'(?P<parent>(.*/)?)({dense_pattern})', dense):
-        parent = match['parent']
-        matches += [
-          (norm, dense)
-          for norm in sorted(norms)
-          if norm.startswith(parent) and re.fullmatch(norm_pattern, norm[len(parent) :])
-        ]
-    if not matches:
-      raise_unmatched([norm_pattern, dense_pattern], [*norms, *denses], 'pair', 'norm and layer')
-    for norm, _ in matches:
-      if f'{norm}/bias' not in flat:
-        raise ValueError(
-          f'The norm {norm!r} has no bias (RMSNorm): it cannot take the shift. Leave it out of the pairs; '
-          f'its layer then keeps one range a tensor.'
-        )
-    found += matches
-  return tuple(found)
-
-
-def layer_norm_pairs(anatomy: Anatomy, params: PyTree) -> tuple[tuple[str, str], ...]:
-  """Returns the norms with a bias (an RMSNorm is left alone) and their readers, but for the head."""
-  flat = traverse_util.flatten_dict(dict(params), sep='/')
-  return tuple(
-    (norm.path, reader)
-    for norm in anatomy.norms
-    for reader in norm.readers
-    if f'{norm.path}/bias' in flat and reader not in anatomy.head
-  )
-
-
 def repq(
   model: nn.Module,
   variables: Mapping[str, PyTree],
-  batches: Array | Iterable[Array],
+  batches: Batches,
   rules: Rules,
   *,
   anatomy: Anatomy | None = None,
   pairs: Pairs | None = None,
+  counted: Counted = None,
   **kwargs: Any,
 ) -> Quantized:
   """Post-training quantization of a transformer by RepQ-ViT, with QwT's range search.
@@ -185,7 +146,9 @@ def repq(
   forward pass in order of execution (`calibrate_inputs`). Inputs of layers that a
   LayerNorm feeds are calibrated per channel and merged (`reparametrize`); then those layers' kernels get new
   ranges, while activations keep the ranges of the pass. LayerNorm, softmax, GELU and residual sums are in
-  float.
+  float. All layers that read a rescaled norm make up for it, those too that are not quantized; a norm that is
+  called several times has the channels' ranges of all its readers. The float network is run before and after
+  the transform, on the calibration data (unless they are traced): it has to stay the same.
 
   A layer without bias is given one in the collection `'quantization'`, which the hooks add.
   For data parallelism hand in a batch sharded over the mesh. A traceable function: for compilation ahead of
@@ -194,66 +157,92 @@ def repq(
   Args:
     model: any Linen module.
     variables: its float variables.
-    batches: calibration inputs `[batch, ...]`, 32 images of the training set in QwT; several arrays are taken
-      as one.
+    batches: calibration inputs, 32 images of the training set in QwT; see `percentile_ptq`.
     rules: over kernels and inputs of layers and the hook points above, 2 to 8 bits, e.g. `edge_rules(4, 4)`.
       Bits may be traced.
     anatomy: the names of the model's parts; None: `models.anatomy(model)`. Not asked for with `pairs`.
-    pairs: see `norm_dense_pairs`; `()` reparametrizes nothing. Nothing else than the layers paired with
-      it may read a paired norm's output. None: the LayerNorms of the anatomy and their readers, but for the
-      head.
-    **kwargs: passed to the model, e.g. `train=False`; hashable.
+    pairs: see `norm_dense_pairs`; `()` reparametrizes nothing. Other layers that read a paired norm join it.
+      None: the LayerNorms of the anatomy and their readers, but for the head.
+    counted: which positions enter the ranges; see `percentile_ptq`.
+    **kwargs: passed to the model with every batch, e.g. `train=False`.
 
   Returns:
     The network; its `float_variables` are the reparametrized ones, equal to `variables` as a function.
 
   Raises:
     ValueError: if there is no batch, the model's parts are not known, a rule or a pair names nothing, a rule
-      asks for what is not done here, bits are outside 2 to 8, blocks are stacked (all before any work), or
-      weights or calibration data are not finite.
+      asks for what is not done here, bits are outside 2 to 8, blocks are stacked, what reads a norm cannot
+      absorb its scale (all before any work), weights or calibration data are not finite, or the rescaled
+      float network is another function: something else reads a norm.
   """
   check_model(model, variables)
   x = joined_batch(batches)
+  positions = positions_of(counted_mask(counted, model, as_call(x, kwargs)))
   if pairs is None:
     found = layer_norm_pairs(anatomy_of(model) if anatomy is None else anatomy, variables['params'])
   else:
     found = norm_dense_pairs(variables['params'], pairs)
-  denses = [dense for _, dense in found]
-  todo = operands.plan(model, variables, x, rules, 'repq', per_channel=denses, **kwargs)
-  found = tuple(pair for pair in found if pair[1] in todo.input_bits)
-  _check_shared_norms(found, todo)
-  params, kernels = operands.quantize_kernels(variables['params'], todo.kernel_bits)
+  call = as_call(x, kwargs)
+  readers = all_readers(model, variables, call, found)
+  denses = [dense for _, dense in readers.pairs]
+  todo = operands.plan(
+    model, variables, x, rules, 'repq', per_channel=denses, tables=True, **kwargs
+  )
+  quantized = [pair for pair in readers.pairs if pair[1] in todo.input_bits]
+  _check_shared_norms(quantized, todo)
+  params, kernels = quantize_kernels(variables['params'], todo.kernel_bits, todo.layers)
+  params, tables = quantize_tables(params, todo.table_bits)
   first_pass = {**variables, 'params': params}
-  inputs = calibrate_inputs(model, first_pass, x, todo, anatomy, **kwargs)
+  inputs = calibrate_inputs(model, first_pass, x, todo, anatomy, positions, **kwargs)
   operands.check_finite(inputs, kernels)
 
-  floats = traverse_util.flatten_dict(dict(variables['params']), sep='/')
-  biases = {}
-  for norm, dense in found:
-    constants = inputs[dense]
-    new = _jitted_reparametrize(
+  ranges: dict[str, dict[str, Array]] = {}
+  for norm, dense in quantized:
+    own = {name: inputs[dense][name] for name in ('scale', 'zero_point', 'low', 'high', 'value')}
+    del inputs[dense]['value']
+    known = ranges.get(norm)
+    ranges[norm] = (
+      joined_constants(known, own) if known and norm in readers.repeated else known or own
+    )
+  merged = {
+    dense: _jitted_reparametrize(
       _below(variables['params'], norm),
       _below(variables['params'], dense),
-      constants['scale'],
-      constants['zero_point'],
-      constants.pop('value'),
+      *(ranges[norm][name] for name in ('scale', 'zero_point', 'value')),
     )
-    constants |= {'scale': new.scale, 'zero_point': new.zero_point}
-    floats |= {f'{norm}/{name}': leaf for name, leaf in new.norm.items()}
-    for name, leaf in new.dense.items():
-      if f'{dense}/{name}' in floats:
-        floats[f'{dense}/{name}'] = leaf
-      else:
-        biases[dense] = leaf
-  float_params = traverse_util.unflatten_dict(floats, sep='/')
-  params, kernels = operands.quantize_kernels(float_params, todo.kernel_bits)
+    for norm, dense in readers.pairs
+    if norm in ranges
+  }
+  for _, dense in quantized:
+    inputs[dense] |= {'scale': merged[dense].scale, 'zero_point': merged[dense].zero_point}
+
+  def rescaled(norms: Iterable[str]) -> tuple[PyTree, dict[str, Array]]:
+    """Returns float parameters with these norms rescaled, and the biases of layers that have none."""
+    flat, biases = traverse_util.flatten_dict(dict(variables['params']), sep='/'), {}
+    for norm, dense in readers.pairs:
+      if norm not in norms:
+        continue
+      flat |= {f'{norm}/{name}': leaf for name, leaf in merged[dense].norm.items()}
+      for name, leaf in merged[dense].dense.items():
+        if f'{dense}/{name}' in flat:
+          flat[f'{dense}/{name}'] = leaf
+        else:
+          biases[dense] = leaf
+    return traverse_util.unflatten_dict(flat, sep='/'), biases
+
+  float_params, biases = rescaled(ranges)
+  check_function(model, variables, call, rescaled, ranges)
+  params, kernels = quantize_kernels(float_params, todo.kernel_bits, todo.layers)
+  params, _ = quantize_tables(params, todo.table_bits)
+  constants = operands.collection(inputs, kernels, biases, tables)
   return Quantized.of(
     model,
-    {**variables, 'params': params, COLLECTION: operands.collection(inputs, kernels, biases)},
+    {**variables, 'params': params, COLLECTION: constants},
     {**variables, 'params': float_params},
     operands.operand_hooks(),
     kwargs=kwargs,
     anatomy=anatomy,
+    **operands.said_by(todo),
   )
 
 

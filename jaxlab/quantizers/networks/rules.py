@@ -9,11 +9,12 @@ import jax
 
 from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import any_of, raise_unmatched
-from jaxlab.quantizers.numerics.affine import check_bits
+from jaxlab.quantizers.numerics.affine import AffineQuantizer
+from jaxlab.quantizers.numerics.bit_widths import check_bits
 
 Bits = int | jax.Array | None
-Operand = Literal['kernel', 'input', 'output']
-Granularity = Literal['tensor', 'channel', 'group']
+Operand = Literal['kernel', 'input', 'output', 'embedding']
+Granularity = Literal['tensor', 'channel', 'token', 'group']
 
 # The first and last layers of all networks of `jaxlab.models`: their `anatomy(model).edges`.
 EDGES = any_of(
@@ -33,12 +34,15 @@ class Rule:
 
   Attributes:
     path: regular expression over whole module paths, e.g. `'blocks_.*/mlp/.*'`.
-    operand: `'kernel'` of the module, its first `'input'`, or its `'output'`.
+    operand: `'kernel'` of the module, its first `'input'`, its `'output'`, or the table of an `'embedding'`
+      (which rules for kernels do not name; the input of a tied head goes with it).
     bits: a whole number from 1 to 16 (methods may take fewer), a traced scalar, or None (also 0): not
       quantized.
-    granularity: what shares a scale: the `'tensor'`, a `'channel'`, a `'group'` of inputs; None: what the
-      method does by default.
+    granularity: what shares a scale: the `'tensor'`, a `'channel'`, a `'token'` (found anew at each call, of
+      inputs and outputs), a `'group'` of inputs; None: what the method does by default.
     learned: whether the step is trained with the network.
+    axes: of a kernel, in place of the outputs of its module: the axes of the array that have scales of their
+      own 'per channel', e.g. `(-1,)` for `[..., in, out]`. For modules that are unknown here.
   """
 
   path: str
@@ -46,6 +50,7 @@ class Rule:
   bits: Bits
   granularity: Granularity | None = None
   learned: bool = False
+  axes: tuple[int, ...] | None = None
 
   def __post_init__(self):
     if not isinstance(self.path, str):
@@ -63,6 +68,13 @@ class Rule:
         )
     if self.bits is not None:
       check_bits(self.bits, minimum=0)
+    if self.axes is not None:
+      if self.operand != 'kernel' or not all(isinstance(axis, int) for axis in self.axes):
+        raise ValueError(
+          f'axes of the rule for {self.path!r} are whole numbers, of a kernel; got {self.axes!r} for '
+          f'{self.operand!r}.'
+        )
+      object.__setattr__(self, 'axes', tuple(self.axes))
 
   @property
   def off(self) -> bool:
@@ -92,7 +104,7 @@ def uniform_rules(
 
 def edge_rules(
   weights: Bits,
-  inputs: Bits,
+  inputs: Bits | None,
   *,
   edges: str | Anatomy | None = EDGES,
   edge_bits: Bits = 8,
@@ -104,7 +116,7 @@ def edge_rules(
 
   Args:
     weights: bits of kernels.
-    inputs: bits of inputs.
+    inputs: bits of inputs; None: inputs stay in float, those of the edges too.
     edges: `models.anatomy(model)`, whose `edges` are the exceptions; or their pattern, by default what they
       are called in the networks of this library; None makes none.
     edge_bits: of both at the exceptions.
@@ -116,7 +128,10 @@ def edge_rules(
   """
   if isinstance(edges, Anatomy):
     edges = any_of(edges.edges) or None
-  first = () if edges is None else uniform_rules(edge_bits, edge_bits, path=edges, learned=learned)
+  edge_inputs = None if inputs is None else edge_bits
+  first = (
+    () if edges is None else uniform_rules(edge_bits, edge_inputs, path=edges, learned=learned)
+  )
   return (*first, *uniform_rules(weights, inputs, learned=learned))
 
 
@@ -126,6 +141,13 @@ def decide(rules: Rules, path: str, operand: Operand) -> Rule | None:
     if rule.operand == operand and re.fullmatch(rule.path, path):
       return None if rule.off else rule
   return None
+
+
+def quantizer_of(rule: Rule, default: AffineQuantizer) -> AffineQuantizer:
+  """Returns a method's quantizer with the granularity of the rule, if it chooses one."""
+  if rule.granularity in (None, default.granularity):
+    return default
+  return dataclasses.replace(default, granularity=rule.granularity, group_size=None)
 
 
 def check_rules(rules: Rules, function: str) -> None:
@@ -167,13 +189,24 @@ def check_accepted(
     )
 
 
-def check_matches(rules: Rules, operand: Operand, paths: Sequence[str]) -> None:
-  """Raises ValueError if a rule for `operand` matches none of `paths`; names it and the closest paths."""
+def check_matches(
+  rules: Rules, operand: Operand, paths: Sequence[str], tables: Sequence[str] = ()
+) -> None:
+  """Raises ValueError if a rule for `operand` matches none of `paths`; names it and the closest paths.
+
+  One that matches an embedding, of `tables`, is told what its rule would be.
+  """
   unmatched = [
     rule.path
     for rule in rules
     if rule.operand == operand and not any(re.fullmatch(rule.path, path) for path in paths)
   ]
+  for pattern in unmatched:
+    if any(re.fullmatch(pattern, table) for table in tables):
+      raise ValueError(
+        f'The {operand} rule {pattern!r} names a table, which is no {operand}: '
+        f"Rule({pattern!r}, 'embedding', ...) does, in the methods that quantize tables."
+      )
   if unmatched:
     raise_unmatched(unmatched, paths, f'{operand} rule', 'module')
 

@@ -48,7 +48,9 @@ def size_in_bytes(tree: PyTree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
+def save_quantized(
+  path: str | os.PathLike, tree: Mapping[str, PyTree], *, notes: Mapping[str, Any] = {}
+) -> int:
   """Writes a tree of arrays and `QuantizedArray`s as one safetensors file; returns its size in bytes.
 
   An array at `fc/bias` is the tensor `fc/bias`; a quantized one is `fc/kernel.codes`, `fc/kernel.scale` and
@@ -57,11 +59,13 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
   Args:
     path: local or remote; replaced if it exists.
     tree: nested dicts with string keys, without '/' or a last part that ends in `.codes`, `.scale` or
-      `.zero_point`.
+      `.zero_point`. What is read back is that bit for bit, but for empty dicts, which leave no trace.
+    notes: kept in the file's metadata as JSON, for `read_notes`.
 
   Raises:
-    ValueError: for a tree that is empty or has such a name, an array that this process cannot read, or one
-      of a dtype that `load_quantized` does not give back (int4, most kinds of float8, complex).
+    ValueError: for a tree that is empty or has such a name, a leaf that is no array, an array that this
+      process cannot read, or one of a dtype that `load_quantized` does not give back (int4, most kinds of
+      float8, complex).
   """
   from etils import epath
   from safetensors import numpy as safetensors_numpy
@@ -88,10 +92,11 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
         f'{name!r} is traced, or spread over several processes, none of which can read it: save outside of '
         f'`jit`, what `jax.experimental.multihost_utils.process_allgather(tree, tiled=True)` returns.'
       )
-    dtype = jnp.result_type(array)
-    if dtype.name not in _DTYPES.values():
+    if not hasattr(array, 'dtype'):
+      raise ValueError(f'{name!r} is a {type(array).__name__}, expected an array.')
+    if str(array.dtype) not in _DTYPES.values():
       raise ValueError(
-        f'{name!r} has dtype {dtype.name}, which the file cannot give back; the dtypes are '
+        f'{name!r} has dtype {array.dtype}, which the file cannot give back; the dtypes are '
         f'{", ".join(sorted(_DTYPES.values()))}.'
       )
   host = {
@@ -99,6 +104,7 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
     for name, array in tensors.items()
   }
   metadata = {'format': FORMAT, 'quantizers': json.dumps(choices, sort_keys=True, default=_plain)}
+  metadata |= {'notes': json.dumps(notes, sort_keys=True)} if notes else {}
   data = safetensors_numpy.save(host, metadata)
   target = epath.Path(path)
   partial = target.with_name(f'{target.name}.partial')
@@ -110,6 +116,8 @@ def save_quantized(path: str | os.PathLike, tree: Mapping[str, PyTree]) -> int:
 def load_quantized(path: str | os.PathLike) -> dict[str, PyTree]:
   """Returns the tree that `save_quantized` wrote.
 
+  Arrays of 64 bits are NumPy's, unless 64 bits are enabled in JAX, which would make 32 of them.
+
   Raises:
     ValueError: for a file of another format, or one in which a part of a quantized array is missing.
   """
@@ -117,13 +125,7 @@ def load_quantized(path: str | os.PathLike) -> dict[str, PyTree]:
   from etils import epath
 
   data = epath.Path(path).read_bytes()
-  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
-  metadata = header.get('__metadata__', {})
-  if metadata.get('format') != FORMAT:
-    raise ValueError(
-      f'{os.fspath(path)!r} has format {metadata.get("format")!r}, not {FORMAT!r}: it was not written by '
-      f'save_quantized.'
-    )
+  metadata = _metadata(path, data)
   tensors = {name: _array(view) for name, view in safetensors.deserialize(data)}
   flat: dict[str, Any] = {}
   for name, choice in json.loads(metadata['quantizers']).items():
@@ -136,6 +138,24 @@ def load_quantized(path: str | os.PathLike) -> dict[str, PyTree]:
     parts = {part: tensors.pop(f'{name}.{part}') for part in needed}
     flat[name] = QuantizedArray(**{'zero_point': None, **parts}, quantizer=quantizer, shape=shape)
   return traverse_util.unflatten_dict({**flat, **tensors}, sep='/')
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, Any]:
+  """Returns the notes with which `save_quantized` wrote a file."""
+  from etils import epath
+
+  return json.loads(_metadata(path, epath.Path(path).read_bytes()).get('notes', '{}'))
+
+
+def _metadata(path: str | os.PathLike, data: bytes) -> dict[str, str]:
+  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+  metadata = header.get('__metadata__', {})
+  if metadata.get('format') != FORMAT:
+    raise ValueError(
+      f'{os.fspath(path)!r} has format {metadata.get("format")!r}, not {FORMAT!r}: it was not written by '
+      f'save_quantized.'
+    )
+  return metadata
 
 
 # `safetensors.numpy` writes bfloat16 but does not read it.
@@ -155,4 +175,5 @@ def _plain(number: np.generic) -> int | float | bool:
 
 def _array(view: Mapping[str, Any]) -> Array:
   dtype = jnp.dtype(_DTYPES[view['dtype']])
-  return jnp.asarray(np.frombuffer(view['data'], dtype).reshape(view['shape']))
+  array = np.frombuffer(view['data'], dtype).reshape(view['shape'])
+  return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(dtype) == dtype else array.copy()

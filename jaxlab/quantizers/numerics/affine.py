@@ -16,6 +16,7 @@ one compilation.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import flax
@@ -24,15 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jaxlab.quantizers.numerics.bit_widths import Bits, check_bits, code_range
 from jaxlab.quantizers.numerics.extremes import extremes
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
-Bits = int | Array
-
-MAX_BITS = 16
 Rule = Literal['symmetric', 'half_range', 'asymmetric', 'asymmetric_clipped']
 Granularity = Literal['tensor', 'channel', 'token', 'group']
+DEGENERATE = Literal['widen', 'identity', 'error']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +52,18 @@ class AffineQuantizer:
         made four units in the last place smaller.
       - `'asymmetric'`: `s = (maximum - minimum) / (2^b - 1)`, `z = -round(minimum / s)`, not clipped;
         unsigned codes (SSQL's activations, RepQ-ViT, QwT).
-      - `'asymmetric_clipped'`: the same with `s >= 1.19e-7` and `z` clipped to the codes (FQ-ViT).
+      - `'asymmetric_clipped'`: the same of a range that is widened to hold 0, so that 0 is one of the codes
+        (padding needs it, integer engines too), and `z` clipped to the codes.
     granularity: what shares a scale: the whole `'tensor'`; each index of `axis` (`'channel'`); each
       slice along `axis` (`'token'`: everything but `axis` has a scale of its own); or each run of
       `group_size` elements along `axis` (`'group'`).
     axis: the channel axis, the axis that a token spans, or the axis that is cut into groups. For Flax
-      kernels the output channel is the last axis, the input the one before.
+      kernels the output channel is the last axis, the input the one before. Several channel axes (heads and
+      their features, experts and their outputs) are a tuple.
     group_size: elements per group.
     narrow: leaves out the lowest signed code, so that codes are `[-(2^(b-1) - 1), 2^(b-1) - 1]`.
+    hold_zero: False takes ranges for `'asymmetric_clipped'` as they come, with `s >= 1.19e-7`, as FQ-ViT's
+      code does: where 0 lies outside, the clipped `z` maps most values to one end.
 
   Raises:
     ValueError: for bits, rules, granularities or group sizes that do not exist, and for signed codes of
@@ -69,9 +73,10 @@ class AffineQuantizer:
   bits: int = 8
   rule: Rule = 'symmetric'
   granularity: Granularity = 'tensor'
-  axis: int = -1
+  axis: int | tuple[int, ...] = -1
   group_size: int | None = None
   narrow: bool = False
+  hold_zero: bool = True
 
   def __post_init__(self):
     check_bits(self.bits)
@@ -80,6 +85,14 @@ class AffineQuantizer:
       value = getattr(self, name)
       if value not in options.__args__:
         raise ValueError(f'{name}={value!r} is none of {", ".join(map(repr, options.__args__))}.')
+    if isinstance(self.axis, Sequence):
+      object.__setattr__(self, 'axis', tuple(int(axis) for axis in self.axis))
+      if self.granularity != 'channel':
+        raise ValueError(
+          f"axis={self.axis}: several axes go with granularity='channel'; got {self.granularity!r}."
+        )
+    if not self.hold_zero and self.rule != 'asymmetric_clipped':
+      raise ValueError(f"hold_zero goes with rule='asymmetric_clipped'; got rule={self.rule!r}.")
     if self.narrow and not self.signed:
       raise ValueError(f'narrow=True takes signed codes; rule={self.rule!r} has none.')
     if (self.granularity == 'group') != (self.group_size is not None):
@@ -100,7 +113,7 @@ class AffineParams(flax.struct.PyTreeNode):
   """The arrays of an affine quantizer; they broadcast against `x` (grouped: against `x` cut into groups).
 
   Attributes:
-    scale: width of a step, >= 0; 0 marks a range without extent.
+    scale: width of a step, > 0; 0 marks what is to stay as it is (`on_degenerate='identity'`).
     zero_point: the code of 0.
     low: the lowest code.
     high: the highest code.
@@ -112,36 +125,12 @@ class AffineParams(flax.struct.PyTreeNode):
   high: Array
 
 
-def check_bits(bits: Bits, minimum: int = 1) -> None:
-  """Raises ValueError unless `bits` is an integer in `[minimum, 16]`; traced bits pass unseen."""
-  if not is_concrete(bits):
-    return
-  value = np.asarray(bits)
-  if value.dtype == bool or not np.all(value == np.round(value)):
-    raise ValueError(f'bits must be whole numbers; got {bits}.')
-  if value.size and (value.min() < minimum or value.max() > MAX_BITS):
-    raise ValueError(f'bits must lie in [{minimum}, {MAX_BITS}]; got {bits}.')
-
-
 def _check_signed(bits: Bits, rule: str) -> None:
   """Raises ValueError for signed codes of 1 bit, -1 and 0, which hold no positive value."""
   if rule not in ('symmetric', 'half_range') or not is_concrete(bits):
     return
   if np.any(np.asarray(bits) == 1):
     raise ValueError(f'rule={rule!r} has signed codes and needs at least 2 bits; got bits={bits}.')
-
-
-def code_range(bits: Bits, signed: bool, narrow: bool = False) -> tuple[Array, Array]:
-  """Returns the lowest and highest code as floats.
-
-  Signed `[-2^(b-1), 2^(b-1) - 1]` (narrow: `[-(2^(b-1) - 1), 2^(b-1) - 1]`), unsigned `[0, 2^b - 1]`.
-  `bits` may be traced.
-  """
-  check_bits(bits)
-  levels = 2.0 ** jnp.asarray(bits, jnp.float32)
-  if not signed:
-    return jnp.zeros_like(levels), levels - 1
-  return -levels / 2 + (1 if narrow else 0), levels / 2 - 1
 
 
 def reduction_axes(quantizer: AffineQuantizer, ndim: int) -> tuple[int, ...]:
@@ -152,16 +141,18 @@ def reduction_axes(quantizer: AffineQuantizer, ndim: int) -> tuple[int, ...]:
   """
   if quantizer.granularity == 'tensor':
     return tuple(range(ndim))
-  axis = _axis(quantizer, ndim)
+  axes = _axes(quantizer, ndim)
   if quantizer.granularity == 'channel':
-    return tuple(i for i in range(ndim) if i != axis)
-  return (axis,) if quantizer.granularity == 'token' else (axis + 1,)
+    return tuple(i for i in range(ndim) if i not in axes)
+  return axes if quantizer.granularity == 'token' else (axes[0] + 1,)
 
 
-def _axis(quantizer: AffineQuantizer, ndim: int) -> int:
-  if not -ndim <= quantizer.axis < ndim:
-    raise ValueError(f'axis={quantizer.axis} is not an axis of a tensor with {ndim} dimensions.')
-  return quantizer.axis % ndim
+def _axes(quantizer: AffineQuantizer, ndim: int) -> tuple[int, ...]:
+  axes = quantizer.axis if isinstance(quantizer.axis, tuple) else (quantizer.axis,)
+  for axis in axes:
+    if not -ndim <= axis < ndim:
+      raise ValueError(f'axis={axis} is not an axis of a tensor with {ndim} dimensions.')
+  return tuple(axis % ndim for axis in axes)
 
 
 def cut_groups(quantizer: AffineQuantizer, x: Array) -> Array:
@@ -172,7 +163,7 @@ def cut_groups(quantizer: AffineQuantizer, x: Array) -> Array:
   """
   if quantizer.granularity != 'group':
     return x
-  axis = _axis(quantizer, x.ndim)
+  (axis,) = _axes(quantizer, x.ndim)
   size, group = x.shape[axis], quantizer.group_size
   if size % group:
     raise ValueError(f'group_size={group} does not divide axis {axis} of shape {x.shape}.')
@@ -185,7 +176,7 @@ def params_from_range(
   maximum: Array,
   bits: Bits | None = None,
   *,
-  on_degenerate: Literal['identity', 'error'] = 'identity',
+  on_degenerate: Literal['widen', 'identity', 'error'] = 'widen',
 ) -> AffineParams:
   """Returns scale and zero point for the range `[minimum, maximum]` by the quantizer's rule.
 
@@ -196,15 +187,18 @@ def params_from_range(
       whether the gradient is used.
     bits: in place of `quantizer.bits`; may be traced.
     on_degenerate: what becomes of a range without extent (a constant tensor or channel; for the signed rules
-      one of zeros alone): `'identity'` gives the scale 0, at which `fake_quantize` returns values as they
-      are (`'asymmetric_clipped'`: the least scale); `'error'` raises, where the range is concrete.
+      one of zeros alone): `'widen'` makes it hold 0, and gives zeros the scale 1, so that each constant is a
+      code; `'identity'` gives the scale 0, at which `fake_quantize` returns values as they are; `'error'`
+      raises, where the range is concrete.
 
   Raises:
     ValueError: for concrete ranges that are not finite or have minimum > maximum, for those without extent
       if `on_degenerate='error'`, and for signed codes of 1 bit, which are -1 and 0.
   """
-  if on_degenerate not in ('identity', 'error'):
-    raise ValueError(f"on_degenerate={on_degenerate!r}; choose 'identity' or 'error'.")
+  if on_degenerate not in DEGENERATE.__args__:
+    raise ValueError(
+      f'on_degenerate={on_degenerate!r}; choose {", ".join(map(repr, DEGENERATE.__args__))}.'
+    )
   _check_range(minimum, maximum)
   if on_degenerate == 'error':
     _check_extent(quantizer, minimum, maximum)
@@ -217,20 +211,33 @@ def params_from_range(
   )
   low, high = low.astype(dtype), high.astype(dtype)
   levels = jnp.asarray(2.0, dtype) ** jnp.asarray(quantizer.bits if bits is None else bits, dtype)
+  marked = on_degenerate == 'identity'
   if quantizer.signed:
     extreme = jnp.maximum(jnp.abs(minimum), jnp.abs(maximum))
     half = (levels - 1) / 2 if quantizer.rule == 'half_range' else jnp.maximum(levels / 2 - 1, 1)
     scale = extreme / half
     if quantizer.rule == 'half_range':
       scale = scale * (1 - 4 * jnp.finfo(dtype).eps)
+    scale = scale if marked else _positive(scale)
     return AffineParams(scale, jnp.zeros_like(scale), low, high)
-  scale = (maximum - minimum) / (levels - 1)
-  if quantizer.rule == 'asymmetric_clipped':
-    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).eps)
-    zero_point = jnp.clip(low - jnp.round(minimum / scale), low, high)
+  clipped, flat = quantizer.rule == 'asymmetric_clipped', minimum == maximum
+  if clipped and not quantizer.hold_zero:
+    scale = jnp.maximum((maximum - minimum) / (levels - 1), jnp.finfo(jnp.float32).eps)
   else:
-    zero_point = -jnp.round(minimum / jnp.where(scale == 0, 1, scale))
+    if clipped or not marked:
+      widened = clipped | flat
+      minimum = jnp.where(widened, jnp.minimum(minimum, 0), minimum)
+      maximum = jnp.where(widened, jnp.maximum(maximum, 0), maximum)
+    scale = (maximum - minimum) / (levels - 1)
+    scale = jnp.where(flat, 0, scale) if marked else _positive(scale)
+  zero_point = low - jnp.round(minimum / jnp.where(scale == 0, 1, scale))
+  zero_point = jnp.clip(zero_point, low, high) if clipped else zero_point
   return AffineParams(scale, jax.lax.stop_gradient(zero_point), low, high)
+
+
+def _positive(scale: Array) -> Array:
+  """Returns 1 for scales of 0: those of zeros, and of values that are too small to be divided."""
+  return jnp.where(scale == 0, 1, scale)
 
 
 def _check_range(minimum: Array, maximum: Array) -> None:
@@ -255,7 +262,7 @@ def _check_extent(quantizer: AffineQuantizer, minimum: Array, maximum: Array) ->
   if empty.any():
     raise ValueError(
       f'{empty.sum()} of {empty.size} ranges have no extent (index {np.flatnonzero(empty)[:5].tolist()}): '
-      f"their values are constant. Leave them in float, or pass on_degenerate='identity'."
+      f'their values are constant. Leave them in float, or choose another on_degenerate.'
     )
 
 
@@ -271,7 +278,7 @@ def calibrate(
   x: Array,
   bits: Bits | None = None,
   *,
-  on_degenerate: Literal['identity', 'error'] = 'identity',
+  on_degenerate: Literal['widen', 'identity', 'error'] = 'widen',
 ) -> AffineParams:
   """Returns the parameters for the minimum and maximum of `x`; arguments as in `params_from_range`.
 
@@ -353,8 +360,9 @@ def fake_quantize(
     x: float array; computed in at least float32, returned in its own dtype.
     params: from `calibrate` or `params_from_range`.
     scale_grad: lets the gradient pass through `params.scale` to whatever it was computed from.
-    degenerate: where `scale` is 0 (a constant range) values are returned as they are: those with that
-      scale (`'element'`), or, if any scale is 0, the whole tensor (`'tensor'`, SSQL's code).
+    degenerate: where `scale` is 0 (a constant range calibrated with `on_degenerate='identity'`) values are
+      returned as they are: those with that scale (`'element'`), or, if any scale is 0, the whole tensor
+      (`'tensor'`, SSQL's code).
   """
   if not scale_grad:
     params = jax.lax.stop_gradient(params)

@@ -100,29 +100,30 @@ def conv_sums(
   groups: int,
   of_x: bool,
 ) -> ExactSums:
-  """Returns the sums of a convolution without padding, NHWC.
+  """Returns the sums of a convolution without padding, of any number of spatial axes.
 
   Args:
-    x: int8 `[batch, height, width, in]`.
-    kernel: int8 `[height, width, in / groups, out]`.
+    x: int8 `[batch, *positions, in]`.
+    kernel: int8 `[*window, in / groups, out]`.
     strides: of the window.
     dilation: of the kernel.
     groups: feature groups.
     of_x: whether those of `x` are needed.
   """
+  letters = 'XYZ'[: kernel.ndim - 2]
   conv = functools.partial(
     conv_general_dilated,
     window_strides=strides,
     padding='VALID',
     rhs_dilation=dilation,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    dimension_numbers=(f'N{letters}C', f'{letters}IO', f'N{letters}C'),
     feature_group_count=groups,
   )
   options = {'strides': strides, 'dilation': dilation, 'groups': groups, 'of_x': of_x}
   integers, floats = (
     functools.partial(form, conv, **options) for form in (_integer_conv, _float_conv)
   )
-  if math.prod(kernel.shape[:2]) > EXACT_TERMS:
+  if math.prod(kernel.shape[:-2]) > EXACT_TERMS:
     return integers(x, kernel)
   return lax.platform_dependent(x, kernel, cpu=floats, default=integers)
 
@@ -138,11 +139,11 @@ def _integer_conv(
 ) -> ExactSums:
   windows = None
   if of_x:
-    sums = jnp.sum(x.reshape(*x.shape[:3], groups, -1), -1, dtype=jnp.int32)
-    windows = _window_sums(sums, kernel.shape[:2], strides, dilation)
+    sums = jnp.sum(x.reshape(*x.shape[:-1], groups, -1), -1, dtype=jnp.int32)
+    windows = _window_sums(sums, kernel.shape[:-2], strides, dilation)
   return ExactSums(
     conv(x, kernel, preferred_element_type=jnp.int32),
-    jnp.sum(kernel, (0, 1, 2), dtype=jnp.int32),
+    jnp.sum(kernel, tuple(range(kernel.ndim - 1)), dtype=jnp.int32),
     windows,
   )
 
@@ -150,7 +151,7 @@ def _integer_conv(
 def _window_sums(
   x: Array, size: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
 ) -> Array:
-  window, steps, spread = ((1, *pair, 1) for pair in (size, strides, dilation))
+  window, steps, spread = ((1, *each, 1) for each in (size, strides, dilation))
   zero = jnp.zeros((), x.dtype)
   return lax.reduce_window(x, zero, lax.add, window, steps, 'VALID', window_dilation=spread)
 
@@ -166,16 +167,17 @@ def _float_conv(
 ) -> ExactSums:
   grouped = x.reshape(*x.shape[:-1], groups, -1).astype(jnp.float32)
   total, columns, windows = 0, 0, 0
-  for part in _parts(kernel.shape[2], EXACT_TERMS // math.prod(kernel.shape[:2])):
+  window = kernel.shape[:-2]
+  for part in _parts(kernel.shape[-2], EXACT_TERMS // math.prod(window)):
     images = grouped[..., part]
-    own = _floats_after(grouped, kernel[:, :, part])
+    own = _floats_after(grouped, kernel[..., part, :])
     flat = images.reshape(*x.shape[:-1], -1)
     total += conv(flat, own, precision=HIGHEST).astype(jnp.int32)
-    columns += jnp.sum(own, (0, 1, 2)).astype(jnp.int32)
+    columns += jnp.sum(own, tuple(range(own.ndim - 1))).astype(jnp.int32)
     if of_x and groups == 1:
-      windows += _window_sums(_channel_sums(flat), kernel.shape[:2], strides, dilation)
+      windows += _window_sums(_channel_sums(flat), window, strides, dilation)
     elif of_x:
-      ones = jnp.ones((*kernel.shape[:2], 1, groups), jnp.float32)
+      ones = jnp.ones((*window, 1, groups), jnp.float32)
       sums = conv(_channel_sums(images)[..., 0].astype(jnp.float32), ones, precision=HIGHEST)
       windows += sums.astype(jnp.int32)
   return ExactSums(total, columns, windows if of_x else None)

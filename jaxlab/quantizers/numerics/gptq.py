@@ -4,6 +4,7 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 the steps of the authors' code. Per layer: accumulate the Hessian over calibration batches, then solve.
 
 >>> import jax, jax.numpy as jnp
+>>> from jaxlab.quantizers.numerics.hessians import accumulate_hessian, init_hessian
 >>> x = jax.random.normal(jax.random.key(0), (4, 16, 8))
 >>> kernel = jax.random.normal(jax.random.key(1), (8, 3))
 >>> state = accumulate_hessian(init_hessian(8), x)
@@ -16,25 +17,18 @@ already quantized blocks before it give.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.quantizers.numerics.affine import Bits, check_bits
+from jaxlab.quantizers.numerics.bit_widths import Bits, check_bits
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
-Padding = str | Sequence[tuple[int, int]]
-
-
-class HessianState(NamedTuple):
-  """`(2 / n) sum x x^T` over all tokens, with `n` the number of *sequences* (or images) so far."""
-
-  hessian: Array
-  sequences: Array
 
 
 class GPTQResult(NamedTuple):
@@ -68,64 +62,18 @@ class GPTQKernel(NamedTuple):
   group: Array
 
 
-def init_hessian(features: int, dtype: jnp.dtype = jnp.float32) -> HessianState:
-  """Returns the state before any batch, for inputs of so many features."""
-  return HessianState(jnp.zeros((features, features), dtype), jnp.zeros((), dtype))
-
-
-def accumulate_hessian(state: HessianState, x: Array) -> HessianState:
-  """Returns the state after a batch: `H <- H n / (n + t) + (2 / (n + t)) sum x x^T`.
-
-  Args:
-    state: from `init_hessian` or an earlier batch.
-    x: inputs of the layer: `[sequences, tokens..., features]`, or one sequence `[tokens, features]`; for a
-      convolution those of `unfold`. May be sharded: sums are global.
-  """
-  features = state.hessian.shape[0]
-  if x.ndim < 2 or x.shape[-1] != features:
-    raise ValueError(f'x of shape {x.shape}: expected [sequences, tokens, {features}].')
-  batch = x.shape[0] if x.ndim > 2 else 1
-  total = state.sequences + batch
-  rows = jnp.sqrt(2 / total) * x.reshape(-1, features).astype(state.hessian.dtype)
-  product = jnp.matmul(rows.T, rows, precision='highest')
-  return HessianState(state.hessian * (state.sequences / total) + product, total)
-
-
-def unfold(
-  x: Array,
-  kernel_size: tuple[int, int],
-  strides: tuple[int, int] = (1, 1),
-  padding: Padding = 'SAME',
-  dilation: tuple[int, int] = (1, 1),
-) -> Array:
-  """Returns the patches a convolution sees: `[batch, height, width, channels * window]`, channels slowest.
-
-  Args:
-    x: `[batch, height, width, channels]`.
-    kernel_size: height and width of the window.
-    strides: of the convolution.
-    padding: of the convolution.
-    dilation: of the kernel.
-  """
-  return jax.lax.conv_general_dilated_patches(
-    x,
-    kernel_size,
-    strides,
-    padding,
-    rhs_dilation=dilation,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-
-
 def row_params(
-  weight: Array, bits: Bits, *, symmetric: bool = False, mse: bool = False
+  weight: Array,
+  bits: Bits,
+  *,
+  symmetric: bool = False,
+  mse: bool = False,
+  one_sided: bool = False,
 ) -> tuple[Array, Array]:
   """Returns GPTQ's `(scale, zero_point)` over the last axis of `weight`, for codes `[0, 2^b - 1]`.
 
   The range always contains 0; a row of zeros has the range (-1, 1). Asymmetric: `s = (max - min) /
-  (2^b - 1)`, `z = round(-min / s)`. Symmetric: `min = -max|w|` if any element is negative, `z = 2^(b-1)`
-  whatever the range, so that without a negative element half of the codes do nothing.
+  (2^b - 1)`, `z = round(-min / s)`. Symmetric: `s = 2 max|w| / (2^b - 1)`, `z = 2^(b-1)`.
 
   Args:
     weight: `[..., in]`.
@@ -133,6 +81,8 @@ def row_params(
     symmetric: see above.
     mse: tries ranges of 1, 0.99, ..., 0.21 of the full one and takes the one with the least
       `sum |w - w_hat|^2.4`; of equal ones the first. `z` follows the range, except if symmetric.
+    one_sided: if symmetric, takes half of the step for a row without a negative element, as the authors' code
+      does: with the same `z` half of the codes do nothing there, and larger weights saturate.
   """
   weight = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
   high = jnp.asarray(2.0, weight.dtype) ** jnp.asarray(bits, weight.dtype) - 1
@@ -140,7 +90,7 @@ def row_params(
   high_end = jnp.maximum(jnp.max(weight, -1), 0)
   if symmetric:
     high_end = jnp.maximum(-low_end, high_end)
-    low_end = jnp.where(low_end < 0, -high_end, low_end)
+    low_end = jnp.where(low_end < 0, -high_end, low_end) if one_sided else -high_end
   empty = (low_end == 0) & (high_end == 0)
   low_end, high_end = jnp.where(empty, -1, low_end), jnp.where(empty, 1, high_end)
 
@@ -177,6 +127,7 @@ def gptq(
   *,
   symmetric: bool = False,
   mse: bool = False,
+  one_sided: bool = False,
   group_size: int | None = None,
   block_size: int = 128,
   damping: float = 0.01,
@@ -189,10 +140,11 @@ def gptq(
 
   Args:
     weight: `[out, in]`. An input that was always 0 (a zero on the Hessian's diagonal) gets weights of 0.
-    hessian: `[in, in]`, see `accumulate_hessian`.
+    hessian: `[in, in]`, see `hessians.accumulate_hessian`.
     bits: 2 to 16.
     symmetric: see `row_params`.
     mse: see `row_params`.
+    one_sided: see `row_params`.
     group_size: columns that share a scale; None: all. A group's parameters are computed when its first
       column is reached, from weights with the updates of the blocks *before* the current one.
     block_size: columns that are updated at once; the later ones are updated after each block. For a fixed
@@ -206,20 +158,32 @@ def gptq(
     ValueError: for shapes that do not fit, bits or damping out of range, non-finite input, or a Hessian
       that is not positive definite in spite of the damping.
   """
-  _check(weight, hessian, bits, group_size, block_size, damping)
-  result = _gptq(
-    weight,
-    hessian,
-    bits,
-    damping,
-    symmetric=symmetric,
-    mse=mse,
-    group_size=group_size,
-    block_size=min(block_size, weight.shape[1]),
-    act_order=act_order,
-    static_groups=static_groups,
-  )
-  if is_concrete(result.weight) and not np.all(np.isfinite(result.weight)):
+  flags = {
+    'symmetric': symmetric,
+    'mse': mse,
+    'one_sided': one_sided,
+    'group_size': group_size,
+    'block_size': block_size,
+    'act_order': act_order,
+    'static_groups': static_groups,
+  }
+  return _solved(_gptq, weight, weight.shape, hessian, bits, damping, flags)
+
+
+def _solved(
+  program: Callable[..., Any],
+  weight: Array,
+  shape: tuple[int, ...],
+  hessian: Array,
+  bits: Bits,
+  damping: Array,
+  flags: dict[str, Any],
+) -> Any:
+  """Returns what a jitted program finds for a weight, as a matrix of this shape; checks both."""
+  _check(weight, shape, hessian, bits, flags['group_size'], flags['block_size'], damping)
+  block_size = min(flags['block_size'], shape[1])
+  result = program(weight, hessian, bits, damping, **{**flags, 'block_size': block_size})
+  if is_concrete(result[0]) and not np.all(np.isfinite(result[0])):
     raise ValueError(
       f'The damped Hessian is not positive definite (damping={damping}): use more calibration data or a '
       f'larger damping.'
@@ -227,11 +191,11 @@ def gptq(
   return result
 
 
-def _check(weight, hessian, bits, group_size, block_size, damping) -> None:
+def _check(weight, shape, hessian, bits, group_size, block_size, damping) -> None:
   check_bits(bits, minimum=2)
-  if weight.ndim != 2 or hessian.shape != (weight.shape[-1],) * 2:
+  if len(shape) != 2 or hessian.shape != (shape[-1],) * 2:
     raise ValueError(
-      f'weight {weight.shape} and hessian {hessian.shape}: expected [out, in] and [in, in].'
+      f'weight {shape} and hessian {hessian.shape}: expected [out, in] and [in, in].'
     )
   if block_size < 1 or (group_size is not None and group_size < 1):
     raise ValueError(
@@ -244,7 +208,9 @@ def _check(weight, hessian, bits, group_size, block_size, damping) -> None:
       raise ValueError(f'{name} holds NaN or infinity: are weights and calibration data finite?')
 
 
-_FLAGS = ('symmetric', 'mse', 'group_size', 'block_size', 'act_order', 'static_groups')
+_FLAGS = (
+  'symmetric', 'mse', 'one_sided', 'group_size', 'block_size', 'act_order', 'static_groups',
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=_FLAGS)
@@ -256,6 +222,7 @@ def _gptq(
   *,
   symmetric: bool,
   mse: bool,
+  one_sided: bool,
   group_size: int | None,
   block_size: int,
   act_order: bool,
@@ -266,7 +233,8 @@ def _gptq(
   weight, hessian = weight.astype(dtype), hessian.astype(dtype)
   rows, columns = weight.shape
   high = jnp.asarray(2.0, dtype) ** jnp.asarray(bits, dtype) - 1
-  params = functools.partial(row_params, bits=bits, symmetric=symmetric, mse=mse)
+  rule = {'symmetric': symmetric, 'mse': mse, 'one_sided': one_sided}
+  params = functools.partial(row_params, bits=bits, **rule)
   # Without groups the range is that of the whole weight, dead inputs included.
   whole = params(weight[:, None]) if group_size is None else None
   group_size = group_size or columns
@@ -287,9 +255,11 @@ def _gptq(
   else:
     scales, zeros = params(grouped) if beforehand else (jnp.ones((rows, groups), dtype),) * 2
 
-  order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(columns)
-  weight, hessian = weight[:, order], hessian[order][:, order]
-  group_of = (order if static_groups else jnp.arange(columns)) // group_size
+  order = jnp.argsort(-diagonal, stable=True) if act_order else None
+  group_of = jnp.arange(columns) // group_size
+  if act_order:
+    weight, hessian = weight[:, order], hessian[order][:, order]
+    group_of = order // group_size if static_groups else group_of
   hessian = hessian + damping * jnp.mean(diagonal) * jnp.eye(columns, dtype=dtype)
   factor = jax.scipy.linalg.cho_factor(hessian, lower=True)
   inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(columns, dtype=dtype))
@@ -319,19 +289,20 @@ def _gptq(
         scale, zero = jax.lax.cond(
           starts,
           lambda: params(jax.lax.dynamic_slice_in_dim(outer, column, group_size, 1)),
-          lambda: (scales[:, group], zeros[:, group]),
+          lambda: (_column(scales, group), _column(zeros, group)),
         )
-        scales, zeros = scales.at[:, group].set(scale), zeros.at[:, group].set(zero)
-      scale, zero = scales[:, group], zeros[:, group]
-      code = _codes(block[:, i], scale, zero, high)
+        scales, zeros = _with_column(scales, scale, group), _with_column(zeros, zero, group)
+      scale, zero = _column(scales, group), _column(zeros, group)
+      own, row = _column(block, i), jax.lax.dynamic_slice_in_dim(upper_block, i, 1, 0)
+      code = _codes(own, scale, zero, high)
       value = (code - zero) * scale
-      error = (block[:, i] - value) / upper_block[i, i]
-      block = block - error[:, None] * upper_block[i]
+      error = (own - value) / _column(row, i)
+      block = block - error[:, None] * row
       return (
         block,
-        errors.at[:, i].set(error),
-        codes.at[:, column].set(code),
-        quantized.at[:, column].set(value),
+        _with_column(errors, error, i),
+        _with_column(codes, code, column),
+        _with_column(quantized, value, column),
         scales,
         zeros,
       )
@@ -346,14 +317,22 @@ def _gptq(
 
   carry = (weight, jnp.zeros_like(weight), jnp.zeros_like(weight), scales, zeros)
   _, codes, quantized, scales, zeros = jax.lax.fori_loop(0, blocks, visit_block, carry)
-  back = jnp.argsort(order)
+  quantized, codes, group_of = quantized[:, :columns], codes[:, :columns], group_of[:columns]
+  if act_order:
+    back = jnp.argsort(order)
+    quantized, codes, group_of = quantized[:, back], codes[:, back], group_of[back]
   return GPTQResult(
-    quantized[:, :columns][:, back].astype(given),
-    codes[:, :columns][:, back].astype(jnp.int32),
-    scales,
-    zeros,
-    group_of[:columns][back].astype(jnp.int32),
+    quantized.astype(given), codes.astype(jnp.int32), scales, zeros, group_of.astype(jnp.int32)
   )
+
+
+# Slices, not gathers and scatters, which XLA takes long to compile and to run on a CPU.
+def _column(matrix: Array, index: Array) -> Array:
+  return jax.lax.dynamic_slice_in_dim(matrix, index, 1, 1)[:, 0]
+
+
+def _with_column(matrix: Array, column: Array, index: Array) -> Array:
+  return jax.lax.dynamic_update_slice_in_dim(matrix, column[:, None], index, 1)
 
 
 def gptq_kernel(kernel: Array, hessian: Array, bits: Bits = 4, **options) -> GPTQKernel:
@@ -365,18 +344,27 @@ def gptq_kernel(kernel: Array, hessian: Array, bits: Bits = 4, **options) -> GPT
       grouped convolution call it for each group's kernel and inputs.)
     bits: 2 to 16.
     **options: see `gptq`.
+
+  Raises:
+    ValueError: as `gptq`.
+    TypeError: for an option that it does not have.
   """
-  return _flax_layout(gptq(_rows(kernel), hessian, bits, **options), kernel.shape)
+  known = gptq.__kwdefaults__
+  if unknown := [name for name in options if name not in known]:
+    raise TypeError(f'gptq_kernel has no option {", ".join(unknown)}; it has {", ".join(known)}.')
+  flags = {**known, **options}
+  shape = kernel.shape[-1], math.prod(kernel.shape[:-1])
+  return _solved(_gptq_kernel, kernel, shape, hessian, bits, flags.pop('damping'), flags)
 
 
-@jax.jit
-def _rows(kernel: Array) -> Array:
-  return jnp.moveaxis(kernel, -2, 0).reshape(-1, kernel.shape[-1]).T
-
-
-@functools.partial(jax.jit, static_argnames='shape')
-def _flax_layout(result: GPTQResult, shape: tuple[int, ...]) -> GPTQKernel:
-  *window, inputs, outputs = shape
+@functools.partial(jax.jit, static_argnames=_FLAGS)
+def _gptq_kernel(
+  kernel: Array, hessian: Array, bits: Bits, damping: Array, **flags: Any
+) -> GPTQKernel:
+  """Returns what `_gptq` finds, from and to Flax layout, by one program."""
+  *window, inputs, outputs = kernel.shape
+  rows = jnp.moveaxis(kernel, -2, 0).reshape(-1, outputs).T
+  result = _gptq(rows, hessian, bits, damping, **flags)
 
   def restore(matrix: Array) -> Array:
     return jnp.moveaxis(matrix.T.reshape(inputs, *window, outputs), 0, -2)
@@ -388,19 +376,6 @@ def _flax_layout(result: GPTQResult, shape: tuple[int, ...]) -> GPTQKernel:
     result.zero_point.T,
     result.group,
   )
-
-
-def output_error(weight: Array, quantized: Array, state: HessianState) -> Array:
-  """Returns `sum ||(W_hat - W) x||^2` over all calibration tokens, from the Hessian alone: a scalar.
-
-  Args:
-    weight: `[out, in]`.
-    quantized: `[out, in]`.
-    state: after all batches.
-  """
-  difference = (quantized - weight).astype(state.hessian.dtype)
-  product = jnp.matmul(difference, state.hessian, precision='highest')
-  return jnp.sum(product * difference) * state.sequences / 2
 
 
 def dequantize_groups(codes: Array, scale: Array, zero_point: Array, group: Array) -> Array:

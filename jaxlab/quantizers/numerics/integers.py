@@ -72,35 +72,42 @@ def integer_conv(
   x_zero_point: Array = 0,
   kernel_zero_point: Array | None = None,
   *,
-  strides: tuple[int, int] = (1, 1),
+  strides: Sequence[int] | None = None,
   padding: Padding = 'SAME',
-  dilation: tuple[int, int] = (1, 1),
+  dilation: Sequence[int] | None = None,
+  input_dilation: Sequence[int] | None = None,
   groups: int = 1,
 ) -> Array:
-  """Returns the int32 accumulator of a convolution of codes, NHWC: `[batch, height, width, out]`.
+  """Returns the int32 accumulator of a convolution of codes, e.g. NHWC: `[batch, height, width, out]`.
 
-  The image is padded with the code of 0, so that one constant per output channel corrects its zero point.
-  That of the kernel takes the sum of each window, a pass over the image without multiplications.
+  One to three spatial axes. The image is padded with the code of 0, so that one constant per output channel
+  corrects its zero point. That of the kernel takes the sum of each window, a pass over the image without
+  multiplications.
 
   Args:
-    x: int8 or uint8 codes `[batch, height, width, in]`.
-    kernel: int8 or uint8 codes `[height, width, in / groups, out]`.
+    x: int8 or uint8 codes `[batch, *positions, in]`.
+    kernel: int8 or uint8 codes `[*window, in / groups, out]`.
     x_zero_point: code of 0, a whole number that is itself a code, scalar.
     kernel_zero_point: whole numbers, scalar or `[out]`; None for symmetric weights.
-    strides: of the window.
-    padding: `'SAME'`, `'VALID'` or pairs for height and width.
-    dilation: of the kernel.
+    strides: of the window; None: 1.
+    padding: `'SAME'`, `'VALID'` or a pair for each spatial axis.
+    dilation: of the kernel; None: 1.
+    input_dilation: of the input; None: 1.
     groups: feature groups.
 
   Raises:
     ValueError: as `integer_dot`.
   """
-  if x.ndim != 4 or kernel.ndim != 4 or x.shape[-1] != kernel.shape[2] * groups:
+  rank = kernel.ndim - 2
+  if not 1 <= rank <= 3 or x.ndim != kernel.ndim or x.shape[-1] != kernel.shape[-2] * groups:
     raise ValueError(
-      f'x {x.shape} and kernel {kernel.shape}: expected [batch, height, width, in] and '
-      f'[height, width, in / {groups}, out].'
+      f'x {x.shape} and kernel {kernel.shape}: expected [batch, *positions, in] and '
+      f'[*window, in / {groups}, out] with one to three spatial axes.'
     )
-  inputs = int(np.prod(kernel.shape[:3]))
+  strides, dilation, input_dilation = (
+    tuple(each or (1,) * rank) for each in (strides, dilation, input_dilation)
+  )
+  inputs = int(np.prod(kernel.shape[:-1]))
   _check_sum(inputs, x, x_zero_point, kernel, kernel_zero_point)
   x, x_zero_point = _signed(x, x_zero_point, 'x')
   kernel, kernel_zero_point = _signed(kernel, kernel_zero_point, 'kernel')
@@ -110,9 +117,10 @@ def integer_conv(
       "rule='asymmetric_clipped', or with a range that contains 0."
     )
   if isinstance(padding, str):
-    window = [(size - 1) * d + 1 for size, d in zip(kernel.shape[:2], dilation, strict=True)]
-    padding = jax.lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-  edges = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+    window = [(size - 1) * d + 1 for size, d in zip(kernel.shape[:-2], dilation, strict=True)]
+    padding = jax.lax.padtype_to_pads(x.shape[1:-1], window, strides, padding)
+  inner = [(*pair, d - 1) for pair, d in zip(padding, input_dilation, strict=True)]
+  edges = [(0, 0, 0), *inner, (0, 0, 0)]
   x_zero_point = jnp.reshape(x_zero_point, ())
   x = jax.lax.pad(x, x_zero_point.astype(jnp.int8), edges)
   of_x = kernel_zero_point is not None

@@ -16,14 +16,18 @@ a step of a learning rate is not rounded away.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab.quantizers.numerics.affine import Bits, check_bits, code_range
-from jaxlab.quantizers.numerics.rounding import clip_inclusive, round_straight_through
+from jaxlab.quantizers.numerics.bit_widths import Bits, check_bits, code_range
+from jaxlab.quantizers.numerics.rounding import (
+  clip_inclusive,
+  round_straight_through,
+  widen,
+)
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -48,27 +52,43 @@ def _scale_gradient_jvp(primals, tangents):
   return jnp.asarray(x), (tangents[0] * factor).astype(jnp.result_type(x))
 
 
-def lsq_scale(x: Array, high: Array, axis: int | None = None) -> Array:
+def lsq_scale(
+  x: Array,
+  high: Array,
+  axis: int | tuple[int, ...] | None = None,
+  *,
+  on_zeros: Literal['error', 'mean'] = 'error',
+) -> Array:
   """Returns LSQ's first step `2 mean|x| / sqrt(Q_p)` (Esser et al. 2020, section 2.1).
 
   Args:
     x: float array: the weights, or the activations of a first batch.
     high: the highest code `Q_p`, > 0.
-    axis: the channel axis, for a step of each channel (its own mean); None for one step.
+    axis: the channel axis or axes, for a step of each channel (its own mean); None for one step.
+    on_zeros: what becomes of a channel of zeros alone, for which there is no step: `'error'`, or `'mean'`,
+      which gives it the mean of the other channels' steps, so that it can be learned.
 
   Returns:
     Step in at least float32: `[1, ..., channels, ..., 1]`, or of one element with all dimensions kept.
 
   Raises:
-    ValueError: for concrete `x` that is not finite or has a channel of zeros alone, for which there is
-      no step, or if `high` is not positive.
+    ValueError: for concrete `x` that is not finite, or has a channel of zeros alone (`on_zeros='mean'`: is
+      all zeros), or if `high` is not positive.
   """
-  x = _widen(x)
+  x = widen(x)
   _check_high(high)
-  if axis is not None and not -x.ndim <= axis < x.ndim:
-    raise ValueError(f'axis={axis} is not an axis of a tensor with {x.ndim} dimensions.')
-  axes = tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+  if on_zeros not in ('error', 'mean'):
+    raise ValueError(f"on_zeros={on_zeros!r}; choose 'error' or 'mean'.")
+  channels = () if axis is None else axis if isinstance(axis, tuple) else (axis,)
+  for own in channels:
+    if not -x.ndim <= own < x.ndim:
+      raise ValueError(f'axis={own} is not an axis of a tensor with {x.ndim} dimensions.')
+  kept = {own % x.ndim for own in channels}
+  axes = tuple(i for i in range(x.ndim) if i not in kept)
   scale = 2 * jnp.mean(jnp.abs(x), axes, keepdims=True) / jnp.sqrt(jnp.asarray(high, x.dtype))
+  if on_zeros == 'mean':
+    mean = jnp.sum(scale) / jnp.maximum(jnp.sum(scale > 0), 1)
+    scale = jnp.where(scale == 0, mean, scale)
   good = (np.asarray(scale) > 0) & np.isfinite(scale) if is_concrete(scale) else True
   if not np.all(good):
     bad = np.flatnonzero(~good)
@@ -108,10 +128,10 @@ def lsq_fake_quantize(
     ValueError: if `high` is not positive (one signed bit).
   """
   _check_high(high)
-  wide = _widen(x)
+  wide = widen(x)
   low, high = jnp.asarray(low, wide.dtype), jnp.asarray(high, wide.dtype)
   if grad_factor is None:
-    grad_factor = jax.lax.rsqrt(x.size * high)
+    grad_factor = jax.lax.rsqrt(float(x.size) * high)
   scale = jnp.asarray(scale, wide.dtype)
   if floor is not None:
     scale = clip_inclusive(scale, floor, jnp.inf)
@@ -166,7 +186,7 @@ def lsq_plus_fake_quantize(
     high: highest code.
     grad_factor: for example `1 / sqrt(N (high - low))`.
   """
-  wide = _widen(x)
+  wide = widen(x)
   low, high = jnp.asarray(low, wide.dtype), jnp.asarray(high, wide.dtype)
   scale = scale_gradient(jnp.asarray(scale, wide.dtype), grad_factor)
   zero_point = scale_gradient(jnp.asarray(zero_point, wide.dtype), grad_factor)
@@ -214,7 +234,7 @@ def pact_fake_quantize(
   check_bits(bits, minimum=2 if signed and not wide else 1)
   levels = 2.0 ** jnp.asarray(bits, jnp.float32)
   high = levels / 2 - 1 if signed and not wide else levels - 1
-  x_wide = _widen(x)
+  x_wide = widen(x)
   alpha = jnp.asarray(alpha, x_wide.dtype)
   return _pact(x_wide, alpha, high.astype(x_wide.dtype), signed).astype(x.dtype)
 
@@ -241,7 +261,7 @@ def pact_penalty(alphas: PyTree, weight: float = 1e-4) -> Array:
   1e-4 is the weight in SSQL's toolbox; the term is added to the loss, so that the gradient is
   `2 * weight * alpha`.
   """
-  return weight * sum(jnp.sum(jnp.square(_widen(alpha))) for alpha in jax.tree.leaves(alphas))
+  return weight * sum(jnp.sum(jnp.square(widen(alpha))) for alpha in jax.tree.leaves(alphas))
 
 
 def dorefa_weights(weight: Array, bits: Bits) -> Array:
@@ -256,7 +276,7 @@ def dorefa_weights(weight: Array, bits: Bits) -> Array:
     bits: 2 to 16 (one bit is another function there: the sign); may be traced.
   """
   check_bits(bits, minimum=2)
-  bounded = jnp.tanh(_widen(weight))
+  bounded = jnp.tanh(widen(weight))
   largest = jnp.max(jnp.abs(bounded))
   unit = bounded / (2 * jnp.where(largest == 0, 1, largest)) + 0.5
   out = 2 * _unit_quantize(unit, bits) - 1
@@ -266,7 +286,7 @@ def dorefa_weights(weight: Array, bits: Bits) -> Array:
 def dorefa_activations(x: Array, bits: Bits) -> Array:
   """Returns `Q_b(clip(x, 0, 1))`, gradient 1 where `0 <= x <= 1`, else 0 (DoReFa-Net, section 2.4)."""
   check_bits(bits)
-  return _unit_quantize(clip_inclusive(_widen(x), 0.0, 1.0), bits).astype(x.dtype)
+  return _unit_quantize(clip_inclusive(widen(x), 0.0, 1.0), bits).astype(x.dtype)
 
 
 def dorefa_mean_weights(weight: Array, bits: Bits, axis: int = -1) -> Array:
@@ -282,7 +302,7 @@ def dorefa_mean_weights(weight: Array, bits: Bits, axis: int = -1) -> Array:
     axis: the output channel: last in Flax kernels.
   """
   check_bits(bits, minimum=2)
-  wide = _widen(weight)
+  wide = widen(weight)
   axes = tuple(i for i in range(wide.ndim) if i != axis % wide.ndim)
   return _dorefa_mean(wide, bits, axes).astype(weight.dtype)
 
@@ -320,7 +340,7 @@ def dorefa_scaled_activations(
     slope: 0.1 in the toolbox.
   """
   check_bits(bits)
-  unit = clip_inclusive(slope * _widen(x) + offset, 0.0, 1.0)
+  unit = clip_inclusive(slope * widen(x) + offset, 0.0, 1.0)
   return (_unit_quantize(unit, bits) - offset).astype(x.dtype)
 
 
@@ -329,10 +349,6 @@ def _unit_quantize(unit: Array, bits: Bits) -> Array:
   _, high = code_range(bits, signed=False)
   high = high.astype(unit.dtype)
   return round_straight_through(unit * high) / high
-
-
-def _widen(x: Array) -> Array:
-  return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def _check_high(high: Array) -> None:

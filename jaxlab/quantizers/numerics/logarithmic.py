@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlab.quantizers.numerics.affine import Bits, check_bits
+from jaxlab.quantizers.numerics.bit_widths import Bits, check_bits
 from jaxlab.quantizers.numerics.quantiles import select_quantiles
+from jaxlab.quantizers.numerics.rounding import widen
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -44,7 +45,7 @@ def log2_quantize(x: Array, bits: Bits, dtype: jnp.dtype = jnp.int32) -> Array:
     ValueError: for `bits` out of range, or if `dtype` does not hold `2^b`.
   """
   _check(x, bits, dtype)
-  return _log2_codes(_widen(x), bits).astype(dtype)
+  return _log2_codes(widen(x), bits).astype(dtype)
 
 
 def log2_dequantize(codes: Array, bits: Bits, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -61,7 +62,7 @@ def log2_fake_quantize(x: Array, bits: Bits) -> Array:
   `x_hat / x` where `0 <= round(-log2 x) <= 2^b - 1`, else 0. (FQ-ViT's own code has no gradient.)
   """
   _check(x, bits)
-  return _log2_fake_quantize(_widen(x), bits).astype(x.dtype)
+  return _log2_fake_quantize(widen(x), bits).astype(x.dtype)
 
 
 def log_sqrt2_scale(
@@ -83,7 +84,7 @@ def log_sqrt2_scale(
   _check(x, bits)
   if not quantiles or any(not 0 < q <= 1 for q in quantiles):
     raise ValueError(f'quantiles={quantiles} must lie in (0, 1], at least one.')
-  x = _widen(x)
+  x = widen(x)
   candidates = select_quantiles(x, quantiles).reshape(-1)
   errors = jax.lax.map(
     lambda scale: jnp.mean(jnp.square(x - _log_sqrt2_fake_quantize(x, scale, bits))), candidates
@@ -112,7 +113,7 @@ def log_sqrt2_quantize(x: Array, scale: Array, bits: Bits, dtype: jnp.dtype = jn
     ValueError: for `bits` out of range, or if `dtype` does not hold `2^b`.
   """
   _check(x, bits, dtype)
-  return _log_sqrt2_codes(_widen(x), scale, bits).astype(dtype)
+  return _log_sqrt2_codes(widen(x), scale, bits).astype(dtype)
 
 
 def log_sqrt2_dequantize(
@@ -140,7 +141,7 @@ def log_sqrt2_fake_quantize(x: Array, scale: Array, bits: Bits) -> Array:
     bits: 1 to 16; may be traced.
   """
   _check(x, bits)
-  return _log_sqrt2_fake_quantize(_widen(x), scale, bits).astype(x.dtype)
+  return _log_sqrt2_fake_quantize(widen(x), scale, bits).astype(x.dtype)
 
 
 def _check(x: Array, bits: Bits, dtype: jnp.dtype | None = None) -> None:
@@ -152,10 +153,6 @@ def _check(x: Array, bits: Bits, dtype: jnp.dtype | None = None) -> None:
       f'dtype={jnp.dtype(dtype).name} does not hold the code {2**bits}, which stands for 0 with '
       f'{bits} bits.'
     )
-
-
-def _widen(x: Array) -> Array:
-  return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def _zero_code(bits: Bits) -> Array:

@@ -12,6 +12,7 @@ optax: `init()` gives a state, `update(state, x)` the next one, `range(state)` i
 [-1.0, 3.0]
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,14 +22,15 @@ import jax.numpy as jnp
 from jaxlab.quantizers.numerics.affine import (
   AffineParams,
   AffineQuantizer,
-  Bits,
   affine_fake_quantize,
   cut_groups,
   min_max,
   params_from_range,
   reduction_axes,
 )
+from jaxlab.quantizers.numerics.bit_widths import Bits
 from jaxlab.quantizers.numerics.quantiles import select_quantiles
+from jaxlab.quantizers.numerics.rounding import widen
 from jaxlab.quantizers.numerics.row_sums import Rows, rows_of, whole
 
 Array = jax.Array
@@ -76,7 +78,7 @@ def _observer(
     return jax.tree.map(lambda a, shape: jnp.full(shape.shape, a, shape.dtype), state, shapes)
 
   def update(state: RangeState, x: Array) -> RangeState:
-    x = jax.lax.stop_gradient(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(jax.lax.stop_gradient(x))
     low, high = min_max(quantizer, x)
     seen_low, seen_high = (
       jnp.minimum(state.seen_minimum, low),
@@ -123,7 +125,7 @@ def averaged_min_max_observer(quantizer: AffineQuantizer, momentum: float = 0.99
   """
   if quantizer.granularity not in ('tensor', 'channel'):
     raise ValueError(f"granularity={quantizer.granularity!r}: expected 'tensor' or 'channel'.")
-  channels = AffineQuantizer(quantizer.bits, quantizer.rule, 'channel', quantizer.axis)
+  channels = dataclasses.replace(quantizer, granularity='channel')
 
   def estimate(state, x, low, high):
     low, high = _averaged(state, *min_max(channels, x), momentum)
@@ -164,7 +166,7 @@ def quantile_observer(
     raise ValueError(f'quantile={quantile} must lie in (0.5, 1].')
 
   def estimate(state, x, low, high):
-    bounds = select_quantiles(_wide(x), [1 - quantile, quantile])
+    bounds = select_quantiles(widen(x), [1 - quantile, quantile])
     low, high = bounds.reshape(2, *(1,) * x.ndim)
     return _averaged(state, low, high, momentum)
 
@@ -179,7 +181,7 @@ def top_k_percentile_range(
   `k = int(fraction * n + 0.5)` with `n` all elements, divided (rounded down) by the number of scales;
   `k = 0` cuts nothing. To use it over several batches hand in their concatenation. (SSQL's toolbox.)
   """
-  x = _wide(x)
+  x = widen(x)
   low, high = min_max(quantizer, x)
   size = x.size
   x = cut_groups(quantizer, x)
@@ -191,11 +193,6 @@ def top_k_percentile_range(
     return low, high
   bound = jax.lax.top_k(flat, k)[0][..., -1].reshape(low.shape)
   return jnp.maximum(low, -bound), jnp.minimum(high, bound)
-
-
-def _wide(x: Array) -> Array:
-  """Returns `x` in at least float32: errors of candidates differ by less than bfloat16 resolves."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _squared_error(
@@ -219,9 +216,9 @@ def mse_range(
   """Returns the shrunk range with the least squared error of the fake-quantized tensor (OMSE, FQ-ViT).
 
   Candidate `i` is `(1 - step * i) * (min, max)`, `i = 0 .. candidates - 1`; the first of equal ones wins.
-  Each scale is searched on its own. `rule='asymmetric_clipped'` is the reference's.
+  Each scale is searched on its own. `rule='asymmetric_clipped'` with `hold_zero=False` is the reference's.
   """
-  x = _wide(x)
+  x = widen(x)
   low, high = min_max(quantizer, x)
   x = cut_groups(quantizer, x)
 
@@ -256,7 +253,7 @@ def mse_ternary_range(
   """
   if quantizer.granularity != 'tensor':
     raise ValueError(f"granularity={quantizer.granularity!r}: this search is for 'tensor' alone.")
-  x = _wide(x)
+  x = widen(x)
   low, high = min_max(quantizer, x)
 
   def error(percent: Array) -> Array:
@@ -308,7 +305,7 @@ def percentile_range(
   """
   if not quantiles or any(not 0.5 < q <= 1 for q in quantiles):
     raise ValueError(f'quantiles={quantiles} must lie in (0.5, 1], at least one.')
-  x = cut_groups(quantizer, _wide(x))
+  x = cut_groups(quantizer, widen(x))
   axes = reduction_axes(quantizer, x.ndim - (quantizer.granularity == 'group'))
   bounds = select_quantiles(x, [1 - p for p in quantiles] + list(quantiles), axes)
   return best_candidate(quantizer, x, bits, bounds, axes)
@@ -362,7 +359,9 @@ def _candidate_errors(x: Array, params: AffineParams, axes: Sequence[int]) -> Ar
   )
 
 
-def power_of_two_factor(x: Array, bits: Bits = 8, factors: int = 4) -> AffineParams:
+def power_of_two_factor(
+  x: Array, bits: Bits = 8, factors: int = 4, *, hold_zero: bool = True
+) -> AffineParams:
   """Returns per-channel scales `s1 * 2^k_c` for the input of a LayerNorm (PTF, FQ-ViT).
 
   `s8 = (max - min) / (2^b - 1)` over the whole tensor, `s1 = s8 / 2^(factors - 1)`; each channel of the
@@ -373,10 +372,11 @@ def power_of_two_factor(x: Array, bits: Bits = 8, factors: int = 4) -> AffinePar
     x: `[..., channels]`.
     bits: code width.
     factors: number of powers tried.
+    hold_zero: widens the range to hold 0, see `AffineQuantizer`; False is FQ-ViT's.
   """
-  tensor = AffineQuantizer(rule='asymmetric_clipped')
+  tensor = AffineQuantizer(rule='asymmetric_clipped', hold_zero=hold_zero)
   coarse = params_from_range(tensor, *min_max(tensor, x), bits)
-  channel = AffineQuantizer(rule='asymmetric_clipped', granularity='channel')
+  channel = dataclasses.replace(tensor, granularity='channel')
   scales = [coarse.scale / 2 ** (factors - 1 - k) for k in range(factors)]
   errors = jnp.stack([_squared_error(channel, x, coarse.replace(scale=scale)) for scale in scales])
   choice = jnp.argmin(errors, axis=0)

@@ -22,8 +22,9 @@ class QuantizedArray(flax.struct.PyTreeNode):
   """Codes of an affine quantizer in as few bytes as they take, with what gives their values back.
 
   Attributes:
-    codes: up to 4 bits two a byte along the second last axis (the last of a vector), uint8; up to 8 bits
-      int8 or uint8; else int16 or uint16. (2 and 3 bits take 4.)
+    codes: up to 4 bits two a byte along the second last axis (the last of a vector, and where the second last
+      has one element, as in depthwise kernels), uint8; up to 8 bits int8 or uint8; else int16 or uint16. (2
+      and 3 bits take 4.)
     scale: as in `AffineParams`, in its dtype.
     zero_point: the same; None for symmetric rules.
     quantizer: static choices.
@@ -41,6 +42,8 @@ class QuantizedArray(flax.struct.PyTreeNode):
     if self.quantizer.bits > 4:
       return self.codes
     axis = _packed_axis(self.shape)
+    if self.codes.shape == self.shape and self.shape[axis] > 1:
+      axis = -2  # written when one element was packed alone
     return unpack_int4(self.codes, self.shape[axis], axis=axis, signed=self.quantizer.signed)
 
   def dequantize(self, dtype: jnp.dtype = jnp.float32) -> Array:
@@ -86,8 +89,7 @@ def store(
   codes = affine.quantize(
     quantizer, x, params, jnp.dtype(f'{"" if quantizer.signed else "u"}int{width}')
   )
-  if quantizer.bits <= 4:
-    codes = pack_int4(codes, _packed_axis(x.shape))
+  codes = pack_codes(codes, quantizer.bits)
   zero_point = None if quantizer.signed else params.zero_point
   return QuantizedArray(codes, params.scale, zero_point, quantizer, tuple(x.shape))
 
@@ -96,5 +98,10 @@ def _differ(a: Array, b: Array) -> bool:
   return is_concrete(a) and is_concrete(b) and np.any(np.asarray(a) != np.asarray(b))
 
 
+def pack_codes(codes: Array, bits: int) -> Array:
+  """Returns codes of so many bits as a `QuantizedArray` holds them."""
+  return pack_int4(codes, _packed_axis(codes.shape)) if bits <= 4 else codes
+
+
 def _packed_axis(shape: tuple[int, ...]) -> int:
-  return -2 if len(shape) > 1 else -1
+  return -2 if len(shape) > 1 and shape[-2] > 1 else -1

@@ -1,5 +1,6 @@
 import functools
 
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,29 +164,17 @@ def test_anything_between_blocks_and_their_other_arguments_are_followed():
     done.append(path)
 
 
-def compilations(fn):
-  """Number of programs that XLA compiles, or loads from a cache, while `fn` runs."""
-  count = []
-
-  def listen(name, *args, **kwargs):
-    if name == '/jax/core/compile/backend_compile_duration':
-      count.append(name)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    fn()
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
-  return len(count)
-
-
 @pytest.mark.parametrize('method', [QwT(), QwTv2(), NBC()])
 def test_blocks_of_one_shape_are_compiled_once(method):
   run = lambda depth: compensate(small_vit(depth)[1], BATCHES[:2], method, **FLOAT)  # noqa: E731
   small_vit(5)
   run(2)  # what jitted library functions compile once and for all
-  shallow, deep = (compilations(lambda d=depth: run(d)) for depth in (2, 5))
-  assert 0 < deep <= shallow
+  totals = []
+  for depth in (2, 5):
+    with compilations.counted() as count:
+      run(depth)
+    totals.append(count.total())
+  assert 0 < totals[1] <= totals[0]
 
 
 def test_device_memory_does_not_grow_with_the_number_of_batches(monkeypatch):
@@ -232,6 +221,30 @@ def test_convolutional_blocks_are_compensated_in_groups_and_strides():
   assert np.all(result.report.error_after <= result.report.error_before * (1 + 1e-6))
   assert not np.all(result.report.skipped)  # R^2 around the mean of the batch alone may be negative
   assert logit_error(variables, result, x) < logit_error(variables, quantized, x)
+
+
+@pytest.mark.parametrize(
+  ('method', 'match'),
+  [
+    (QwT(channels_per_group=4), 'layer2_0: 2 groups .* do not divide 8 input and 15 output'),
+    (NBC(channels_per_group=4), 'layer2_0: 2 groups .* do not divide 8 input and 15 output'),
+    (QwT(kernel_size=2), 'layer1_0: kernel_size=2: expected an odd size'),
+    (QwT(kind='linear'), 'layer2_0: .* a linear compensation needs one input token per output'),
+    (QwTv2('block', held_out=True), 'layer1_0: held_out=True needs at least two'),
+    (QwTv2(modules='nothing'), "No layer of 'layer1_0' is one to compensate"),
+  ],
+)
+def test_what_cannot_be_compensated_is_said_before_any_work(method, match, monkeypatch):
+  model = ResNet(stage_sizes=(1, 1), width=8, widths=(8, 15), stem='cifar', num_classes=3)
+  x = random_images((8, 8, 8, 3))
+  _, quantized = quantize(model, x)
+
+  def work(*_):
+    raise AssertionError('a block was run')
+
+  monkeypatch.setattr('jaxlab.quantizers.compensation.driver.Stream.advance', work)
+  with pytest.raises(ValueError, match=match):
+    compensate(quantized, [x], method, **FLOAT)
 
 
 def test_start_block_leaves_the_blocks_before_alone():

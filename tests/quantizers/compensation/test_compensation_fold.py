@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from models.random_variables import random_images, random_variables
 
 from jaxlab import models, quantizers
@@ -70,3 +71,37 @@ def test_what_is_no_scale_and_shift_of_a_layer_is_refused():
     found = compensation.compensate(quantized, [X], method, dtype=jnp.float32)
     with pytest.raises(ValueError, match="'blocks_0' cannot be folded"):
       compensation.fold_compensation(found)
+
+
+class Up(nn.Module):
+  """A block whose layer has its outputs on the second last axis of the kernel."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.ConvTranspose(3, (3, 3), transpose_kernel=True, name='up')(x)
+    return nn.relu(x)
+
+
+class Ups(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return Up(name='block')(x)
+
+
+def test_transposed_kernels_are_scaled_on_the_axis_of_their_outputs():
+  model = Ups()
+  quantized = quantizers.percentile_ptq(
+    model, random_variables(model, X), X, quantizers.uniform_rules(3)
+  )
+  method = compensation.QwTv2(recalibrate=False)
+  before = compensation.compensate(quantized, [X], method, blocks='block', dtype=jnp.float32)
+  tree = jax.tree.map(lambda a: a * jnp.array([1.0, -2.0, 0.5]), before.variables['compensation'])
+  before = before.update(compensation=tree)
+  after = compensation.fold_compensation(before)
+  np.testing.assert_allclose(after(X), before(X), rtol=1e-4, atol=1e-5)
+  codes = [
+    network.variables['params']['block']['up']['kernel']
+    / network.variables['quantization']['block']['up']['kernel']['scale']
+    for network in (before, after)
+  ]
+  np.testing.assert_allclose(*codes, rtol=1e-4, atol=1e-4)

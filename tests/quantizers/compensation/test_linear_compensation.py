@@ -56,6 +56,32 @@ def test_linear_fit_agrees_with_reference(vectors, x64):
       assert_close(solved.r2, vectors['out_r2'], 1e-9 if x64 else 1e-5)
 
 
+@golden('gplq', 'qwt_compensation')
+@BOTH
+def test_ridge_without_bias_and_least_squares_with_one_agree_with_reference(vectors, x64):
+  rtol = 1e-9 if x64 else 5e-6
+  with jax.enable_x64(x64):
+    x, err = (jnp.asarray(vectors[f'in_{name}'], float) for name in ('x', 'residual'))
+    ridge = vectors['hp_ridge'].item()
+    solved = fit_linear_compensation(x, err, ridge, bias=False)
+    assert_close(solved.weight, vectors['out_ridge_weight'], rtol)
+    assert not np.any(solved.bias)
+    solved = fit_linear_compensation(x, err)
+    assert_close(solved.weight, vectors['out_ols_weight'], rtol)
+    assert_close(solved.bias, vectors['out_ols_bias'], rtol)
+    assert_close(solved.r2, vectors['out_ols_r2'], rtol)
+
+
+def test_the_bias_may_be_left_out_of_the_penalty():
+  with jax.enable_x64(True):
+    x, err = rows(dtype=np.float64)
+    solved = fit_linear_compensation(x, err + 5, 30.0, penalize_bias=False)
+    a, b = x - x.mean(0), err - err.mean(0)
+    weight = np.linalg.solve(a.T @ a + 30 * np.eye(6), a.T @ b)
+    assert_close(solved.weight, weight, 1e-9)
+    assert_close(solved.bias, (err + 5).mean(0) - x.mean(0) @ weight, 1e-9)
+
+
 @golden('qwt', 'conv_regression')
 @BOTH
 def test_convolutional_fit_agrees_with_reference(vectors, x64):

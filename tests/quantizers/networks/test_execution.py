@@ -256,7 +256,10 @@ def test_constant_channels_keep_their_value():
   model, variables, x, _ = pair()
   variables['params']['first']['kernel'][:, 3] = -1.7
   quantized = percentile_ptq(model, variables, x, uniform_rules(8, 8))
-  assert quantized.variables['quantization']['first']['kernel']['scale'][3] == 0
+  codes = quantized.variables['quantization']['first']['kernel']
+  np.testing.assert_allclose(codes['scale'][3] * 255, 1.7, rtol=1e-6)
+  own = quantized.variables['params']['first']['kernel']
+  np.testing.assert_allclose(own[:, 3], -1.7, rtol=1e-6)
   assert_close(run(integer_network(quantized), x), run(quantized, x), 0.01)
   kernel = integer_network(quantized).variables['integers']['first']['kernel']
   np.testing.assert_array_equal(
@@ -318,16 +321,16 @@ def test_layers_without_integers_say_why():
   }
 
 
-class Circular(nn.Module):
+class Transposed(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return nn.Conv(2, (3, 3), padding='CIRCULAR', name='fc')(x)
+    return nn.ConvTranspose(2, (3, 3), name='fc')(x)
 
 
-class General(nn.Module):
+class Masked(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return nn.DenseGeneral(2, name='fc')(x)
+    return nn.Conv(2, (3,), mask=jnp.ones((3, 2, 2)), name='fc')(x)
 
 
 def run_by_hand(model, kernel, x):
@@ -357,12 +360,12 @@ def load_plain(path):
       "no collection 'integers': call what `integer_network` returns",
     ),
     (
-      lambda _: run_by_hand(Circular(), jnp.ones((3, 3, 2, 2)), jnp.ones((1, 4, 4, 2))),
-      "'fc' .Conv. has no integer form: its padding is CIRCULAR. Give its kernel no bits",
+      lambda _: run_by_hand(Masked(), jnp.ones((3, 2, 2)), jnp.ones((1, 4, 2))),
+      "'fc' .Conv. has no integer form: it has a mask. Give its kernel no bits",
     ),
     (
-      lambda _: run_by_hand(General(), jnp.ones((3, 2)), jnp.ones((1, 3))),
-      "'fc' .DenseGeneral. has no integer form: only nn.Dense and nn.Conv",
+      lambda _: run_by_hand(Transposed(), jnp.ones((3, 3, 2, 2)), jnp.ones((1, 3, 3, 2))),
+      "'fc' .ConvTranspose. has no integer form: only nn.Dense, nn.DenseGeneral and nn.Conv",
     ),
     (lambda path: load_plain(path / 'a.safetensors'), "holds no 'integers'"),
     (lambda path: execution.save_integer_network(path / 'a', pair()[-1]), 'not in integers'),

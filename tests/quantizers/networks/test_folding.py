@@ -9,6 +9,7 @@ from golden_vectors import assert_close, golden
 from jaxlab import models
 from jaxlab.models import Anatomy, Norm
 from jaxlab.models.normalization import BatchNorm
+from jaxlab.quantizers import find_layers
 from jaxlab.quantizers.networks import folding
 
 
@@ -127,6 +128,51 @@ def test_bfloat16_kernels_are_folded_in_float32():
     kernel.astype(jnp.float32), None, 3 * ones, ones, ones, ones
   )
   np.testing.assert_array_equal(folded, expected.astype(jnp.bfloat16))
+
+
+class Up(nn.Module):
+  """A convolution and a transposed one, each with a norm, all of equally many channels."""
+
+  transpose_kernel: bool
+  width: int = 4
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Conv(4, (3, 3), name='conv1')(x)
+    x = nn.relu(BatchNorm(name='bn1')(x, False))
+    options = {'strides': (2, 2), 'transpose_kernel': self.transpose_kernel}
+    x = nn.ConvTranspose(self.width, (3, 3), name='conv2', **options)(x)
+    return BatchNorm(name='bn2')(x, False)
+
+
+@pytest.mark.parametrize('width', [4, 5])
+@pytest.mark.parametrize('transpose_kernel', [True, False])
+def test_transposed_convolutions_are_folded_on_the_axis_of_their_outputs(transpose_kernel, width):
+  model = Up(transpose_kernel, width)
+  x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+  variables = randomized(jax.jit(model.init)(jax.random.key(1), x), 2)
+  expected = model.apply(variables, x)
+  trees, pairs = (variables['params'], variables['batch_stats']), [(r'conv(\d)', r'bn\1')]
+  axis = -2 if transpose_kernel else -1
+  told = Anatomy(norms=[Norm('bn1', 'conv1', axis=-1), Norm('bn2', 'conv2', axis=axis)])
+  for args, options in (
+    (pairs, {'layers': find_layers(model, variables, x)}),
+    (told, {}),
+    (Anatomy(norms=[Norm('bn2', 'conv2')]), {'layers': find_layers(model, variables, x)}),
+  ):
+    params, stats = folding.fold_batch_norms(*trees, args, **options)
+    actual = model.apply({'params': params, 'batch_stats': stats}, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert np.all(stats['bn2']['mean'] == 0)
+  untold = [('conv2', 'bn2')], Anatomy(norms=[Norm('bn2', 'conv2')])
+  for args in untold:
+    if width == 4:
+      with pytest.raises(ValueError, match=r"'conv2' has as many inputs as outputs, .*find_layers"):
+        folding.fold_batch_norms(*trees, args)
+    else:  # the numbers of channels tell
+      params, stats = folding.fold_batch_norms(*trees, args)
+      actual = model.apply({'params': params, 'batch_stats': stats}, x)
+      np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 PARAMS = {'fc1': {'kernel': jnp.ones((2, 3))}, 'fc2': {'kernel': jnp.ones((3, 3))}}

@@ -18,10 +18,9 @@ from jaxlab.quantizers.networks.gptq import gptq_array, gptq_ptq
 from jaxlab.quantizers.networks.storage import load_quantized, save_quantized, size_in_bytes
 from jaxlab.quantizers.numerics.gptq import (
   GPTQKernel,
-  accumulate_hessian,
   gptq_kernel,
-  init_hessian,
 )
+from jaxlab.quantizers.numerics.hessians import accumulate_hessian, init_hessian
 
 LLAMA = {
   'width': 16, 'depth': 2, 'num_heads': 4, 'num_kv_heads': 2, 'hidden': 24, 'vocab_size': 11

@@ -142,6 +142,23 @@ def test_wrong_rules_and_kernels_are_refused():
     lsq(MODEL, {'params': params}, jnp.zeros((2, 8, 8, 1)), rules)
   with pytest.raises(ValueError, match=r'must lie in \[2, 8\]'):
     learned_network(9)
-  kernel = params['conv2']['kernel'].at[..., 3].set(0)
-  with pytest.raises(ValueError, match=r'conv2: .*channels \[3\]'):
+  kernel = 0 * params['conv2']['kernel']
+  with pytest.raises(ValueError, match=r'conv2: No positive finite step'):
     learned_network(3, {**params, 'conv2': {**params['conv2'], 'kernel': kernel}})
+  rules = uniform_rules(3, 3, path=MIDDLE, learned=True)
+  dead = {**params, 'conv1': {name: 0 * leaf for name, leaf in params['conv1'].items()}}
+  dead['conv1']['kernel'] += 1e-30  # a kernel that has a step, and outputs that are 0
+  dead['conv1']['bias'] -= 1
+  with pytest.raises(ValueError, match="input of 'conv2' has no step: it is all zeros"):
+    lsq(MODEL, {'params': dead}, digits('train')[0][:4], rules)
+
+
+def test_a_dead_channel_has_the_mean_step_and_the_others_theirs():
+  params = float_params()
+  kernel = params['conv2']['kernel'].at[..., 3].set(0)
+  network = learned_network(3, {**params, 'conv2': {**params['conv2'], 'kernel': kernel}})
+  steps = np.ravel(network.variables['lsq']['conv2']['kernel'])
+  expected = 2 * np.mean(np.abs(np.asarray(kernel, np.float64)), (0, 1, 2)) / np.sqrt(3)
+  expected[3] = np.delete(expected, 3).mean()
+  np.testing.assert_allclose(steps, expected, rtol=1e-5)
+  assert np.all(np.asarray(network.unbind()[0]['params']['conv2']['kernel'])[..., 3] == 0)

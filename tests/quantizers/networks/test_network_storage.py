@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.quantizers import AffineQuantizer, store
+from jaxlab.quantizers import AffineQuantizer, pack_int4, store
 from jaxlab.quantizers.networks import storage
 
 RULES = [
@@ -127,4 +127,72 @@ def test_bits_may_be_numpy_integers(tmp_path):
   stored = store(AffineQuantizer(np.int64(4), 'symmetric', 'channel', np.int32(-1)), x)
   storage.save_quantized(tmp_path / 'a.safetensors', {'kernel': stored})
   read = storage.load_quantized(tmp_path / 'a.safetensors')['kernel']
+  np.testing.assert_array_equal(read.dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize('name', ['float64', 'int64', 'uint64', 'bool', 'bfloat16', 'int8'])
+def test_arrays_are_read_back_bit_for_bit(tmp_path, name):
+  values = np.array([1.0 + 2.0**-40, -3.0, 0.0]).astype(np.float64)
+  array = values.astype(jnp.dtype(name))
+  if name in ('int64', 'uint64'):
+    array = np.array([2**40 + 1, 7, 0], name)
+  storage.save_quantized(tmp_path / 'a.safetensors', {'stats': {'count': array, 'one': array[0]}})
+  read = storage.load_quantized(tmp_path / 'a.safetensors')['stats']
+  for got, given in ((read['count'], array), (read['one'], array[0])):
+    assert got.dtype == given.dtype and got.shape == given.shape
+    assert np.asarray(got).tobytes() == given.tobytes()
+  with jax.enable_x64(True):
+    read = storage.load_quantized(tmp_path / 'a.safetensors')['stats']['count']
+    assert isinstance(read, jax.Array) and np.asarray(read).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize('leaf', [1.5, None, 'text', [1.0]])
+def test_leaves_that_are_no_arrays_are_refused(tmp_path, leaf):
+  path = tmp_path / 'a.safetensors'
+  with pytest.raises(ValueError, match=r"'fc/kernel' is a .*, expected an array"):
+    storage.save_quantized(path, {'fc': {'kernel': leaf}})
+  assert not path.exists()
+
+
+def test_arrays_of_another_byte_order_are_refused(tmp_path):
+  array = np.arange(5, dtype='>f4')
+  path = tmp_path / 'a.safetensors'
+  with pytest.raises(ValueError, match="'a' has dtype >f4"):
+    storage.save_quantized(path, {'a': array})
+
+
+def test_notes_are_kept(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  storage.save_quantized(path, {'a': X}, notes={'skipped': {'fc': 'why'}})
+  assert storage.read_notes(path) == {'skipped': {'fc': 'why'}}
+  storage.save_quantized(path, {'a': X})
+  assert storage.read_notes(path) == {}
+
+
+def test_depthwise_codes_take_half_a_byte_each(tmp_path):
+  kernel = jax.random.normal(jax.random.key(0), (3, 3, 1, 6))
+  rule = AffineQuantizer(4, 'symmetric', 'channel')
+  stored = store(rule, kernel)
+  assert stored.codes.nbytes == 3 * 3 * 6 // 2
+  path = tmp_path / 'a.safetensors'
+  storage.save_quantized(path, {'kernel': stored})
+  read = storage.load_quantized(path)['kernel']
+  np.testing.assert_array_equal(read.dequantize(), stored.dequantize())
+  exact = np.asarray(kernel, np.float64)
+  scale = np.abs(exact).max((0, 1, 2)) / 7
+  np.testing.assert_allclose(
+    read.dequantize(), np.round(exact / scale) * scale, rtol=1e-5, atol=1e-6
+  )
+  # A file in which each code of a depthwise kernel has a byte for itself.
+  wide = stored.replace(codes=pack_int4(stored.integer_codes()))
+  assert wide.codes.shape == (3, 3, 1, 6)
+  np.testing.assert_array_equal(wide.dequantize(), stored.dequantize())
+
+
+def test_several_channel_axes_are_kept(tmp_path):
+  rule = AffineQuantizer(4, 'symmetric', 'channel', axis=(-2, -1))
+  stored = store(rule, jax.random.normal(jax.random.key(0), (5, 2, 3)))
+  storage.save_quantized(tmp_path / 'a.safetensors', {'kernel': stored})
+  read = storage.load_quantized(tmp_path / 'a.safetensors')['kernel']
+  assert read.quantizer == rule and read.scale.shape == (1, 2, 3)
   np.testing.assert_array_equal(read.dequantize(), stored.dequantize())

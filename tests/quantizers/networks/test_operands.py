@@ -103,6 +103,9 @@ def test_edges_are_those_of_every_network_and_of_an_anatomy():
   for path in ('backbone/conv1', 'projector/fc0', 'projector/fc1'):
     assert bits(rules, path) == [8, 8]
   assert bits(rules, 'backbone/layer1_0/conv1') == [4, 3]
+  kernels_alone = edge_rules(4, None, edges=models.anatomy(encoder))
+  assert {rule.operand for rule in kernels_alone} == {'kernel'}
+  assert decide(kernels_alone, 'projector/fc0', 'kernel').bits == 8
   tied = models.anatomy(models.GPT2())
   assert edge_rules(4, 3, edges=tied) == edge_rules(4, 3, edges=None) == uniform_rules(4, 3)
   assert bits(edge_rules(4, 3, edges=tied, edge_bits=6), 'lm_head') == [4, 3]
@@ -180,15 +183,26 @@ def test_nothing_is_quantized_without_rules():
   np.testing.assert_array_equal(new(X), apply(NET, VARIABLES, X))
 
 
-def test_constants_are_kept_as_they_are():
+@pytest.mark.parametrize('value', [0.3, -2.0, 0.0])
+def test_constants_are_kept_as_they_are(value):
   x = jnp.full((7, 3), 0.1) * jnp.array([1.0, 30.0, 0.0])
-  assert np.all(affine_constants(operands.CHANNEL, x, 4)['scale'] == 0)
-  flat = jnp.full((7, 3), 0.3)
+  assert np.all(affine_constants(operands.CHANNEL, x, 4, 'mark')['scale'] == 0)
+  own = affine_constants(operands.CHANNEL, x, 4)
+  assert np.all(own['scale'] > 0) and own['scale'][2] == 1
+  np.testing.assert_allclose(operands.fake_quantize_operand(x, own), x, rtol=1e-6)
+  flat = jnp.full((7, 3), value)
   wrapped = nn.Sequential([nn.Dense(2)])
   variables = random_variables(wrapped, flat)
   new = percentile_ptq(wrapped, variables, flat, [Rule('layers_0', 'input', 4)])
-  assert constants_of(new)['layers_0/input/scale'] == 0
-  np.testing.assert_array_equal(new(flat), apply(wrapped, variables, flat))
+  np.testing.assert_allclose(new(flat), apply(wrapped, variables, flat), rtol=1e-6)
+  if value:
+    np.testing.assert_allclose(
+      constants_of(new)['layers_0/input/scale'], abs(value) / 15, rtol=1e-6
+    )
+    assert not new.skipped
+  else:  # nothing is known of other values: they stay in float, which is said
+    assert constants_of(new)['layers_0/input/scale'] == 0
+    assert dict(new.skipped) == {'layers_0': 'the range of its input has no extent'}
 
 
 def test_networks_with_unhashable_fields_are_quantized():

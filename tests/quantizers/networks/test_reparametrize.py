@@ -38,7 +38,7 @@ def test_reparametrization_agrees_with_reference(vectors, dtype, rtol):
       assert_close(fake_quantize(TENSOR, after, merged), vectors['out_ln_quantised'], rtol)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(0, 2**31), st.booleans())
 def test_reparametrization_preserves_the_function(seed, whole):
   rng = np.random.default_rng(seed)

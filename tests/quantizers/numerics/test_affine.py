@@ -107,7 +107,7 @@ MATRICES = hnp.arrays(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(x=MATRICES, spec=st.sampled_from(SPECS))
 def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(x, spec):
   params = quantizers.calibrate(spec, x)
@@ -118,14 +118,11 @@ def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(x, spec):
   scale = jnp.broadcast_to(
     params.scale, quantizers.numerics.affine.cut_groups(spec, jnp.asarray(x)).shape
   ).reshape(x.shape)
-  live = np.asarray(scale > 0)
-  np.testing.assert_array_equal(
-    np.asarray(fake)[live], np.asarray(quantizers.dequantize(spec, codes, params))[live]
-  )
-  np.testing.assert_array_equal(np.asarray(fake)[~live], x[~live])
+  assert np.all(np.asarray(scale) > 0)
+  np.testing.assert_array_equal(fake, quantizers.dequantize(spec, codes, params))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(x=MATRICES, spec=st.sampled_from([s for s in SPECS if s.rule != 'asymmetric_clipped']))
 def test_error_is_at_most_half_a_step_inside_the_range(x, spec):
   params = quantizers.calibrate(spec, x)
@@ -142,8 +139,10 @@ def test_bits_may_be_traced_and_do_not_recompile():
   x = jax.random.normal(jax.random.key(0), (32, 8))
   spec = AffineQuantizer(rule='half_range', granularity='channel')
 
-  @jax.jit
+  traced = []
+
   def loss(x, bits):
+    traced.append(bits)
     return jnp.sum(quantizers.fake_quantize(spec, x, quantizers.calibrate(spec, x, bits)) ** 2)
 
   step = jax.jit(jax.value_and_grad(loss))
@@ -152,7 +151,7 @@ def test_bits_may_be_traced_and_do_not_recompile():
     static = quantizers.calibrate(AffineQuantizer(bits, 'half_range', 'channel'), x)
     expected = jnp.sum(quantizers.fake_quantize(spec, x, static) ** 2)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-  assert step._cache_size() == 1
+  assert len(traced) == 1
 
 
 def test_group_scales_belong_to_runs_of_the_axis():
@@ -164,7 +163,7 @@ def test_group_scales_belong_to_runs_of_the_axis():
   np.testing.assert_allclose(quantizers.fake_quantize(spec, x, params), x, rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(extreme=st.floats(2**-20, 2**20, width=32), bits=st.integers(2, 8))
 def test_the_tie_of_a_half_range_extreme_is_rounded_outwards(extreme, bits):
   quantizer = AffineQuantizer(bits, 'half_range')
@@ -180,7 +179,7 @@ def test_the_tie_of_a_half_range_extreme_is_rounded_outwards(extreme, bits):
 def test_any_empty_range_returns_the_whole_tensor_under_ssql_rule():
   x = jax.random.normal(jax.random.key(0), (4, 3)).at[:, 1].set(0.0)
   spec = AffineQuantizer(2, 'half_range', 'channel')
-  params = quantizers.calibrate(spec, x)
+  params = quantizers.calibrate(spec, x, on_degenerate='identity')
   whole = quantizers.fake_quantize(spec, x, params, degenerate='tensor')
   np.testing.assert_array_equal(whole, x)
   per_element = quantizers.fake_quantize(spec, x, params)
@@ -188,7 +187,7 @@ def test_any_empty_range_returns_the_whole_tensor_under_ssql_rule():
   for scale_grad, degenerate in itertools.product((True, False), ('tensor', 'element')):
 
     def total(x, scale_grad=scale_grad, degenerate=degenerate):
-      params = quantizers.calibrate(spec, x)
+      params = quantizers.calibrate(spec, x, on_degenerate='identity')
       return quantizers.fake_quantize(
         spec, x, params, scale_grad=scale_grad, degenerate=degenerate
       ).sum()
@@ -288,7 +287,7 @@ def test_ranges_without_extent_raise_if_asked_to(rule, flat):
   quantizer = AffineQuantizer(4, rule, 'channel')
   x = jnp.array([[1.0, flat, -1.0], [2.0, flat, 3.0]])
   params = quantizers.calibrate(quantizer, x)
-  np.testing.assert_array_equal(quantizers.fake_quantize(quantizer, x, params)[:, 1], flat)
+  np.testing.assert_allclose(quantizers.fake_quantize(quantizer, x, params)[:, 1], flat, rtol=1e-6)
   with pytest.raises(ValueError, match=r'1 of 3 ranges have no extent \(index \[1\]\)'):
     quantizers.calibrate(quantizer, x, on_degenerate='error')
   quantizers.calibrate(quantizer, x[:, ::2], on_degenerate='error')
@@ -314,3 +313,85 @@ def test_forward_mode_gives_the_gradient_of_reverse_mode(degenerate, scale_grad)
   reverse = jax.jit(jax.grad(loss))(x)
   np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(x), reverse, rtol=1e-5, atol=1e-4)
   np.testing.assert_allclose(jax.grad(loss)(x), reverse, rtol=1e-5, atol=1e-4)
+
+
+def clipped(x, bits, minimum, maximum):
+  """Float64: codes `[0, 2^b - 1]` of a range that is widened to hold 0."""
+  minimum, maximum = min(minimum, 0), max(maximum, 0)
+  scale = (maximum - minimum) / (2**bits - 1)
+  zero_point = np.round(-minimum / scale)
+  return (np.clip(np.round(x / scale) + zero_point, 0, 2**bits - 1) - zero_point) * scale
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_zero_is_a_code_of_clipped_ranges(sign):
+  x = sign * np.linspace(0.8, 1.2, 100)
+  quantizer = AffineQuantizer(8, 'asymmetric_clipped')
+  params = quantizers.calibrate(quantizer, jnp.asarray(x, jnp.float32))
+  both = np.concatenate([x, [0.0]])
+  found = quantizers.fake_quantize(quantizer, jnp.asarray(both, jnp.float32), params)
+  assert_close(found, clipped(both, 8, x.min(), x.max()), 1e-5)
+  assert found[-1] == 0 and np.abs(found[:-1] - x).max() < 1.2 / 255
+  reference = AffineQuantizer(8, 'asymmetric_clipped', hold_zero=False)
+  params = quantizers.calibrate(reference, jnp.asarray(x, jnp.float32))
+  saturated = quantizers.fake_quantize(reference, jnp.asarray(x, jnp.float32), params)
+  assert (sign > 0 and len(np.unique(saturated)) == 1) or np.abs(saturated - x).max() > 0.3
+
+
+@pytest.mark.parametrize('size', [1e-3, 1e-8, 1e-20])
+def test_small_values_keep_their_codes(size):
+  x = size * jnp.linspace(-1, 1, 33)
+  for rule in ('symmetric', 'half_range', 'asymmetric', 'asymmetric_clipped'):
+    quantizer = AffineQuantizer(8, rule)
+    found = quantizers.fake_quantize(quantizer, x, quantizers.calibrate(quantizer, x))
+    assert np.abs(found - x).max() <= size / 127
+
+
+@pytest.mark.parametrize('value', [5.0, -3.0, 0.0, 1e-30])
+@pytest.mark.parametrize('bits', [2, 8])
+@pytest.mark.parametrize('rule', ['symmetric', 'asymmetric', 'asymmetric_clipped'])
+def test_constants_are_codes(rule, bits, value):
+  quantizer = AffineQuantizer(bits, rule)
+  x = jnp.full((3, 4), value)
+  for calibrate in (quantizers.calibrate, jax.jit(quantizers.calibrate, static_argnums=0)):
+    params = calibrate(quantizer, x)
+    assert params.scale > 0
+    codes = quantizers.quantize(quantizer, x, params)
+    found = quantizers.dequantize(quantizer, codes, params)
+    np.testing.assert_allclose(found, value, rtol=1e-6)
+    np.testing.assert_array_equal(quantizers.fake_quantize(quantizer, x, params), found)
+    gradient = jax.grad(lambda x, p=params: quantizers.fake_quantize(quantizer, x, p).sum())(x)
+    np.testing.assert_array_equal(gradient, 1)
+
+
+def test_a_dead_channel_leaves_the_scales_of_the_others():
+  x = jax.random.normal(jax.random.key(0), (16, 3)).at[:, 1].set(0)
+  for rule in ('symmetric', 'half_range', 'asymmetric', 'asymmetric_clipped'):
+    quantizer = AffineQuantizer(4, rule, 'channel')
+    params = quantizers.calibrate(quantizer, x)
+    assert params.scale[0, 1] == 1
+    alone = quantizers.calibrate(quantizer, x[:, ::2])
+    np.testing.assert_array_equal(params.scale[:, ::2], alone.scale)
+    found = quantizers.fake_quantize(quantizer, x, params)
+    np.testing.assert_array_equal(found[:, 1], 0)
+    np.testing.assert_array_equal(
+      found[:, ::2], quantizers.fake_quantize(quantizer, x[:, ::2], alone)
+    )
+
+
+def test_several_axes_have_scales_of_their_own():
+  x = jax.random.normal(jax.random.key(0), (5, 2, 3)) * jnp.arange(1.0, 7.0).reshape(2, 3)
+  quantizer = AffineQuantizer(4, granularity='channel', axis=(-2, -1))
+  params = quantizers.calibrate(quantizer, x)
+  np.testing.assert_allclose(params.scale, np.abs(x).max(0, keepdims=True) / 7, rtol=1e-6)
+  with pytest.raises(ValueError, match="several axes go with granularity='channel'"):
+    AffineQuantizer(4, granularity='token', axis=(-2, -1))
+  with pytest.raises(ValueError, match='axis=3 is not an axis'):
+    quantizers.calibrate(AffineQuantizer(4, granularity='channel', axis=(0, 3)), x)
+
+
+def test_ranges_of_power_of_two_factors_hold_zero():
+  x = jnp.asarray(np.random.default_rng(0).uniform(0.8, 1.2, (64, 4)), jnp.float32)
+  params = quantizers.power_of_two_factor(x, 8)
+  found = quantizers.fake_quantize(AffineQuantizer(rule='asymmetric_clipped'), x, params)
+  assert np.abs(found - x).max() < 1.2 / 255

@@ -5,14 +5,15 @@ import pytest
 from golden_vectors import assert_close, golden
 
 from jaxlab.quantizers.numerics import gptq as g
+from jaxlab.quantizers.numerics import hessians
 
 KEY = jax.random.key(0)
 
 
 def hessian_of(batches):
-  state = g.init_hessian(batches.shape[-1])
+  state = hessians.init_hessian(batches.shape[-1])
   for x in batches:
-    state = g.accumulate_hessian(state, x)
+    state = hessians.accumulate_hessian(state, x)
   return state
 
 
@@ -25,6 +26,7 @@ def test_gptq_agrees_with_reference(vectors):
   while f'param_bits_{i}' in vectors:
     bits = vectors.param(f'bits_{i}')
     rule = {'symmetric': vectors.param(f'sym_{i}'), 'mse': vectors.param(f'mse_{i}')}
+    rule['one_sided'] = True  # the authors' code
     scale, zero = g.row_params(weight, bits, **rule)
     assert_close(scale, vectors[f'out_rtn_scale_{i}'])
     assert_close(zero, vectors[f'out_rtn_zero_{i}'])
@@ -45,9 +47,9 @@ def test_gptq_agrees_with_reference(vectors):
     np.testing.assert_array_equal(g.dequantize_groups(*result[1:]), result.weight)
     if group_size == -1:
       assert_close(result.scale[:, 0], vectors[f'out_rtn_scale_{i}'])
-    expected_error = float(g.output_error(weight, vectors[f'out_weight_{i}'], state))
-    error = float(g.output_error(weight, result.weight, state))
-    rtn_error = float(g.output_error(weight, vectors[f'out_rtn_{i}'], state))
+    expected_error = float(hessians.output_error(weight, vectors[f'out_weight_{i}'], state))
+    error = float(hessians.output_error(weight, result.weight, state))
+    rtn_error = float(hessians.output_error(weight, vectors[f'out_rtn_{i}'], state))
     assert error < rtn_error
     # A weight on a rounding tie may take the other code; then the output error decides.
     steps = np.abs(np.asarray(nearest) - vectors[f'out_rtn_{i}']) / np.asarray(scale)[:, None]
@@ -95,9 +97,9 @@ def test_the_hessian_does_not_depend_on_the_batches():
   flat = np.asarray(INPUTS, np.float64).reshape(-1, 12)
   np.testing.assert_allclose(whole.hessian, 2 / 4 * flat.T @ flat, rtol=1e-4, atol=1e-4)
   assert whole.sequences == parts.sequences == 4
-  one = g.accumulate_hessian(g.init_hessian(12), INPUTS[0])
+  one = hessians.accumulate_hessian(hessians.init_hessian(12), INPUTS[0])
   assert one.sequences == 1
-  coarse = g.accumulate_hessian(g.init_hessian(12), INPUTS.astype(jnp.bfloat16))
+  coarse = hessians.accumulate_hessian(hessians.init_hessian(12), INPUTS.astype(jnp.bfloat16))
   assert coarse.hessian.dtype == jnp.float32
   np.testing.assert_allclose(
     coarse.hessian, whole.hessian, atol=0.01 * float(jnp.max(whole.hessian))
@@ -107,14 +109,16 @@ def test_the_hessian_does_not_depend_on_the_batches():
 def test_a_sharded_batch_gives_the_same_hessian():
   mesh = jax.make_mesh((4,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
   spread = jax.device_put(INPUTS, jax.NamedSharding(mesh, jax.P('data')))
-  state = jax.jit(g.accumulate_hessian)(g.init_hessian(12), spread)
+  state = jax.jit(hessians.accumulate_hessian)(hessians.init_hessian(12), spread)
   np.testing.assert_allclose(state.hessian, hessian_of(INPUTS[None]).hessian, rtol=1e-5, atol=1e-4)
 
 
 def test_output_error_is_that_of_the_outputs():
   other = WEIGHT + 0.1
   difference = np.asarray(INPUTS @ (other - WEIGHT).T, np.float64)
-  np.testing.assert_allclose(g.output_error(WEIGHT, other, STATE), np.sum(difference**2), rtol=1e-4)
+  np.testing.assert_allclose(
+    hessians.output_error(WEIGHT, other, STATE), np.sum(difference**2), rtol=1e-4
+  )
 
 
 @pytest.mark.parametrize('options', [{}, {'act_order': True}, {'group_size': 5}])
@@ -124,7 +128,9 @@ def test_errors_are_below_rounding_and_dead_inputs_are_zero(options):
   result = g.gptq(WEIGHT, state.hessian, 3, block_size=4, **options)
   scale, zero = (p[:, None] for p in g.row_params(WEIGHT, 3))
   nearest = (jnp.clip(jnp.round(WEIGHT / scale) + zero, 0, 7) - zero) * scale
-  assert g.output_error(WEIGHT, result.weight, state) < g.output_error(WEIGHT, nearest, state)
+  assert hessians.output_error(WEIGHT, result.weight, state) < hessians.output_error(
+    WEIGHT, nearest, state
+  )
   np.testing.assert_array_equal(result.weight[:, 7], 0)
   assert result.codes.min() >= 0 and result.codes.max() <= 7
   np.testing.assert_array_equal(g.dequantize_groups(*result[1:]), result.weight)
@@ -147,8 +153,25 @@ def test_row_params_of_zero_and_positive_rows():
   np.testing.assert_allclose(scale, [2 / 3, 1, 1])
   np.testing.assert_array_equal(zero, [2, 0, 3])
   scale, zero = g.row_params(rows, 2, symmetric=True)
-  np.testing.assert_allclose(scale, [2 / 3, 1, 2])
+  np.testing.assert_allclose(scale, [2 / 3, 2, 2])
   np.testing.assert_array_equal(zero, [2, 2, 2])
+  scale, zero = g.row_params(rows, 2, symmetric=True, one_sided=True)
+  np.testing.assert_allclose(scale, [2 / 3, 1, 2])
+
+
+def test_symmetric_rows_without_negatives_do_not_saturate():
+  """Half of the codes stand for negative weights; the step has to reach the largest weight with the other."""
+  weight = np.float64([[0.8315, 0.4567]])
+  step = 2 * weight.max() / 15
+  expected = np.clip(np.round(weight / step), -8, 7) * step
+  np.testing.assert_allclose(expected, [[0.776, 0.4435]], atol=1e-3)
+  found = g.gptq(jnp.asarray(weight, jnp.float32), jnp.eye(2), 4, symmetric=True, damping=0.0)
+  np.testing.assert_allclose(found.weight, expected, rtol=1e-5)
+  grouped = g.gptq(
+    jnp.asarray(np.tile(weight, 2), jnp.float32), jnp.eye(4), 4, symmetric=True, damping=0.0,
+    group_size=2,
+  )  # fmt: skip
+  np.testing.assert_allclose(grouped.weight, np.tile(expected, 2), rtol=1e-5)
 
 
 def test_dense_and_convolution_kernels_in_flax_layout():
@@ -158,14 +181,14 @@ def test_dense_and_convolution_kernels_in_flax_layout():
   np.testing.assert_array_equal(dense.scale, result.scale.T)
   images = jax.random.normal(KEY, (3, 6, 6, 2))
   kernel = jax.random.normal(jax.random.key(3), (3, 3, 2, 4))
-  patches = g.unfold(images, (3, 3), (2, 2), [(1, 1), (1, 1)])
+  patches = hessians.unfold(images, (3, 3), (2, 2), [(1, 1), (1, 1)])
   assert patches.shape == (3, 3, 3, 18)
   flat = jnp.moveaxis(kernel, -2, 0).reshape(18, 4)
   expected = jax.lax.conv_general_dilated(
     images, kernel, (2, 2), [(1, 1)] * 2, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
   )
   np.testing.assert_allclose(patches @ flat, expected, rtol=1e-4, atol=1e-4)
-  state = g.accumulate_hessian(g.init_hessian(18), patches)
+  state = hessians.accumulate_hessian(hessians.init_hessian(18), patches)
   conv = g.gptq_kernel(kernel, state.hessian, 8)
   assert conv.kernel.shape == conv.codes.shape == kernel.shape
   np.testing.assert_allclose(conv.kernel, kernel, atol=4 * float(conv.scale.max()))
@@ -189,7 +212,10 @@ def test_bfloat16_weights_are_solved_in_float32():
     (lambda: g.gptq(WEIGHT * jnp.nan, STATE.hessian), 'weight holds NaN'),
     (lambda: g.gptq(WEIGHT, STATE.hessian.at[0, 0].set(jnp.inf)), 'hessian holds NaN'),
     (lambda: g.gptq(WEIGHT, -STATE.hessian), 'not positive definite'),
-    (lambda: g.accumulate_hessian(STATE, INPUTS[..., :3]), r'expected \[sequences, tokens, 12\]'),
+    (
+      lambda: hessians.accumulate_hessian(STATE, INPUTS[..., :3]),
+      r'expected \[sequences, tokens, 12\]',
+    ),
   ],
 )
 def test_bad_input_is_named(make, match):
@@ -205,3 +231,8 @@ def test_a_dead_input_counts_in_the_range_of_the_whole_weight_but_not_in_groups(
   assert np.all(np.asarray(whole.weight)[:, 3] == 0)
   grouped = g.gptq(weight, hessian, 4, group_size=4, static_groups=True)
   assert np.max(grouped.scale) < 1
+
+
+def test_an_option_that_does_not_exist_is_named_with_those_that_do():
+  with pytest.raises(TypeError, match=r'gptq_kernel has no option group; it has .*group_size'):
+    g.gptq_kernel(WEIGHT.T, STATE.hessian, 4, group=4)

@@ -183,7 +183,7 @@ SIGNED = jnp.zeros((4, 2), jnp.int8)
       ),
       'codes up to 127.0, the quantizer for 7',
     ),
-    (lambda: integers.integer_conv(BYTES, SIGNED), r'expected \[batch, height'),
+    (lambda: integers.integer_conv(BYTES, SIGNED), r'expected \[batch, \*positions'),
     (
       lambda: integers.integer_conv(
         jnp.zeros((1, 3, 3, 1), jnp.uint8), jnp.zeros((1, 1, 1, 1), jnp.int32)

@@ -1,3 +1,4 @@
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,12 +212,18 @@ FUNCTIONS = {
 @pytest.mark.parametrize('name', FUNCTIONS)
 def test_traced_bits_and_bfloat16(name):
   function = FUNCTIONS[name]
-  compiled = jax.jit(jax.value_and_grad(lambda x, bits: (function(x, bits) * X).sum()))
-  for bits in (2, 5):
-    value, gradient = compiled(X, bits)
-    np.testing.assert_allclose(value, (function(X, bits) * X).sum(), rtol=1e-5)
-    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
-  assert compiled._cache_size() == 1
+
+  @jax.jit
+  @jax.value_and_grad
+  def compiled(x, bits):
+    return (function(x, bits) * X).sum()
+
+  with compilations.counted() as count:
+    for bits in (2, 5):
+      value, gradient = compiled(X, bits)
+      np.testing.assert_allclose(value, (function(X, bits) * X).sum(), rtol=1e-5)
+      assert np.all(np.isfinite(gradient)) and np.any(gradient != 0)
+  assert count['compiled'] == 1
   coarse = X.astype(jnp.bfloat16)
   out = function(coarse, 3)
   assert out.dtype == jnp.bfloat16

@@ -1,3 +1,4 @@
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,7 @@ def test_log_sqrt2_and_its_gradient_agree_with_qwt(vectors, x64):
 WEIGHTS = hnp.arrays(np.float32, 12, elements=st.floats(0, 1, width=32, allow_subnormal=False))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(x=WEIGHTS, bits=st.integers(1, 8), scale=st.floats(2**-6, 1, width=32))
 def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(x, bits, scale):
   scale = jnp.float32(scale)
@@ -56,7 +57,7 @@ def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(x, bits, scale):
   assert codes.min() >= 0 and codes.max() <= 2**bits
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(bits=st.integers(1, 6), data=st.data())
 def test_every_code_survives_the_round_trip(bits, data):
   # Codes of ratios below the smallest one, 2^-19.9, are never given out.
@@ -106,8 +107,9 @@ def test_bits_may_be_traced_and_mapped():
     return log.log_sqrt2_fake_quantize(ATTENTION, log.log_sqrt2_scale(ATTENTION, bits), bits)
 
   bits = jnp.array([2, 4, 8])
-  loop = jnp.stack([fake(b) for b in bits])
-  assert fake._cache_size() == 1
+  with compilations.counted() as count:
+    loop = jnp.stack([fake(b) for b in bits])
+  assert count['fake'] == 1
   np.testing.assert_allclose(jax.vmap(fake)(bits), loop, rtol=1e-6)
   scale = log.log_sqrt2_scale(ATTENTION, 4)
   np.testing.assert_allclose(log.log_sqrt2_fake_quantize(ATTENTION, scale, 4), loop[1], rtol=1e-6)

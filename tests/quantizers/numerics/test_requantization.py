@@ -62,7 +62,7 @@ def vector(low, high):
   return hnp.arrays(np.int64, 32, elements=st.integers(low, high))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
   accumulator=vector(-(2**31), 2**31 - 1),
   multiplier=vector(0, 2**31),
@@ -82,7 +82,7 @@ def test_halves_of_32_bits_give_the_64_bit_result(accumulator, multiplier, expon
   np.testing.assert_array_equal(wide, np.clip(exact, -(2**30), 2**30))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(scale=st.floats(1e-12, 0.99), bias=st.floats(-1, 1))
 def test_constants_are_those_of_the_multiplier(scale, bias):
   constants = r.fixed_point_constants(1.0, np.float64([scale]), None, 1.0)

@@ -10,18 +10,18 @@ from jaxlab.quantizers.numerics.row_sums import rows_of, whole
 
 @pytest.mark.parametrize('one_cpu', [False, True])
 @hypothesis.given(
-  st.lists(st.integers(1, 40), min_size=1, max_size=4), st.data(), st.sampled_from([8, 64, 8192])
+  st.sampled_from([(7,), (40,), (3, 17), (33, 2), (5, 1, 9), (4, 3, 2, 11), (130, 70)]),
+  st.data(),
+  st.sampled_from([8, 64, 8192]),
 )
 @hypothesis.settings(
-  max_examples=40,
+  max_examples=15,
   deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 def test_sums_and_minima_over_rows_are_those_of_the_whole(monkeypatch, one_cpu, shape, data, lanes):
   monkeypatch.setattr(row_sums, 'LANES', lanes)
   monkeypatch.setattr(row_sums, 'has_one_cpu', lambda: one_cpu)
-  if np.prod(shape) > 20000:
-    shape = shape[:2]
   axes = data.draw(st.sets(st.integers(0, len(shape) - 1), min_size=1).map(sorted).map(tuple))
   x = np.random.default_rng(0).integers(-9, 9, shape).astype(np.float32)
   # 100 is what fills up the last row: no value is above it, and it counts for nothing below.

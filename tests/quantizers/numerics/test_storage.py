@@ -32,12 +32,14 @@ def test_stored_arrays_give_the_fake_quantized_values_back(rule, seed):
   )
 
 
-def test_zero_channels_are_stored_and_constant_ones_refused():
+def test_constant_channels_are_stored_and_scales_of_zero_refused():
   rule = AffineQuantizer(8, 'asymmetric', 'channel')
-  stored = storage.store(rule, X.at[:, 1].set(0))
-  np.testing.assert_array_equal(stored.dequantize()[:, 1], 0)
+  for constant in (0, 2, -0.3):
+    stored = storage.store(rule, X.at[:, 1].set(constant))
+    np.testing.assert_allclose(stored.dequantize()[:, 1], constant, rtol=1e-6)
+  x = X.at[:, 1].set(2)
   with pytest.raises(ValueError, match='range without extent'):
-    storage.store(rule, X.at[:, 1].set(2))
+    storage.store(rule, x, affine.calibrate(rule, x, on_degenerate='identity'))
 
 
 @pytest.mark.parametrize(
