@@ -5,6 +5,7 @@ PyTorch; `apply` runs a model under hooks on modules chosen by path; `anatomy` s
 called.
 """
 
+from jaxlab.models import masked_autoencoder
 from jaxlab.models.anatomy import (
   anatomy,
 )
@@ -17,6 +18,14 @@ from jaxlab.models.anatomy_parts import (
 from jaxlab.models.architectures import (
   create,
 )
+from jaxlab.models.bert import (
+  Bert,
+  mean_embedding,
+)
+from jaxlab.models.block_outputs import (
+  block_outputs,
+)
+from jaxlab.models.channels import make_divisible
 from jaxlab.models.checkpoints import (
   abstract_variables,
   from_torch,
@@ -33,12 +42,18 @@ from jaxlab.models.classifier_heads import (
   nearest_class_mean,
   tau_normalize,
 )
+from jaxlab.models.configurations import (
+  from_config,
+)
+from jaxlab.models.convnext import (
+  ConvNeXt,
+)
 from jaxlab.models.convolution import (
   conv_general_dilated,
   fast_convolutions,
 )
-from jaxlab.models.decoders import (
-  from_config,
+from jaxlab.models.densenet import (
+  DenseNet,
 )
 from jaxlab.models.generation import (
   generate,
@@ -74,7 +89,16 @@ from jaxlab.models.mlp import (
   MLP,
 )
 from jaxlab.models.mobilenetv2 import (
+  EfficientNet,
   MobileNetV2,
+)
+from jaxlab.models.network_stages import (
+  attach_stage,
+  feature_width,
+  last_stage,
+  require_resolution,
+  total_stride,
+  truncate,
 )
 from jaxlab.models.normalization import (
   BatchNorm,
@@ -82,6 +106,9 @@ from jaxlab.models.normalization import (
 )
 from jaxlab.models.position_embedding import (
   resample_position_embedding,
+)
+from jaxlab.models.pvt import (
+  PVT,
 )
 from jaxlab.models.resnet import (
   BasicBlock,
@@ -94,15 +121,31 @@ from jaxlab.models.rotary import (
 from jaxlab.models.siamese import (
   Encoder,
   apply_in_turn,
-  momentum_pass,
+)
+from jaxlab.models.slimmable import (
+  at_width,
+  narrow,
+  packed_axes,
+  slice_params,
+  width_floor,
 )
 from jaxlab.models.swin import (
   Swin,
+)
+from jaxlab.models.t2t import (
+  T2TViT,
+)
+from jaxlab.models.vgg import (
+  VGG,
 )
 from jaxlab.models.vit import (
   ViT,
   stack_blocks,
   unstack_blocks,
+)
+from jaxlab.models.weight_pairs import (
+  WeightPair,
+  weight_pairs,
 )
 from jaxlab.models.wide_resnet import (
   PreActivationBlock,
@@ -112,14 +155,20 @@ from jaxlab.models.wide_resnet import (
 __all__ = [
   'GPT2',
   'MLP',
+  'PVT',
+  'VGG',
   'Anatomy',
   'BasicBlock',
   'BatchNorm',
+  'Bert',
   'Block',
   'Bottleneck',
   'Branch',
   'Classifier',
+  'ConvNeXt',
   'DINOHead',
+  'DenseNet',
+  'EfficientNet',
   'Encoder',
   'Hook',
   'HookPoint',
@@ -134,39 +183,56 @@ __all__ = [
   'ResNet',
   'Site',
   'Swin',
+  'T2TViT',
   'ViT',
   'WeightNormHead',
+  'WeightPair',
   'WideResNet',
   'abstract_variables',
   'anatomy',
   'any_of',
   'apply',
   'apply_in_turn',
+  'at_width',
+  'attach_stage',
   'barlow_projector',
   'batch_normalize',
+  'block_outputs',
   'byol_mlp',
   'capture',
   'conv_general_dilated',
   'create',
   'eval_mode_hooks',
   'fast_convolutions',
+  'feature_width',
   'from_config',
   'from_torch',
   'generate',
+  'last_stage',
   'load_pretrained',
+  'make_divisible',
   'map_matching',
+  'masked_autoencoder',
+  'mean_embedding',
   'moco_projector',
   'module_paths',
-  'momentum_pass',
+  'narrow',
   'nearest_class_mean',
+  'packed_axes',
   'read_state_dict',
+  'require_resolution',
   'resample_position_embedding',
   'rotary_embedding',
   'sample_token',
   'simsiam_predictor',
   'simsiam_projector',
+  'slice_params',
   'stack_blocks',
   'tau_normalize',
   'to_torch',
+  'total_stride',
+  'truncate',
   'unstack_blocks',
+  'weight_pairs',
+  'width_floor',
 ]

@@ -1,4 +1,4 @@
-"""GELU, exact and approximate, with derivatives that store their input alone."""
+"""GELU, exact and approximations, with derivatives that store their input alone."""
 
 import jax
 import jax.numpy as jnp
@@ -40,5 +40,13 @@ def _gelu_tanh_jvp(primals, tangents):
   return gelu_tanh(x), dx * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope)
 
 
+def quick_gelu(x: Array) -> Array:
+  """Returns CLIP's GELU, `x / (1 + exp(-1.702 x))`."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
 def _argument(x: Array, sign: int) -> Array:
   return (sign * np.sqrt(2 / np.pi)).astype(x.dtype) * (x + 0.044715 * (x * x * x))
+
+
+GELUS = {'gelu': gelu, 'gelu_tanh': gelu_tanh, 'quick_gelu': quick_gelu}

@@ -26,16 +26,22 @@ from collections.abc import Iterable
 from flax import linen as nn
 
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
+from jaxlab.models.bert import Bert
 from jaxlab.models.classifier_heads import Classifier
+from jaxlab.models.convnext import ConvNeXt
+from jaxlab.models.densenet import DenseNet
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.heads import DINOHead, MLPHead
 from jaxlab.models.intercept import check_linen
 from jaxlab.models.llama import Llama
 from jaxlab.models.mlp import MLP
 from jaxlab.models.mobilenetv2 import MobileNetV2
+from jaxlab.models.pvt import PVT
 from jaxlab.models.resnet import BLOCKS, BasicBlock, Bottleneck, ResNet
 from jaxlab.models.siamese import Encoder
 from jaxlab.models.swin import Swin
+from jaxlab.models.t2t import T2TViT
+from jaxlab.models.vgg import VGG
 from jaxlab.models.vit import ViT
 from jaxlab.models.wide_resnet import WideResNet
 
@@ -43,8 +49,8 @@ from jaxlab.models.wide_resnet import WideResNet
 def anatomy(model: nn.Module) -> Anatomy:
   """Returns the anatomy of a network of this library.
 
-  Knows `ResNet`, `WideResNet`, `MobileNetV2`, `ViT`, `Swin`, `GPT2`, `Llama`, `MLP`, their subclasses, and
-  `Encoder` and `Classifier` around them, from their fields alone: nothing is traced.
+  Knows the image networks and the transformers over tokens, their subclasses, and `Encoder` and `Classifier`
+  around them, from their fields alone: nothing is traced.
 
   Raises:
     ValueError: for any other model: describe it by an `Anatomy`. For an NNX module the message says how to
@@ -58,7 +64,11 @@ def anatomy(model: nn.Module) -> Anatomy:
   ('blocks_1/attention/qkv', 'blocks_1/attention/proj')
   """
   check_linen(model)
-  return _describe(model)
+  found = _describe(model)
+  # In all layers of this library the outputs are the last axis.
+  return dataclasses.replace(
+    found, norms=tuple(dataclasses.replace(norm, axis=-1) for norm in found.norms)
+  )
 
 
 @functools.singledispatch
@@ -80,7 +90,13 @@ def _resnet(model: ResNet) -> Anatomy:
     )
   layers = (1, 2, 3) if issubclass(block, Bottleneck) else (1, 2)
   widths = model.widths or [model.width * 2**stage for stage in range(len(model.stage_sizes))]
-  blocks, norms, channels = [], [Norm('bn1', 'conv1')], model.width
+  stems = {'deep': ('conv1_0', 'conv1_3', 'conv1_6'), 'identity': ()}
+  stem = stems.get(model.stem, ('conv1',))
+  after = {'deep': ('conv1_1', 'conv1_4', 'bn1'), 'identity': ()}.get(model.stem, ('bn1',))
+  norms = [Norm(path, layer) for path, layer in zip(after, stem, strict=True)]
+  # Without a stem the first block sees the image, whose channels are those of no block.
+  blocks, channels = [], None if model.stem == 'identity' else model.width
+  down = 1 if model.shortcut == 'average' else 0
   for stage, size in enumerate(model.stage_sizes):
     for index in range(size):
       path = f'layer{stage + 1}_{index}'
@@ -88,13 +104,13 @@ def _resnet(model: ResNet) -> Anatomy:
       same = channels == features and (index > 0 or model.strides[stage] == 1)
       branch = Branch('conv', tuple(f'{path}/conv{i}' for i in layers), f'{path}/bn{layers[-1]}')
       norms += [Norm(f'{path}/bn{i}', f'{path}/conv{i}') for i in layers]
-      projection = () if same or model.shortcut == 'pad' else (f'{path}/downsample_0',)
-      norms += [Norm(f'{path}/downsample_1', own) for own in projection]
+      projection = () if same or model.shortcut == 'pad' else (f'{path}/downsample_{down}',)
+      norms += [Norm(f'{path}/downsample_{down + 1}', own) for own in projection]
       kind = 'identity' if same else 'projection'
       blocks.append(Block(path, (branch,), kind, projection))
       channels = features
   head = () if model.num_classes is None else ('fc',)
-  return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, norms=tuple(norms))
+  return Anatomy(stem, tuple(blocks), 'avgpool', head, norms=tuple(norms))
 
 
 @_describe.register
@@ -118,12 +134,14 @@ def _wide_resnet(model: WideResNet) -> Anatomy:
 def _mobilenetv2(model: MobileNetV2) -> Anatomy:
   blocks, norms, channels = [], [Norm('bn1', 'conv_stem')], model.stem_width
   for stage, size in enumerate(model.stage_sizes):
-    names = ('conv_pw', 'conv_dw', 'conv_pwl') if stage else ('conv_dw', 'conv_pw')
+    inner, last = (('conv_pw', 'conv_dw'), 'conv_pwl') if stage else (('conv_dw',), 'conv_pw')
+    squeeze = () if model.squeeze is None else ('se/conv_reduce', 'se/conv_expand')
     for index in range(size):
       path = f'blocks_{stage}_{index}'
       same = channels == model.widths[stage] and (index > 0 or model.strides[stage] == 1)
-      layers = tuple(f'{path}/{name}' for name in names)
-      own = [Norm(f'{path}/bn{i + 1}', layer) for i, layer in enumerate(layers)]
+      layers = tuple(f'{path}/{name}' for name in (*inner, *squeeze, last))
+      normed = enumerate((*inner, last))
+      own = [Norm(f'{path}/bn{i + 1}', f'{path}/{layer}') for i, layer in normed]
       branch = Branch('conv', layers, own[-1].path)
       blocks.append(Block(path, (branch,), 'identity' if same else 'none'))
       norms, channels = norms + own, model.widths[stage]
@@ -149,7 +167,16 @@ def _transformer_block(
     own = f'{path}/{name}'
     branches.append(Branch(kind, tuple(f'{own}/{layer}' for layer in layers), own))
     norms.append(Norm(f'{path}/{norm}', readers=tuple(f'{own}/{reader}' for reader in readers)))
-  return Block(path, tuple(branches), 'identity', stacked=stacked), tuple(norms)
+  stream = (f'{path}/residual', path)
+  block = Block(path, tuple(branches), 'identity', stacked=stacked, stream=stream)
+  return block, tuple(norms)
+
+
+def _scaled(block: Block, names: Paths) -> Block:
+  """Returns the block whose branches end in layer scales of these names."""
+  scaled = zip(block.branches, names, strict=True)
+  branches = (dataclasses.replace(own, output=f'{block.path}/{name}') for own, name in scaled)
+  return dataclasses.replace(block, branches=tuple(branches))
 
 
 _VIT_BLOCK = (
@@ -163,6 +190,12 @@ _GPT2_BLOCK = (
   'mlp',
   ('ln_1', ('c_attn',), ('c_attn', 'c_proj')),
   ('ln_2', ('c_fc',), ('c_fc', 'c_proj')),
+)
+_BERT_BLOCK = (
+  'attention',
+  'mlp',
+  ('norm1', (), ('q_proj', 'k_proj', 'v_proj', 'proj')),
+  ('norm2', (), ('fc1', 'fc2')),
 )
 _LLAMA_BLOCK = (
   'self_attn',
@@ -185,6 +218,10 @@ def _vit(model: ViT) -> Anatomy:
   else:
     made = [_transformer_block(f'blocks_{i}', *_VIT_BLOCK) for i in range(model.depth)]
   blocks, norms = _split(made)
+  if model.layer_scale is not None:
+    blocks = tuple(_scaled(block, ('ls1', 'ls2')) for block in blocks)
+  if model.pre_norm:
+    norms = [Norm('norm_pre'), *norms]
   heads = ('head', 'head_dist') if model.distilled else ('head',)
   head = () if model.num_classes is None else heads
   return Anatomy(('patch_embed/proj',), blocks, 'pool', head, norms=(*norms, Norm('norm')))
@@ -197,10 +234,8 @@ def _swin(model: Swin) -> Anatomy:
   for stage, depth in enumerate(model.depths):
     if stage:
       size = tuple((side + 1) // 2 for side in size)
-      path = f'layers_{stage}/downsample'
-      layer = f'{path}/reduction'
-      transitions.append(Block(path, (Branch('merge', (layer,), layer),), 'none'))
-      norms.append(Norm(f'{path}/norm', readers=(layer,)))
+      transitions.append(_merging(f'layers_{stage}/downsample'))
+      norms.append(Norm(f'{transitions[-1].path}/norm', readers=transitions[-1].layers))
     names = [f'layers_{stage}/blocks_{i}' for i in range(depth)]
     own, own_norms = _split(_transformer_block(name, *_VIT_BLOCK) for name in names)
     window, _ = model.stage_window(stage)
@@ -212,6 +247,109 @@ def _swin(model: Swin) -> Anatomy:
   head = () if model.num_classes is None else ('head/fc',)
   parts = {'transitions': tuple(transitions), 'norms': (*norms, Norm('norm'))}
   return Anatomy(('patch_embed/proj',), tuple(blocks), 'avgpool', head, **parts)
+
+
+@_describe.register
+def _t2t(model: T2TViT) -> Anatomy:
+  first = ('kqv',) if model.performer else ('qkv',)
+  stem, norms = [], []
+  for index in (1, 2):
+    path = f'tokens/attention{index}'
+    stem += [f'{path}/{layer}' for layer in (*first, 'proj', 'mlp/fc1', 'mlp/fc2')]
+    norms.append(Norm(f'{path}/norm1', readers=(f'{path}/{first[0]}',)))
+    norms.append(Norm(f'{path}/norm2', readers=(f'{path}/mlp/fc1',)))
+  blocks, own = _split(_transformer_block(f'blocks_{i}', *_VIT_BLOCK) for i in range(model.depth))
+  head = () if model.num_classes is None else ('head',)
+  return Anatomy(
+    (*stem, 'tokens/project'), blocks, 'pool', head, norms=(*norms, *own, Norm('norm'))
+  )
+
+
+@_describe.register
+def _pvt(model: PVT) -> Anatomy:
+  blocks, transitions, norms = [], [], [Norm('patch_embed/norm', 'patch_embed/proj')]
+  for stage, depth in enumerate(model.depths):
+    path = f'stages_{stage}'
+    if stage:
+      layer = f'{path}/downsample/proj'
+      branch = Branch('merge', (layer,), f'{path}/downsample')
+      transitions.append(Block(f'{path}/downsample', (branch,), 'none'))
+      norms.append(Norm(f'{path}/downsample/norm', layer))
+    reduced = model.reductions[stage] > 1
+    attention = ('q', *(['sr'] if reduced else []), 'kv', 'proj')
+    readers = ('q', 'sr') if reduced else ('q', 'kv')
+    parts = ('norm1', readers, attention), ('norm2', ('fc1',), ('fc1', 'dwconv', 'fc2'))
+    for index in range(depth):
+      own = f'{path}/blocks_{index}'
+      block, pair = _transformer_block(own, 'attention', 'mlp', *parts)
+      inner = f'{own}/attention'
+      if reduced:
+        pair = (pair[0], Norm(f'{inner}/norm', f'{inner}/sr', (f'{inner}/kv',)), pair[1])
+      blocks, norms = [*blocks, block], [*norms, *pair]
+    norms.append(Norm(f'{path}/norm'))
+  head = () if model.num_classes is None else ('head',)
+  parts = {'transitions': tuple(transitions), 'norms': tuple(norms)}
+  return Anatomy(('patch_embed/proj',), tuple(blocks), 'avgpool', head, **parts)
+
+
+@_describe.register
+def _convnext(model: ConvNeXt) -> Anatomy:
+  blocks, transitions, norms = [], [], [Norm('stem_1', 'stem_0')]
+  for stage, depth in enumerate(model.depths):
+    if stage:
+      transitions.append(_merging(f'stages_{stage}/downsample'))
+      norms.append(Norm(f'{transitions[-1].path}/norm', readers=transitions[-1].layers))
+    for index in range(depth):
+      path = f'stages_{stage}/blocks_{index}'
+      layers = tuple(f'{path}/{name}' for name in ('conv_dw', 'mlp/fc1', 'mlp/fc2'))
+      output = f'{path}/mlp' if model.layer_scale is None else f'{path}/ls'
+      blocks.append(Block(path, (Branch('conv', layers, output),), 'identity'))
+      norms.append(Norm(f'{path}/norm', layers[0], layers[1:2]))
+  head = () if model.num_classes is None else ('head/fc',)
+  norms.append(Norm('head/norm', readers=head))
+  parts = {'transitions': tuple(transitions), 'norms': tuple(norms)}
+  return Anatomy(('stem_0',), tuple(blocks), 'head/norm', head, **parts)
+
+
+def _merging(path: str) -> Block:
+  """Returns the module between stages that halves the size by its layer `reduction`."""
+  layer = f'{path}/reduction'
+  return Block(path, (Branch('merge', (layer,), layer),), 'none')
+
+
+@_describe.register
+def _densenet(model: DenseNet) -> Anatomy:
+  blocks, transitions, norms = [], [], [Norm('norm0', 'conv0')]
+  for number, size in enumerate(model.block_sizes, 1):
+    for index in range(1, size + 1):
+      path = f'denseblock{number}/denselayer{index}'
+      layers = (f'{path}/conv1', f'{path}/conv2')
+      blocks.append(Block(path, (Branch('conv', layers, layers[-1]),), 'none'))
+      norms += [Norm(f'{path}/norm1'), Norm(f'{path}/norm2', layers[0])]
+    if number < len(model.block_sizes):
+      path = f'transition{number}'
+      transitions.append(Block(path, (Branch('merge', (f'{path}/conv',), f'{path}/pool'),), 'none'))
+      norms.append(Norm(f'{path}/norm'))
+  head = () if model.num_classes is None else ('classifier',)
+  parts = {'transitions': tuple(transitions), 'norms': (*norms, Norm('norm5'))}
+  return Anatomy(('conv0',), tuple(blocks), 'avgpool', head, **parts)
+
+
+@_describe.register
+def _vgg(model: VGG) -> Anatomy:
+  stages = enumerate(model.stage_sizes)
+  paths = [f'blocks_{stage}_{i}' for stage, size in stages for i in range(size)][1:]
+  blocks, norms = [], [Norm('bn1', 'conv1')]
+  for path in paths:
+    layer, norm = f'{path}/conv', f'{path}/bn'
+    blocks.append(
+      Block(path, (Branch('conv', (layer,), norm if model.batch_norm else layer),), 'none')
+    )
+    norms.append(Norm(norm, layer))
+  head = () if model.num_classes is None else ('head/fc',)
+  neck = () if model.hidden is None else ('pre_logits/fc1', 'pre_logits/fc2')
+  parts = {'neck': neck, 'norms': tuple(norms) if model.batch_norm else ()}
+  return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, **parts)
 
 
 def _decoder(
@@ -239,6 +377,21 @@ def _gpt2(model: GPT2) -> Anatomy:
 def _llama(model: Llama) -> Anatomy:
   blocks = (_transformer_block(f'layers_{i}', *_LLAMA_BLOCK) for i in range(model.depth))
   return _decoder(('embed_tokens',), blocks, 'norm', model.tied)
+
+
+@_describe.register
+def _bert(model: Bert) -> Anatomy:
+  made = [_transformer_block(f'layer_{i}', *_BERT_BLOCK) for i in range(model.depth)]
+  # Behind a norm its block's shortcut reads as well as the layers.
+  norms = [Norm(norm.path) for _, norms in made for norm in norms]
+  embeddings = ('word_embeddings', 'token_type_embeddings', 'position_embeddings')
+  return Anatomy(
+    blocks=tuple(dataclasses.replace(block, shortcut='normalized', stream=()) for block, _ in made),
+    features=made[-1][0].path if made else 'embeddings',
+    head=() if model.num_classes is None else ('classifier',),
+    embeddings=embeddings,
+    norms=(Norm('norm'), *norms),
+  )
 
 
 @_describe.register

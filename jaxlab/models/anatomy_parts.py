@@ -39,19 +39,23 @@ class Block:
     path: of the module.
     branches: in order of execution; `()`: not told.
     shortcut: `'identity'`: the input is added as it is, so that the block can be dropped; `'projection'`:
-      brought to another shape before; `'none'`: there is no shortcut; None: not told.
+      brought to another shape before; `'normalized'`: the input is added as it is, and the sum normalized
+      (post-norm); `'none'`: there is no shortcut, or it is concatenated; None: not told.
     shortcut_layers: modules with a kernel on the shortcut.
     stacked: number of blocks whose variables are stacked under this path (`nn.scan`); None: one block.
+    stream: modules whose outputs are the residual stream behind each addition, the block itself the last;
+      `()`: not told.
   """
 
   path: str
   branches: tuple[Branch, ...] = ()
-  shortcut: Literal['identity', 'projection', 'none'] | None = None
+  shortcut: Literal['identity', 'projection', 'normalized', 'none'] | None = None
   shortcut_layers: Paths = ()
   stacked: int | None = None
+  stream: Paths = ()
 
   def __post_init__(self):
-    _to_tuples(self, branches=Branch, shortcut_layers=str)
+    _to_tuples(self, branches=Branch, shortcut_layers=str, stream=str)
 
   @property
   def layers(self) -> Paths:
@@ -69,11 +73,14 @@ class Norm:
       it); None: something else.
     readers: the layers that read its output, if nothing but layers does (their kernels can absorb a scale of
       its channels); `()`: something else reads it.
+    axis: of the layer's kernel that its outputs are: -1, or -2 of `ConvTranspose(transpose_kernel=True)`;
+      None: not told. Not compared.
   """
 
   path: str
   layer: str | None = None
   readers: Paths = ()
+  axis: int | None = dataclasses.field(default=None, compare=False)
 
   def __post_init__(self):
     _to_tuples(self, readers=str)
@@ -120,6 +127,11 @@ class Anatomy:
   def block_paths(self) -> Paths:
     """The paths of `blocks`."""
     return tuple(block.path for block in self.blocks)
+
+  @property
+  def stream(self) -> Paths:
+    """The residual stream: the modules that hand it on behind each addition within the blocks."""
+    return tuple(path for block in self.blocks for path in block.stream)
 
   @property
   def layers(self) -> Paths:

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxlab.models.blockwise import Part, Programs, array_leaves, park, reach, restore
+from jaxlab.models.blockwise import Part, Programs, park, reach, restore
 from jaxlab.models.intercept import Hook
+from jaxlab.models.main_arrays import array_leaves
 
 PyTree = Any
 
@@ -26,13 +27,12 @@ class Stream:
     parts: Sequence[Part],
     variables: PyTree,
     hooks: Sequence[Hook],
-    inputs: Sequence[tuple],
-    kwargs: dict[str, Any],
+    inputs: Sequence[tuple[tuple, dict[str, Any]]],
     programs: Programs,
   ):
     self.root, self.parts, self.hooks, self.programs = root, parts, hooks, programs
     self.variables = variables
-    self.images = [array_leaves((batch, kwargs)) for batch in inputs]
+    self.images = [array_leaves(call) for call in inputs]
     self.leaves: list[list] = []
     self.outputs: list[list] = []
 

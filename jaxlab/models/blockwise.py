@@ -19,20 +19,11 @@ from flax import linen as nn
 from jaxlab.models.anatomy import anatomy as anatomy_of
 from jaxlab.models.anatomy_parts import Anatomy
 from jaxlab.models.intercept import Hook, Site, any_of, apply, module_paths, raise_unmatched
+from jaxlab.models.main_arrays import array_leaves, index_of, is_array, main_input, main_output
 
 Array = jax.Array
 PyTree = Any
 CAPTURES = 'captures'
-
-
-def is_array(leaf: Any) -> bool:
-  """Returns whether a leaf is an array (or its shape), and not a flag, number or name."""
-  return hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')
-
-
-def array_leaves(tree: PyTree) -> list[Array]:
-  """Returns the arrays among the leaves of `tree`."""
-  return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +67,8 @@ class Part:
     out: what it returns, without the arrays.
     sources: for each array of its arguments, where it came from: `('out', i)`, the i-th array that the
       part before returned; `('in', i)`, the i-th that the part before was given; None: something else.
+    lead: place of the activations among the arrays of its arguments (`main_input`), or None.
+    main: place of the activations among the arrays that it returns (`main_output`), or None.
   """
 
   path: str
@@ -83,6 +76,28 @@ class Part:
   call: Skeleton
   out: Skeleton | None = None
   sources: tuple[tuple[str, int] | None, ...] = ()
+  lead: int | None = 0
+  main: int | None = 0
+
+  @property
+  def x_shape(self) -> jax.ShapeDtypeStruct:
+    """Shape of the activations that it is given; raises ValueError if they cannot be told."""
+    if self.lead is None:
+      raise ValueError(
+        f'{self.path!r} is called with {_shown(self.call)}: which array are its activations cannot be told. '
+        f'Name it first in the signature, or hand it over by position.'
+      )
+    return self.call.array_shapes[self.lead]
+
+  @property
+  def y_shape(self) -> jax.ShapeDtypeStruct:
+    """Shape of the activations that it returns; raises ValueError if they cannot be told."""
+    if self.main is None:
+      raise ValueError(
+        f'{self.path!r} returns {_shown(self.out)}: which array goes on to the next block cannot be told. '
+        f'Return it alone, or first in a tuple.'
+      )
+    return self.out.array_shapes[self.main]
 
   def run(
     self, variables: PyTree, leaves: Sequence[Array], hooks: Sequence[Hook], **options: Any
@@ -90,6 +105,11 @@ class Part:
     """Returns what the module returns for arrays `leaves` of its arguments; `options` are Linen's."""
     args, kwargs = self.call.fill(leaves)
     return apply(self.module, variables, *args, hooks=hooks, prefix=self.path, **options, **kwargs)
+
+
+def _shown(skeleton: Skeleton) -> str:
+  names = [f'{shape.dtype}{list(shape.shape)}' for shape in skeleton.array_shapes]
+  return f'{skeleton.tree} of {", ".join(names) or "no array"}'
 
 
 def slice_variables(variables: Mapping[str, PyTree], path: str) -> dict[str, PyTree]:
@@ -193,7 +213,7 @@ def find_parts(
       )
     if any(part.path == site.path for part in found):
       raise ValueError(
-        f'{site.path!r} is called twice: shared blocks cannot be compensated one by one.'
+        f'{site.path!r} is called twice: parts are worked on one after another, which a shared one cannot be.'
       )
     _check_not_stacked(site, slice_variables(variables, relative(site.path, root.path)))
     arrays = array_leaves((args, kwargs))
@@ -202,7 +222,10 @@ def find_parts(
     out = call(*args, **kwargs)
     open_paths.pop()
     module = site.module.clone(parent=None, name=None)
-    found.append(Part(site.path, module, Skeleton.of((args, kwargs)), Skeleton.of(out), sources))
+    x = main_input(site, args, kwargs)
+    places = index_of(x, (args, kwargs)), index_of(main_output(out, x), out)
+    call = Skeleton.of((args, kwargs)), Skeleton.of(out)
+    found.append(Part(site.path, module, *call, sources, *places))
     given.append(arrays)
     returned.append(array_leaves(out))
     return out
@@ -261,14 +284,17 @@ def reach_with_state(
   order = {part.path: i for i, part in enumerate(parts)}
 
   def visit(site: Site, call: Callable, *args, **kwargs):
-    del call
     i = order[site.path]
+    given = array_leaves((args, kwargs))
     if i == index:
-      for j, leaf in enumerate(array_leaves((args, kwargs))):
+      for j, leaf in enumerate(given):
         site.write(f'argument{j}', leaf)
     known = outputs.get(i)
     if known is None:
-      known = [_unknown(shape) for shape in parts[i].out.array_shapes]
+      shapes = parts[i].out.array_shapes
+      if [leaf.shape for leaf in given] != [shape.shape for shape in parts[i].call.array_shapes]:
+        shapes = array_leaves(call(*args, **kwargs))  # another batch size; its values are dead code
+      known = [_unknown(shape) for shape in shapes]
     return parts[i].out.fill(known)
 
   hooks = [*hooks, Hook(any_of(list(order)), call=visit, collection=CAPTURES)]
@@ -280,7 +306,7 @@ def reach_with_state(
   return found, state
 
 
-def _unknown(shape: jax.ShapeDtypeStruct) -> Array:
+def _unknown(shape: jax.ShapeDtypeStruct | Array) -> Array:
   value = jnp.nan if jnp.issubdtype(shape.dtype, jnp.inexact) else 0
   return jnp.full(shape.shape, value, shape.dtype)
 
@@ -306,7 +332,7 @@ class Programs:
     for constant in traced.jaxpr.consts:
       digest.update(np.asarray(constant).tobytes())
     # Called with other arguments, a function would be traced anew.
-    given = tuple(jax.tree.leaves(lowered.in_avals))
+    given = tuple(map(jax.typeof, jax.tree.leaves(args)))
     key = (digest.digest(), jax.tree.structure(args), given, jax.tree.structure(lowered.out_info))
     return self._by_key.setdefault(key, jitted)
 

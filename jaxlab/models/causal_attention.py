@@ -66,7 +66,7 @@ def make_context(module: nn.Module, tokens: Array, mask: Array | None) -> Contex
       return None
     mask = mask.astype(bool)
     causal = jnp.tril(jnp.ones((time, time), bool))
-    return Context(_count(mask), causal & mask[:, None, :])
+    return Context(count_before(mask), causal & mask[:, None, :])
   if not module.is_mutable_collection('cache'):
     raise ValueError("The variables hold a cache: apply the model with mutable=['cache'].")
   slot, valid = module.get_variable('cache', 'slot'), module.get_variable('cache', 'mask')
@@ -76,8 +76,8 @@ def make_context(module: nn.Module, tokens: Array, mask: Array | None) -> Contex
       f'init_cache(batch, length).'
     )
   mask = jnp.ones((batch, time), bool) if mask is None else mask.astype(bool)
-  positions = _count(mask) + jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]
-  valid = jax.lax.dynamic_update_slice(valid, mask, (0, slot))
+  positions = count_before(mask) + jnp.sum(valid, axis=1, dtype=jnp.int32)[:, None]
+  valid = jax.lax.dynamic_update_slice_in_dim(valid, mask, slot, axis=1)
   module.put_variable('cache', 'slot', slot + time)
   module.put_variable('cache', 'mask', valid)
   causal = jnp.arange(valid.shape[1]) <= slot + jnp.arange(time)[:, None]
@@ -151,7 +151,7 @@ def cache_bytes(cache: Mapping[str, PyTree]) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache) if leaf.ndim == 4)
 
 
-def _count(mask: Array) -> Array:
+def count_before(mask: Array) -> Array:
   """Returns the number of real tokens before each, `[batch, time]`."""
   return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
@@ -159,6 +159,6 @@ def _count(mask: Array) -> Array:
 def _append(module: nn.Module, name: str, new: Array, slot: Array) -> Array:
   """Writes `new` `[batch, time, heads, width]` into the cache at `slot` and returns all of it."""
   old = module.get_variable('cache', name)
-  value = jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, slot, 0, 0))
+  value = jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
   module.put_variable('cache', name, value)
   return value.astype(new.dtype)

@@ -39,23 +39,25 @@ class NormedLinear(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[..., features]` to cosines `[..., num_classes]`."""
-    kernel = self.param('kernel', _unit_columns, (x.shape[-1], self.num_classes))
+    kernel = self.param('kernel', _unit_columns, (x.shape[-1], self.num_classes), jnp.float32)
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return unit(x, -1) @ unit(kernel, 0)
 
 
 class Linear(nn.Module):
-  """`x @ kernel + bias`, the bias drawn as PyTorch's; `LearnableWeightScaling` has the same parameters.
+  """`x @ kernel + bias`, by default drawn as PyTorch's; `LearnableWeightScaling` has the same parameters.
 
   Attributes:
     num_classes: number of logits.
     kernel_init: initializer of the kernel; default: PyTorch's.
     dtype: of the computation; None: as the input.
+    bias_init: initializer of the bias; None: PyTorch's.
   """
 
   num_classes: int
   kernel_init: Initializer = torch_default
   dtype: Any = None
+  bias_init: Initializer | None = None
 
   def __post_init__(self):
     _require_classes('Linear', self.num_classes)
@@ -64,8 +66,9 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[..., features]` to logits `[..., num_classes]`."""
-    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.num_classes))
-    bias = self.param('bias', torch_default_bias(x.shape[-1]), (self.num_classes,))
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.num_classes), jnp.float32)
+    bias_init = self.bias_init or torch_default_bias(x.shape[-1])
+    bias = self.param('bias', bias_init, (self.num_classes,), jnp.float32)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     return x @ kernel + bias
 
@@ -92,9 +95,9 @@ class LearnableWeightScaling(nn.Module):
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[..., features]` to logits `[..., num_classes]`."""
     shape = (x.shape[-1], self.num_classes)
-    kernel = self.param('kernel', torch_default, shape)
-    bias = self.param('bias', torch_default_bias(shape[0]), shape[1:])
-    scale = self.param('scale', nn.initializers.ones, shape[1:])
+    kernel = self.param('kernel', torch_default, shape, jnp.float32)
+    bias = self.param('bias', torch_default_bias(shape[0]), shape[1:], jnp.float32)
+    scale = self.param('scale', nn.initializers.ones, shape[1:], jnp.float32)
     x, kernel, bias, scale = nn.dtypes.promote_dtype(x, kernel, bias, scale, dtype=self.dtype)
     return scale * (x @ kernel + bias)
 
@@ -126,7 +129,7 @@ class WeightNormHead(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[..., features]` to logits `[..., num_classes]`."""
-    v = self.param('v', _rows, (self.num_classes, x.shape[-1]))
+    v = self.param('v', _rows, (self.num_classes, x.shape[-1]), jnp.float32)
     g = self.param('g', lambda key, shape: _norm(v, -1), (self.num_classes, 1))
     x, v, g = nn.dtypes.promote_dtype(x, v, g, dtype=self.dtype)
     weight = unit(v, -1) * g

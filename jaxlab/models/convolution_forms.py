@@ -9,6 +9,9 @@ What the rules rest on, in GFLOP/s of two cores that reach 290 at best:
 
 - XLA hands convolutions of floats to Eigen (150 to 290), but not one whose kernel is larger than its input:
   that falls to a loop (2). `by_taps` reaches 100 to 170.
+- XLA brings the axes of a convolution into the order that Eigen takes in a program's outermost computation
+  alone. Within a loop or a branch (`scan`, `cond`) a gradient falls to a loop, 11 times slower than `plain`,
+  which is in that order from the beginning.
 - A depthwise convolution of XLA is 18 to 41 times slower than products of shifted inputs, which one loop
   fuses.
 - The gradient of a depthwise kernel is a sum over the batch and all positions for every tap. One reduction
@@ -108,6 +111,7 @@ def formulate(lhs: Array, rhs: Array, **params: Any) -> Array:
       channels_first=rhs_spec[1] < min(rhs_spec[2:]),
       eigen=dtype != jnp.float64,
     )
+    form = form or plain
   if form is None:
     return lax.conv_general_dilated_p.bind(lhs, rhs, **params)
   # One order of axes; sums of half precision in float32.
@@ -130,7 +134,7 @@ def choose_form(
   channels_first: bool = False,
   eigen: bool = True,
 ) -> Form | None:
-  """Returns the form for a convolution; None where XLA's own is the fastest.
+  """Returns the form for a convolution; None where XLA's own, `plain`, is the fastest.
 
   Args:
     geometry: of the positions.
@@ -261,7 +265,7 @@ def batch_groups_as_channels(
   """Groups of the batch as groups of channels, for which XLA has a fast loop."""
   x = x.reshape(groups, -1, *x.shape[1:])
   x = jnp.moveaxis(x, 0, -2).reshape(x.shape[1], *geometry.inputs, -1)
-  return _plain(x, kernel, geometry, groups, precision)
+  return plain(x, kernel, geometry, groups, precision)
 
 
 def merge_groups(x: Array, kernel: Array, geometry: Geometry, groups: int, precision: Any) -> Array:
@@ -271,7 +275,7 @@ def merge_groups(x: Array, kernel: Array, geometry: Geometry, groups: int, preci
   kernel = kernel.reshape(*geometry.taps, 1, channels, groups // merged, merged, features)
   same = jnp.eye(merged, dtype=kernel.dtype)[:, None, None, :, None]
   kernel = (kernel * same).reshape(*geometry.taps, merged * channels, groups * features)
-  return _plain(x, kernel, geometry, groups // merged, precision)
+  return plain(x, kernel, geometry, groups // merged, precision)
 
 
 def _mergeable(channels: int, features: int, groups: int) -> int:
@@ -384,8 +388,8 @@ def _resize(y: Array, sizes: Sequence[int]) -> Array:
   return lax.pad(y, np.zeros((), y.dtype), ((0, 0, 0), *config, (0, 0, 0)))
 
 
-def _plain(x: Array, kernel: Array, geometry: Geometry, groups: int, precision: Any) -> Array:
-  """Returns XLA's convolution."""
+def plain(x: Array, kernel: Array, geometry: Geometry, groups: int, precision: Any) -> Array:
+  """Returns XLA's convolution, its axes in the order that Eigen takes."""
   rank = len(geometry.taps)
   order = lax.ConvDimensionNumbers(
     (0, rank + 1, *range(1, rank + 1)),

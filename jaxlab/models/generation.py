@@ -147,7 +147,7 @@ def _generate(
 
   def step(carry):
     index, tokens, cache, ended = carry
-    last = jax.lax.dynamic_slice(tokens, (0, index - 1), (batch, 1))
+    last = jax.lax.dynamic_slice_in_dim(tokens, index - 1, 1, axis=1)
     logits, cache = run(last, None, cache)
     token = choose(logits[:, 0], index)
     if eos is not None:

@@ -13,10 +13,11 @@ from flax import linen as nn
 from jaxlab.models import causal_attention
 from jaxlab.models.activations import gelu, gelu_tanh
 from jaxlab.models.causal_attention import Context, attend, positions_of
+from jaxlab.models.embedding import Embed
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
 from jaxlab.models.normalization import LayerNorm
-from jaxlab.models.vit import flat_dot_general
+from jaxlab.models.transformer_layers import drop, flat_dot_general
 
 Array = jax.Array
 PyTree = Any
@@ -38,7 +39,7 @@ class GPT2Attention(nn.Module):
     heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
     query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
     y = attend(self, query, key, value, context)
-    return _drop(_dense(width, self.dtype, 'c_proj', self.depth)(y), self.dropout)
+    return drop(_dense(width, self.dtype, 'c_proj', self.depth)(y), self.dropout)
 
 
 class GPT2Mlp(nn.Module):
@@ -56,11 +57,11 @@ class GPT2Mlp(nn.Module):
     y = _dense(self.hidden, self.dtype, 'c_fc')(x)
     activation = gelu_tanh if self.activation == 'gelu_tanh' else gelu
     y = HookPoint(name='gelu')(activation(y))
-    return _drop(_dense(x.shape[-1], self.dtype, 'c_proj', self.depth)(y), self.dropout)
+    return drop(_dense(x.shape[-1], self.dtype, 'c_proj', self.depth)(y), self.dropout)
 
 
 class GPT2Block(nn.Module):
-  """A pre-norm decoder block: attention, then MLP, each around a shortcut."""
+  """A pre-norm decoder block: attention, then MLP, each around a shortcut; `residual` between them."""
 
   num_heads: int
   hidden: int
@@ -75,7 +76,7 @@ class GPT2Block(nn.Module):
     """Maps `[batch, time, width]` to the same shape; without `context` plainly causal."""
     norm = functools.partial(_layer_norm, self.epsilon, self.dtype)
     attention = GPT2Attention(self.num_heads, self.depth, self.dropout, self.dtype, name='attn')
-    x = x + attention(norm('ln_1')(x), context)
+    x = HookPoint(name='residual')(x + attention(norm('ln_1')(x), context))
     mlp = GPT2Mlp(self.hidden, self.depth, self.activation, self.dropout, self.dtype, name='mlp')
     return x + mlp(norm('ln_2')(x))
 
@@ -144,11 +145,11 @@ class GPT2(nn.Module):
     context = causal_attention.make_context(self, tokens, mask)
     dropout = self.dropout if train else 0.0
     embed = functools.partial(
-      nn.Embed, features=self.width, embedding_init=vit_normal, dtype=self.dtype
+      Embed, features=self.width, embedding_init=vit_normal, dtype=self.dtype
     )
     wte = embed(self.vocab_size, name='wte')
     x = wte(tokens) + embed(self.max_length, name='wpe')(positions_of(tokens, context))
-    x = HookPoint(name='embeddings')(_drop(x, dropout))
+    x = HookPoint(name='embeddings')(drop(x, dropout))
     block = nn.remat(GPT2Block) if self.remat else GPT2Block
     for index in range(self.depth):
       x = block(
@@ -163,8 +164,7 @@ class GPT2(nn.Module):
       )(x, context)
     x = _layer_norm(self.epsilon, self.dtype, 'ln_f')(x)
     if self.tied:
-      # Over flat tokens, as `flat_dot_general`.
-      return wte.attend(x.reshape(-1, self.width)).reshape(*tokens.shape, self.vocab_size)
+      return wte.attend(x)
     return _dense(self.vocab_size, self.dtype, 'lm_head', use_bias=False)(x)
 
   def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:
@@ -205,7 +205,3 @@ def _dense(
 
 def _layer_norm(epsilon: float, dtype: Any, name: str) -> LayerNorm:
   return LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
-
-
-def _drop(x: Array, rate: float) -> Array:
-  return nn.Dropout(rate, deterministic=False)(x) if rate else x

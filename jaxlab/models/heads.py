@@ -32,7 +32,7 @@ class MLPHead(nn.Module):
     features: output channels of each layer.
     hidden_norm: whether the layers before the last have a batch norm.
     last_norm: batch norm of the last layer: `'none'`, `'affine'`, or `'plain'` (no scale, no bias).
-    hidden_bias: whether the layers before the last have a bias.
+    hidden_bias: whether the layers before the last have a bias, or one such choice for each.
     last_bias: True, False, or `'frozen'`: a parameter that gets no gradient (SimSiam keeps one before its
       plain norm, which cancels it).
     activation: `'relu'` or `'gelu'` (exact).
@@ -45,7 +45,7 @@ class MLPHead(nn.Module):
   features: Sequence[int]
   hidden_norm: bool = True
   last_norm: str = 'none'
-  hidden_bias: bool = False
+  hidden_bias: bool | Sequence[bool] = False
   last_bias: bool | str = True
   activation: str = 'relu'
   kernel_init: Initializer = torch_default
@@ -63,14 +63,18 @@ class MLPHead(nn.Module):
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(f'MLPHead: {name}={getattr(self, name)!r} is none of {allowed}.')
+    own = self.hidden_bias
+    if not isinstance(own, bool) and len(own) != len(self.features) - 1:
+      raise ValueError(f'MLPHead: hidden_bias={own} for {len(self.features) - 1} hidden layers.')
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[batch, channels]` to `[batch, features[-1]]`."""
-    last = len(self.features) - 1
+    last, hidden = len(self.features) - 1, self.hidden_bias
+    biases = [hidden] * last if isinstance(hidden, bool) else list(hidden)
     for index, features in enumerate(self.features):
-      bias = self.hidden_bias if index < last else self.last_bias
+      bias = biases[index] if index < last else self.last_bias
       linear = _FrozenBiasDense if bias == 'frozen' else nn.Dense
       x = linear(
         features,
@@ -107,8 +111,8 @@ class _FrozenBiasDense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
-    bias = jax.lax.stop_gradient(self.param('bias', self.bias_init, (self.features,)))
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    bias = jax.lax.stop_gradient(self.param('bias', self.bias_init, (self.features,), jnp.float32))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     return x @ kernel + bias
 
@@ -179,9 +183,9 @@ class DINOHead(nn.Module):
     )(x, train)
     x = HookPoint(name='bottleneck')(unit(x, axis=-1))
     shape = (self.bottleneck, self.num_prototypes)
-    kernel = unit(self.param('last_layer_kernel', torch_default, shape), axis=0)
+    kernel = unit(self.param('last_layer_kernel', torch_default, shape, jnp.float32), axis=0)
     if not self.norm_last_layer:
-      kernel = kernel * self.param('last_layer_scale', nn.initializers.ones, shape[1:])
+      kernel = kernel * self.param('last_layer_scale', nn.initializers.ones, shape[1:], jnp.float32)
     x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
     return x @ kernel
 

@@ -17,6 +17,7 @@ variable collection (`'hooks'` unless a hook says otherwise), a pytree that mirr
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,11 +50,13 @@ class Site:
     module: the bound Linen module.
     path: its path in the model, e.g. `layer1_0/conv1`; the empty string is the model itself.
     collection: the variable collection of `read` and `write`.
+    method: that is called.
   """
 
   module: nn.Module
   path: str
   collection: str = 'hooks'
+  method: str = '__call__'
 
   def read(self, name: str) -> Array:
     """Returns the array `name` stored for this module; raises ValueError where there is none."""
@@ -74,6 +77,21 @@ class Site:
     if self.module.is_mutable_collection(self.collection):
       self.module.scope.put_variable(self.collection, name, value)
 
+  def keep(self, name: str, value: PyTree) -> None:
+    """Stores `value` as `name` for this module; raises ValueError where it would be lost."""
+    if not self.module.is_mutable_collection(self.collection):
+      raise ValueError(not_carried(self.path, self.collection))
+    self.write(name, value)
+
+
+def not_carried(path: str, collection: str) -> str:
+  """Returns the message for a module under a transformation that loses what is stored for it."""
+  return (
+    f'{path!r} runs under a transformation (nn.vmap, nn.scan, nn.RNN) that does not carry the collection '
+    f"{collection!r}: add it to the transformation's variable_axes, next to 'params', or leave the module "
+    f'out of the rules.'
+  )
+
 
 Transform = Callable[[Site, Array], Array]
 Replacement = Callable[..., Any]
@@ -87,12 +105,13 @@ class Hook:
 
   Attributes:
     pattern: regular expression that must match the whole path (`re.fullmatch`).
-    input: `(site, x) -> x`, applied to the module's first positional argument.
+    input: `(site, x) -> x`, applied to the module's first argument, also where it is given by its name.
     output: `(site, y) -> y`, applied to what the module returns.
     call: `(site, call, *args, **kwargs) -> y`, in place of the module's call; `call` is the
       module's own (and the inner hooks'), so that a block can be dropped (`return args[0]`),
       wrapped, or compensated from its own input.
     collection: the variable collection of the site's arrays.
+    methods: of the module at which the hook works, e.g. `('__call__', 'attend')` of embeddings.
   """
 
   pattern: str
@@ -100,6 +119,7 @@ class Hook:
   output: Transform | None = None
   call: Replacement | None = None
   collection: str = 'hooks'
+  methods: tuple[str, ...] = ('__call__',)
 
   def __post_init__(self):
     given = [name for name in ('input', 'output', 'call') if getattr(self, name) is not None]
@@ -165,9 +185,10 @@ def intercepting(hooks: Sequence[Hook], prefix: str | None = None) -> Iterator[N
   matched: set[int] = set()
   paths: set[str] = set()
   patterns = [re.compile(hook.pattern) for hook in hooks]
+  methods = {'__call__'}.union(*(hook.methods for hook in hooks))
 
   def interceptor(next_fun, args, kwargs, context):
-    if context.method_name != '__call__':
+    if context.method_name not in methods:
       return next_fun(*args, **kwargs)
     path = path_string(context.module.path)
     if prefix:
@@ -175,9 +196,10 @@ def intercepting(hooks: Sequence[Hook], prefix: str | None = None) -> Iterator[N
     paths.add(path)
     call = next_fun
     for index, (hook, pattern) in enumerate(zip(hooks, patterns, strict=True)):
-      if pattern.fullmatch(path):
+      if context.method_name in hook.methods and pattern.fullmatch(path):
         matched.add(index)
-        call = _around(hook, Site(context.module, path, hook.collection), call)
+        site = Site(context.module, path, hook.collection, context.method_name)
+        call = _around(hook, site, call)
     return call(*args, **kwargs)
 
   with nn.intercept_methods(interceptor):
@@ -192,14 +214,48 @@ def _around(hook: Hook, site: Site, call: Callable[..., Any]) -> Callable[..., A
 
   def wrapped(*args, **kwargs):
     if hook.input is not None:
-      if not args:
-        raise ValueError(f'Hook on the input of {site.path!r}: the module is called without one.')
-      return call(hook.input(site, args[0]), *args[1:], **kwargs)
+      x, given = first_argument(site, args, kwargs)
+      args, kwargs = given(hook.input(site, x))
+      return call(*args, **kwargs)
     if hook.output is not None:
       return hook.output(site, call(*args, **kwargs))
     return hook.call(site, call, *args, **kwargs)
 
   return wrapped
+
+
+def arguments_in_order(site: Site, args: tuple, kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+  """Returns the arguments of a module's call, by position or name, in the order of its signature.
+
+  Keywords that the signature does not name come last, in the order of their names.
+  """
+  names = list(inspect.signature(getattr(type(site.module), site.method)).parameters)
+  known = [name for name in names if name in kwargs]
+  order = [*known, *sorted(set(kwargs) - set(known))]
+  return {**dict(enumerate(args)), **{name: kwargs[name] for name in order}}
+
+
+def first_argument(
+  site: Site, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[Any, Callable[[Any], tuple[tuple, dict[str, Any]]]]:
+  """Returns the first argument of a module's call, and the function that puts another in its place.
+
+  It is the first of the signature, whether it is given by position or by name.
+
+  Raises:
+    ValueError: for a module that is called without arguments.
+  """
+  first = next(iter(arguments_in_order(site, args, kwargs).items()), None)
+  if first is None:
+    raise ValueError(f'The input of {site.path!r}: the module is called without one.')
+  name, x = first
+
+  def given(new: Any) -> tuple[tuple, dict[str, Any]]:
+    if name == 0:
+      return (new, *args[1:]), dict(kwargs)
+    return args, {**kwargs, name: new}
+
+  return x, given
 
 
 def raise_unmatched(patterns: Sequence[str], paths: Sequence[str], what: str, of: str) -> None:

@@ -12,10 +12,11 @@ from flax import linen as nn
 
 from jaxlab.models import causal_attention
 from jaxlab.models.causal_attention import Context, attend, positions_of
+from jaxlab.models.embedding import Embed
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
 from jaxlab.models.rotary import rotary_embedding
-from jaxlab.models.vit import flat_dot_general
+from jaxlab.models.transformer_layers import flat_dot_general
 
 Array = jax.Array
 PyTree = Any
@@ -70,7 +71,7 @@ class LlamaMlp(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-  """A pre-norm decoder block: attention, then MLP, each around a shortcut."""
+  """A pre-norm decoder block: attention, then MLP, each around a shortcut; `residual` between them."""
 
   num_heads: int
   num_kv_heads: int
@@ -97,6 +98,7 @@ class LlamaBlock(nn.Module):
       name='self_attn',
     )
     x = x + attention(_rms_norm(self.epsilon, dtypes, 'input_layernorm')(x), context)
+    x = HookPoint(name='residual')(x)
     mlp = LlamaMlp(self.hidden, self.mlp_bias, *dtypes, name='mlp')
     return x + mlp(_rms_norm(self.epsilon, dtypes, 'post_attention_layernorm')(x))
 
@@ -184,7 +186,7 @@ class Llama(nn.Module):
     causal_attention.check_tokens('Llama', tokens, None, mask)
     context = causal_attention.make_context(self, tokens, mask)
     dtypes = (self.dtype, self.param_dtype)
-    embed = nn.Embed(
+    embed = Embed(
       self.vocab_size,
       self.width,
       dtype=self.dtype,
@@ -209,8 +211,7 @@ class Llama(nn.Module):
       )(x, context)
     x = _rms_norm(self.epsilon, dtypes, 'norm')(x)
     if self.tied:
-      # Over flat tokens, as `flat_dot_general`.
-      return embed.attend(x.reshape(-1, self.width)).reshape(*tokens.shape, self.vocab_size)
+      return embed.attend(x)
     return _dense(self.vocab_size, dtypes, 'lm_head')(x)
 
   def init_cache(self, batch: int, length: int | None = None) -> dict[str, PyTree]:

@@ -1,17 +1,24 @@
-"""What a masked autoencoder does around its transformers: cutting, masking, restoring, positions.
+"""What a masked autoencoder does around its encoder: cutting, masking, restoring, positions, the decoder.
 
 He et al., Masked Autoencoders Are Scalable Vision Learners, CVPR 2022 (https://arxiv.org/abs/2111.06377).
 The loss is `jaxlab.losses.mae_loss`.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+
+from jaxlab.models.initializers import vit_normal
+from jaxlab.models.intercept import Hook, capture
+from jaxlab.models.normalization import LayerNorm
+from jaxlab.models.transformer_layers import linear
+from jaxlab.models.vit import Block, ViT
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
@@ -158,3 +165,81 @@ def sincos_2d(
   if class_token:
     code = np.concatenate([np.zeros((1, dim)), code])
   return jnp.asarray(code, dtype)
+
+
+def encode_visible(
+  vit: ViT, variables: Mapping[str, Any], images: jax.Array, keep: jax.Array, **kwargs: Any
+) -> jax.Array:
+  """Returns the normalized tokens of a ViT that sees some patches alone.
+
+  All patches are projected and get their positions; those that are not kept are dropped before the first
+  block.
+
+  Args:
+    vit: unscanned; any of its options.
+    variables: its variables.
+    images: `[batch, height, width, channels]`.
+    keep: `[batch, num_kept]`, positions of the patches, see `random_masking`.
+    **kwargs: passed to the model.
+
+  Returns:
+    `[batch, prefix tokens + num_kept, width]`, patches in the order of `keep`.
+
+  Raises:
+    ValueError: for a ViT with `scan`, whose blocks cannot be told apart.
+  """
+  if vit.scan:
+    raise ValueError('encode_visible takes a ViT with scan=False.')
+  prefix = vit.num_prefix_tokens
+
+  def visible(site: Any, x: jax.Array) -> jax.Array:
+    del site
+    return jnp.concatenate([x[:, :prefix], keep_tokens(x[:, prefix:], keep)], axis=1)
+
+  drop = Hook('blocks_0', input=visible)
+  return capture(vit, variables, ['norm'], images, hooks=[drop], **kwargs)[1]['norm']
+
+
+class MAEDecoder(nn.Module):
+  """The decoder of a masked autoencoder: from the tokens of the visible patches to the pixels of all.
+
+  `embed`, mask tokens at the places of the missing patches, the fixed code of `sincos_2d`, `blocks_i`,
+  `norm`, `pred`.
+
+  Attributes:
+    patch_size: side of a patch in pixels.
+    grid: rows and columns of patches.
+    channels: of the images.
+    width: channels of a token.
+    depth: number of blocks.
+    num_heads: attention heads.
+    mlp_ratio: hidden channels of the MLP over `width`.
+    dtype: of the computation; None: as the input.
+  """
+
+  patch_size: int
+  grid: tuple[int, int]
+  channels: int = 3
+  width: int = 512
+  depth: int = 8
+  num_heads: int = 16
+  mlp_ratio: float = 4.0
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, restore: jax.Array) -> jax.Array:
+    """Returns pixels `[batch, num_patches, patch_size * patch_size * channels]`, see `patchify`.
+
+    Args:
+      tokens: `[batch, 1 + num_kept, encoder width]`, the class token first.
+      restore: `[batch, num_patches]`, see `random_masking`.
+    """
+    x = linear(self.width, self.dtype, 'embed')(tokens)
+    # Three axes, as in the official code: weight decay spares what has one.
+    mask_token = self.param('mask_token', vit_normal, (1, 1, self.width), jnp.float32)
+    x = jnp.concatenate([x[:, :1], restore_tokens(x[:, 1:], mask_token, restore)], axis=1)
+    x = x + sincos_2d(self.width, self.grid, class_token=True, dtype=x.dtype)
+    for index in range(self.depth):
+      x = Block(self.num_heads, self.mlp_ratio, dtype=self.dtype, name=f'blocks_{index}')(x)
+    x = LayerNorm(1e-6, self.dtype, name='norm')(x)
+    return linear(self.patch_size**2 * self.channels, self.dtype, 'pred')(x)[:, 1:]

@@ -40,7 +40,9 @@ def resample_position_embedding(
   """Resamples a position embedding to another grid of patches.
 
   The rows of the prefix tokens (class, distillation) are kept; the others, a grid in raster order, are
-  interpolated bicubically by `bicubic_matrix`, as DeiT's fine-tuning does. Linear in `pos_embed`.
+  interpolated bicubically by `bicubic_matrix`, as DeiT's fine-tuning and torchvision's
+  `interpolate_embeddings` do. timm's `resample_abs_pos_embed` is another function: it smooths
+  (`antialias=True`) and, as PIL, has a = -0.5. Linear in `pos_embed`.
 
   Args:
     pos_embed: `[1, num_prefix_tokens + rows * columns, channels]`.

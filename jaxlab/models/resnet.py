@@ -30,18 +30,18 @@ def square_conv(
   stride: int = 1,
   groups: int = 1,
   kernel_init: Initializer = kaiming_normal_fan_out,
+  padding: str | None = None,
   **kwargs: Any,
 ) -> nn.Conv:
-  """Returns a square convolution without bias, padded by half the kernel on all sides."""
+  """Returns a square convolution, by default without bias, padded by half the kernel or as `padding` says."""
   return nn.Conv(
     features,
     (kernel_size, kernel_size),
     strides=(stride, stride),
-    padding=[(kernel_size // 2, kernel_size // 2)] * 2,
+    padding=padding or [(kernel_size // 2, kernel_size // 2)] * 2,
     feature_group_count=groups,
-    use_bias=False,
     kernel_init=kernel_init,
-    **{'conv_general_dilated': conv_general_dilated} | kwargs,
+    **{'use_bias': False, 'conv_general_dilated': conv_general_dilated} | kwargs,
   )
 
 
@@ -58,16 +58,30 @@ def pad_shortcut(x: Array, features: int, stride: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
 
 
+def average_pairs(x: Array) -> Array:
+  """Returns the average of each 2x2 window of `x` `[batch, height, width, channels]`, side by side.
+
+  Windows over the edge of odd sides average what lies inside.
+  """
+  padding = [(0, side % 2) for side in x.shape[1:3]]
+  return nn.avg_pool(x, (2, 2), (2, 2), padding, count_include_pad=False)
+
+
+ACTIVATIONS = {'relu': nn.relu, 'sigmoid': nn.sigmoid, 'arctan': jnp.arctan}
+
+
 class _Block(nn.Module):
   """What both residual blocks share.
 
   Attributes:
     features: channels of the 3x3 convolution(s), before the expansion.
     stride: of the block, height and width.
-    shortcut: `'projection'` (1x1 convolution and norm) or `'pad'`, where the shape changes.
+    shortcut: `'projection'` (1x1 convolution and norm), `'average'` (2x2 average before that), or `'pad'`,
+      where the shape changes.
     zero_init_residual: start the last norm's scale at 0, so that the block begins as its shortcut.
     cardinality: groups of the bottleneck's 3x3 convolution (ResNeXt).
     base_width: channels of one of these groups at `features == 64`.
+    activation: of `ACTIVATIONS`; its hook points are called `relu` whichever it is.
     conv: `conv(features, kernel_size, stride, name=...)` makes a convolution.
     norm: `norm(name=...)` makes a norm.
   """
@@ -78,6 +92,7 @@ class _Block(nn.Module):
   zero_init_residual: bool = False
   cardinality: int = 1
   base_width: int = 64
+  activation: str = 'relu'
   conv: Callable[..., nn.Module] = square_conv
   norm: Callable[..., nn.Module] = BatchNorm
   expansion: ClassVar[int] = 1
@@ -86,6 +101,10 @@ class _Block(nn.Module):
     """Returns the initializer of the residual branch's last scale."""
     return nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
 
+  def act(self, x: Array) -> Array:
+    """Returns the activation of `x`."""
+    return ACTIVATIONS[self.activation](x)
+
   def skip(self, x: Array, train: bool) -> Array:
     """Returns the shortcut of `x`, brought to the branch's shape."""
     features = self.features * self.expansion
@@ -93,8 +112,12 @@ class _Block(nn.Module):
       return x
     if self.shortcut == 'pad':
       return HookPoint(name='downsample')(pad_shortcut(x, features, self.stride))
-    x = self.conv(features, 1, self.stride, name='downsample_0')(x)
-    return self.norm(name='downsample_1')(x, train)
+    if self.shortcut == 'projection':
+      x = self.conv(features, 1, self.stride, name='downsample_0')(x)
+      return self.norm(name='downsample_1')(x, train)
+    x = HookPoint(name='downsample_0')(average_pairs(x) if self.stride == 2 else x)
+    x = self.conv(features, 1, name='downsample_1')(x)
+    return self.norm(name='downsample_2')(x, train)
 
 
 class BasicBlock(_Block):
@@ -107,10 +130,10 @@ class BasicBlock(_Block):
       raise ValueError('cardinality needs the bottleneck block; BasicBlock has no grouped form.')
     y = self.conv(self.features, 3, self.stride, name='conv1')(x)
     y = self.norm(name='bn1')(y, train)
-    y = HookPoint(name='relu1')(nn.relu(y))
+    y = HookPoint(name='relu1')(self.act(y))
     y = self.conv(self.features, 3, name='conv2')(y)
     y = self.norm(name='bn2', scale_init=self.last_scale_init())(y, train)
-    return HookPoint(name='relu2')(nn.relu(y + self.skip(x, train)))
+    return HookPoint(name='relu2')(self.act(y + self.skip(x, train)))
 
 
 class Bottleneck(_Block):
@@ -124,13 +147,13 @@ class Bottleneck(_Block):
     inner = self.features * self.base_width // 64 * self.cardinality
     y = self.conv(inner, 1, name='conv1')(x)
     y = self.norm(name='bn1')(y, train)
-    y = HookPoint(name='relu1')(nn.relu(y))
+    y = HookPoint(name='relu1')(self.act(y))
     y = self.conv(inner, 3, self.stride, groups=self.cardinality, name='conv2')(y)
     y = self.norm(name='bn2')(y, train)
-    y = HookPoint(name='relu2')(nn.relu(y))
+    y = HookPoint(name='relu2')(self.act(y))
     y = self.conv(self.features * self.expansion, 1, name='conv3')(y)
     y = self.norm(name='bn3', scale_init=self.last_scale_init())(y, train)
-    return HookPoint(name='relu3')(nn.relu(y + self.skip(x, train)))
+    return HookPoint(name='relu3')(self.act(y + self.skip(x, train)))
 
 
 BLOCKS = {'basic': BasicBlock, 'bottleneck': Bottleneck}
@@ -149,13 +172,18 @@ class ResNet(nn.Module):
     width: channels of the stem.
     widths: channels of the stages before a bottleneck's expansion; None doubles from `width`.
     strides: stride of each stage (surplus entries are ignored).
-    stem: `'imagenet'` (7x7, stride 2, then max-pooling 3x3, stride 2) or `'cifar'` (3x3, stride 1).
+    stem: `'imagenet'` (7x7, stride 2, then max-pooling 3x3, stride 2), `'deep'` (three 3x3 in place of the
+      7x7, with half the channels in between: `conv1_0`, `conv1_3`, `conv1_6`), `'cifar'` (3x3, stride 1) or
+      `'identity'`: the first block sees the image.
     num_classes: size of the classifier `fc`; None returns the pooled features.
     zero_init_residual: start the last norm's scale of each block at 0 (Goyal et al. 2017).
-    shortcut: `'projection'`, or `'pad'` for option A of the CIFAR networks of depth 20 to 110.
+    shortcut: `'projection'`; `'average'` (with a deep stem, ResNet-D of He et al. 2019, arXiv 1812.01187); or
+      `'pad'` for option A of the CIFAR networks of depth 20 to 110.
     norm_groups: groups of the batch with separate statistics, see `BatchNorm`.
     cardinality: groups of the bottlenecks' 3x3 convolutions (ResNeXt).
     base_width: channels of one of these groups in the first stage.
+    activation: `'relu'`, or `'sigmoid'` or `'arctan'`, for studies; its hook points are called `relu` all the
+      same.
     conv_init: initializer of convolutions.
     fc_init: initializer of the classifier's kernel.
     dtype: of the computation (parameters and statistics stay float32); None: as the input.
@@ -177,6 +205,7 @@ class ResNet(nn.Module):
   norm_groups: int = 1
   cardinality: int = 1
   base_width: int = 64
+  activation: str = 'relu'
   conv_init: Initializer = kaiming_normal_fan_out
   fc_init: Initializer = torch_default
   dtype: Any = None
@@ -185,8 +214,9 @@ class ResNet(nn.Module):
   def __post_init__(self):
     stages = len(self.stage_sizes)
     for name, allowed in (
-      ('stem', ('imagenet', 'cifar')),
-      ('shortcut', ('projection', 'pad')),
+      ('stem', ('imagenet', 'deep', 'cifar', 'identity')),
+      ('activation', tuple(ACTIVATIONS)),
+      ('shortcut', ('projection', 'average', 'pad')),
       *((('block', tuple(BLOCKS)),) if isinstance(self.block, str) else ()),
     ):
       if getattr(self, name) not in allowed:
@@ -196,6 +226,8 @@ class ResNet(nn.Module):
         f'ResNet: {stages} stages need as many widths and strides; got widths={self.widths}, '
         f'strides={self.strides}.'
       )
+    if self.shortcut == 'average' and set(self.strides[:stages]) - {1, 2}:
+      raise ValueError(f"ResNet: shortcut='average' has strides of 1 and 2, got {self.strides}.")
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(f'ResNet: num_classes={self.num_classes}; give None for pooled features.')
     super().__post_init__()
@@ -206,10 +238,19 @@ class ResNet(nn.Module):
     check_images(x)
     conv = functools.partial(square_conv, kernel_init=self.conv_init, dtype=self.dtype)
     norm = functools.partial(BatchNorm, groups=self.norm_groups, dtype=self.dtype)
-    kernel_size, stride = (7, 2) if self.stem == 'imagenet' else (3, 1)
-    x = norm(name='bn1')(conv(self.width, kernel_size, stride, name='conv1')(x), train)
-    x = HookPoint(name='relu')(nn.relu(x))
-    if self.stem == 'imagenet':
+    act = ACTIVATIONS[self.activation]
+    if self.stem == 'deep':
+      for index in (0, 3):
+        x = conv(self.width // 2, 3, 1 if index else 2, name=f'conv1_{index}')(x)
+        x = norm(name=f'conv1_{index + 1}')(x, train)
+        x = HookPoint(name=f'conv1_{index + 2}')(act(x))
+      x = conv(self.width, 3, name='conv1_6')(x)
+    elif self.stem != 'identity':
+      kernel_size, stride = (7, 2) if self.stem == 'imagenet' else (3, 1)
+      x = conv(self.width, kernel_size, stride, name='conv1')(x)
+    if self.stem != 'identity':
+      x = HookPoint(name='relu')(act(norm(name='bn1')(x, train)))
+    if self.stem in ('imagenet', 'deep'):
       x = HookPoint(name='maxpool')(nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
 
     block = BLOCKS[self.block] if isinstance(self.block, str) else self.block
@@ -225,6 +266,7 @@ class ResNet(nn.Module):
           zero_init_residual=self.zero_init_residual,
           cardinality=self.cardinality,
           base_width=self.base_width,
+          activation=self.activation,
           conv=conv,
           norm=norm,
           name=f'layer{stage + 1}_{index}',

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import optax
 from flax import linen as nn
 
 from jaxlab.models.intercept import apply
@@ -18,14 +17,18 @@ class Encoder(nn.Module):
   Attributes:
     backbone: a network that returns pooled features, e.g. `create('resnet50', num_classes=None)`.
     projector: a head from `jaxlab.models.heads`.
+    with_features: returns the pair of features `[batch, channels]` and projections.
   """
 
   backbone: nn.Module
   projector: nn.Module
+  with_features: bool = False
 
-  def __call__(self, images: Array, train: bool = False) -> Array:
+  def __call__(self, images: Array, train: bool = False) -> Array | tuple[Array, Array]:
     """Returns the projections of `images` `[batch, height, width, channels]`."""
-    return self.projector(self.backbone(images, train=train), train=train)
+    features = self.backbone(images, train=train)
+    projections = self.projector(features, train=train)
+    return (features, projections) if self.with_features else projections
 
 
 def apply_in_turn(
@@ -34,6 +37,7 @@ def apply_in_turn(
   inputs: list[Array],
   *,
   mutable: tuple[str, ...] = ('batch_stats',),
+  rngs: dict[str, Array] | None = None,
   **kwargs: Any,
 ) -> tuple[list[Array], dict[str, PyTree]]:
   """Applies a module in train mode to one array after the other; mutable collections go from call to call.
@@ -45,33 +49,17 @@ def apply_in_turn(
     variables: its variables.
     inputs: one array a call.
     mutable: collections that calls change, e.g. running statistics, or ranges that hooks record.
+    rngs: keys by stream, from which each call has its own.
     **kwargs: passed to `intercept.apply`, e.g. `hooks`.
 
   Returns:
     The outputs, and the mutable collections after the last call.
   """
   outputs, state = [], {name: variables[name] for name in mutable if name in variables}
-  for x in inputs:
-    y, state = apply(module, {**variables, **state}, x, train=True, mutable=list(mutable), **kwargs)
+  for index, x in enumerate(inputs):
+    own = {name: jax.random.fold_in(key, index) for name, key in (rngs or {}).items()}
+    y, state = apply(
+      module, {**variables, **state}, x, train=True, mutable=list(mutable), rngs=own, **kwargs
+    )
     outputs.append(y)
   return outputs, dict(state)
-
-
-def momentum_pass(
-  encoder: nn.Module, params: PyTree, target: dict[str, PyTree], views: list[Array], momentum: float
-) -> tuple[list[Array], dict[str, PyTree]]:
-  """Moves the momentum network to the online one, then returns its features of the views, and itself.
-
-  `target <- momentum * target + (1 - momentum) * params` over parameters alone; its running statistics are
-  its own, from its own passes in train mode (MoCo, BYOL). Features carry no gradient.
-
-  Args:
-    encoder: the module of both networks.
-    params: of the online network, before the optimizer's step.
-    target: `{'params', 'batch_stats'}` of the momentum network.
-    views: arrays `[batch, height, width, channels]`, one pass each.
-    momentum: share of the momentum network that is kept.
-  """
-  moved = optax.incremental_update(params, target['params'], 1 - momentum)
-  z, state = apply_in_turn(encoder, {**target, 'params': moved}, views)
-  return jax.lax.stop_gradient(z), {'params': moved, **state}

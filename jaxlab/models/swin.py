@@ -19,7 +19,8 @@ from jaxlab.models.initializers import torch_default, torch_default_bias, vit_no
 from jaxlab.models.intercept import HookPoint
 from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.resnet import check_images
-from jaxlab.models.vit import Mlp, draw_survival, flat_dot_general
+from jaxlab.models.transformer_layers import Mlp, linear
+from jaxlab.models.vit import draw_survival
 
 Array = jax.Array
 Size = tuple[int, int]
@@ -92,7 +93,7 @@ class WindowAttention(nn.Module):
   def __call__(self, x: Array, regions: np.ndarray | None = None) -> Array:
     """Maps `[batch * windows, tokens, width]` to the same shape; `regions` `[windows, tokens]`."""
     windows, tokens, width = x.shape
-    qkv = _dense(3 * width, self.dtype, 'qkv', self.qkv_bias)(x)
+    qkv = linear(3 * width, self.dtype, 'qkv', self.qkv_bias)(x)
     qkv = qkv.reshape(windows, tokens, 3, self.num_heads, width // self.num_heads)
     query, key, value = (
       HookPoint(name=name)(part[:, :, 0])
@@ -108,16 +109,18 @@ class WindowAttention(nn.Module):
       by_window = scores.reshape(-1, len(regions), *scores.shape[1:]) + mask[:, None]
       scores = by_window.reshape(scores.shape)
     weights = HookPoint(name='softmax')(softmax(scores).astype(value.dtype))
-    return _dense(width, self.dtype, 'proj')(weighted_values(weights, value))
+    return linear(width, self.dtype, 'proj')(weighted_values(weights, value))
 
   def _bias(self) -> Array:
     rows = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
-    table = self.param('relative_position_bias_table', vit_normal, (rows, self.num_heads))
+    table = self.param(
+      'relative_position_bias_table', vit_normal, (rows, self.num_heads), jnp.float32
+    )
     return einops.rearrange(table[relative_position_index(self.window)], 'q k h -> h q k')
 
 
 class Block(nn.Module):
-  """A pre-norm block: attention within windows, then MLP, each around a shortcut.
+  """A pre-norm block: attention within windows, then MLP, each around a shortcut; `residual` between them.
 
   Attributes:
     num_heads: attention heads.
@@ -146,6 +149,7 @@ class Block(nn.Module):
       return y if survival is None else y * survival[index][:, None, None, None].astype(y.dtype)
 
     x = x + branch(self._attend(_layer_norm(self.dtype, 'norm1')(x)), 0)
+    x = HookPoint(name='residual')(x)
     mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
     return x + branch(mlp(_layer_norm(self.dtype, 'norm2')(x)), 1)
 
@@ -178,7 +182,7 @@ class PatchMerging(nn.Module):
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
     x = einops.rearrange(x, 'b (m h) (n w) c -> b m n (w h c)', h=2, w=2)
     x = _layer_norm(self.dtype, 'norm')(x)
-    return _dense(self.width, self.dtype, 'reduction', use_bias=False)(x)
+    return linear(self.width, self.dtype, 'reduction', use_bias=False)(x)
 
 
 class Stage(nn.Module):
@@ -261,7 +265,7 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, channels]` to logits `[batch, num_classes]`."""
-    return _dense(self.num_classes, self.dtype, 'fc')(x)
+    return linear(self.num_classes, self.dtype, 'fc')(x)
 
 
 class Swin(nn.Module):
@@ -272,7 +276,9 @@ class Swin(nn.Module):
 
   Where a stage's feature map is no larger than the window, the window shrinks to it (each side by itself) and
   is not shifted, as in timm. A feature map that windows or 2 x 2 neighborhoods do not divide is filled with
-  zeros at the bottom and right; the window follows from sizes rounded *down*.
+  zeros at the bottom and right, and counts as the map that it becomes: sizes are halved rounding *up*, as in
+  timm 1.0.31 (1.0.20 took windows from sizes rounded down: at 240 pixels its last stage, 8 x 8 tokens, has no
+  shift). torchvision shifts and pads in the other order: its networks of such sizes are others.
 
   Attributes:
     patch_size: side of a patch in pixels.
@@ -290,9 +296,8 @@ class Swin(nn.Module):
     remat: recompute each block's activations in the backward pass instead of storing them.
 
   Raises:
-    ValueError: at construction, if `image_size` is not divisible by the patch or too small for the number of
-      stages, if heads do not divide the channels, or another field is out of its range; when called, if
-      the images have another size.
+    ValueError: at construction, if `image_size` is not positive or not divisible by the patch, if heads do
+      not divide the channels, or another field is out of range; when called, if the images have another size.
   """
 
   patch_size: int = 4
@@ -318,11 +323,8 @@ class Swin(nn.Module):
     stages = len(self.depths)
     if len(self.num_heads) < stages:
       raise ValueError(f'Swin: {stages} stages need as many num_heads; got {self.num_heads}.')
-    if min(self.stage_grid(stages - 1)) < 1:
-      raise ValueError(
-        f'Swin: images of {height} x {width} pixels with patch_size={self.patch_size} leave nothing to the '
-        f'last of {stages} stages; give larger images, smaller patches or fewer depths.'
-      )
+    if min(height, width) < 1:
+      raise ValueError(f'Swin: image_size={self.image_size} is not positive.')
     for stage, heads in enumerate(self.num_heads[:stages]):
       if self.width * 2**stage % heads:
         raise ValueError(
@@ -337,10 +339,9 @@ class Swin(nn.Module):
     super().__post_init__()
 
   def stage_grid(self, stage: int) -> Size:
-    """Returns the size of a stage's feature map, rounded down, from which its window follows."""
-    height, width = _pair(self.image_size)
-    scale = self.patch_size * 2**stage
-    return height // scale, width // scale
+    """Returns the size of a stage's feature map, from which its window follows."""
+    height, width = (side // self.patch_size for side in _pair(self.image_size))
+    return -(-height // 2**stage), -(-width // 2**stage)
 
   def stage_window(self, stage: int) -> tuple[Size, Size]:
     """Returns a stage's window and shift, (rows, columns) each."""
@@ -386,18 +387,6 @@ class Swin(nn.Module):
 
 def _pair(size: int | Sequence[int]) -> Size:
   return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _dense(features: int, dtype: Any, name: str, use_bias: bool = True) -> nn.Dense:
-  """Returns timm's Linear: normal weights of deviation 0.02, biases from 0."""
-  return nn.Dense(
-    features,
-    use_bias=use_bias,
-    kernel_init=vit_normal,
-    dtype=dtype,
-    dot_general=flat_dot_general,
-    name=name,
-  )
 
 
 def _layer_norm(dtype: Any, name: str) -> LayerNorm:

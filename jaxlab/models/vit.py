@@ -1,4 +1,7 @@
-"""Vision transformers: ViT (Dosovitskiy et al. 2021) and DeiT (Touvron et al. 2021).
+"""Vision transformers: ViT (Dosovitskiy et al. 2021), DeiT (Touvron et al. 2021), and what followed.
+
+DeiT-III (Touvron et al. 2022), DINOv2 (Oquab et al. 2024) and the image towers of CLIP (Radford et al. 2021)
+differ in a few options.
 
 Modules are named as in timm, `blocks.3.mlp.fc1` as `blocks_3/mlp/fc1` (and `attn` as `attention`).
 """
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxlab.models.activations import gelu
+from jaxlab.models.activations import GELUS
 from jaxlab.models.attention import attention_scores, softmax, weighted_values
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default, torch_default_bias, vit_normal
@@ -20,6 +23,7 @@ from jaxlab.models.intercept import HookPoint
 from jaxlab.models.normalization import LayerNorm
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.resnet import check_images
+from jaxlab.models.transformer_layers import LayerScale, Mlp, SwiGLU, linear
 
 Array = jax.Array
 PyTree = Any
@@ -40,8 +44,7 @@ class Attention(nn.Module):
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, tokens, width]` to the same shape."""
     batch, tokens, width = x.shape
-    dense = _dense(self.dtype)
-    qkv = dense(3 * width, use_bias=self.qkv_bias, name='qkv')(x)
+    qkv = linear(3 * width, self.dtype, 'qkv', self.qkv_bias)(x)
     qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
     query, key, value = (
       HookPoint(name=name)(part[:, :, 0])
@@ -49,31 +52,31 @@ class Attention(nn.Module):
     )
     weights = softmax(attention_scores(query, key)).astype(value.dtype)
     weights = HookPoint(name='softmax')(weights)
-    return dense(width, name='proj')(weighted_values(weights, value))
-
-
-class Mlp(nn.Module):
-  """`fc2(gelu(fc1(x)))` with the exact (erf) GELU, hook point `gelu`."""
-
-  hidden: int
-  dtype: Any = None
-
-  @nn.compact
-  def __call__(self, x: Array) -> Array:
-    """Maps `[batch, tokens, width]` to the same shape."""
-    dense = _dense(self.dtype)
-    y = dense(self.hidden, name='fc1')(x)
-    y = HookPoint(name='gelu')(gelu(y))
-    return dense(x.shape[-1], name='fc2')(y)
+    return linear(width, self.dtype, 'proj')(weighted_values(weights, value))
 
 
 class Block(nn.Module):
-  """A pre-norm transformer block: attention, then MLP, each around a shortcut."""
+  """A pre-norm transformer block: attention, then MLP, each around a shortcut.
+
+  Between them lies the hook point `residual`.
+
+  Attributes:
+    num_heads: attention heads.
+    mlp_ratio: hidden channels of the MLP over the width.
+    qkv_bias: whether the projection `qkv` has a bias.
+    dtype: of the computation.
+    activation: of the MLP: a name of `GELUS`, or `'swiglu'`.
+    layer_scale: initial factor of `ls1` and `ls2` behind the branches; None: there are none.
+    epsilon: of the LayerNorms.
+  """
 
   num_heads: int
   mlp_ratio: float = 4.0
   qkv_bias: bool = True
   dtype: Any = None
+  activation: str = 'gelu'
+  layer_scale: float | None = None
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Array, survival: Array | None = None) -> Array:
@@ -82,13 +85,20 @@ class Block(nn.Module):
     `survival` `[2, batch]` multiplies the two branches of each example (drop path): 0 or 1 / keep rate.
     """
 
-    def branch(y: Array, index: int) -> Array:
+    def branch(layers: nn.Module, x: Array, index: int) -> Array:
+      y = layers(LayerNorm(self.epsilon, self.dtype, name=f'norm{index + 1}')(x))
+      if self.layer_scale is not None:
+        y = LayerScale(self.layer_scale, self.dtype, name=f'ls{index + 1}')(y)
       return y if survival is None else y * survival[index][:, None, None].astype(y.dtype)
 
-    attention = Attention(self.num_heads, self.qkv_bias, self.dtype, name='attention')
-    x = x + branch(attention(_layer_norm(self.dtype, 'norm1')(x)), 0)
-    mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.dtype, name='mlp')
-    return x + branch(mlp(_layer_norm(self.dtype, 'norm2')(x)), 1)
+    x = x + branch(Attention(self.num_heads, self.qkv_bias, self.dtype, name='attention'), x, 0)
+    x = HookPoint(name='residual')(x)
+    hidden = int(x.shape[-1] * self.mlp_ratio)
+    if self.activation == 'swiglu':
+      mlp = SwiGLU(hidden, self.dtype, name='mlp')
+    else:
+      mlp = Mlp(hidden, self.dtype, self.activation, name='mlp')
+    return x + branch(mlp, x, 1)
 
 
 class PatchEmbed(nn.Module):
@@ -97,6 +107,7 @@ class PatchEmbed(nn.Module):
   patch_size: int
   width: int
   dtype: Any = None
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -108,6 +119,7 @@ class PatchEmbed(nn.Module):
       patch,
       strides=patch,
       padding='VALID',
+      use_bias=self.use_bias,
       kernel_init=torch_default,
       bias_init=bias_init,
       conv_general_dilated=conv_general_dilated,
@@ -119,10 +131,10 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
   """A vision transformer over float images `[batch, height, width, channels]`.
 
-  Patches in raster order behind the class token (and the distillation token), plus `pos_embed`; `blocks_i`;
-  `norm`; pooling `pool`; `head`. With `distilled` a second classifier `head_dist` reads the distillation
-  token (`pool` is the pair of both tokens): in training both logits are returned as a pair, otherwise their
-  mean.
+  Patches in raster order behind the class token (the distillation token, registers), plus `pos_embed`;
+  `norm_pre`, if wanted; `blocks_i`; `norm`; pooling `pool`; `head`. With `distilled` a second classifier
+  `head_dist` reads the distillation token (`pool` is the pair of both tokens): in training both logits are
+  returned as a pair, otherwise their mean.
 
   Attributes:
     patch_size: side of a patch in pixels.
@@ -138,6 +150,13 @@ class ViT(nn.Module):
     drop_path: chance that a branch of the last block is dropped for an example in training; falls linearly
       to 0 at the first block. Needs the rng stream `drop_path`.
     qkv_bias: whether the projection `qkv` has a bias.
+    activation: of the MLPs: `'gelu'` (exact), `'gelu_tanh'`, `'quick_gelu'` (CLIP's), or `'swiglu'`, whose
+      two halves share the hidden channels.
+    layer_scale: initial factor of the `LayerScale`s behind all branches; None: there are none.
+    registers: number of further tokens without a meaning, `reg_token` (Darcet et al. 2024, arXiv 2309.16588).
+    embed_prefix: whether `pos_embed` has rows for the tokens before the patches, too.
+    pre_norm: whether there is a `norm_pre` before the blocks; then patches are projected without bias (CLIP).
+    epsilon: of the LayerNorms.
     dynamic_image_size: accept images of any size divisible by the patch, resampling `pos_embed`
       (`resample_position_embedding`).
     dtype: of the computation (parameters stay float32); None: as the input.
@@ -160,6 +179,12 @@ class ViT(nn.Module):
   pooling: str = 'token'
   drop_path: float = 0.0
   qkv_bias: bool = True
+  activation: str = 'gelu'
+  layer_scale: float | None = None
+  registers: int = 0
+  embed_prefix: bool = True
+  pre_norm: bool = False
+  epsilon: float = 1e-6
   dynamic_image_size: bool = False
   dtype: Any = None
   remat: bool = False
@@ -173,6 +198,10 @@ class ViT(nn.Module):
       raise ValueError(
         f"ViT: pooling={self.pooling!r}; choose 'token' or 'mean' (distilled: 'token' only)."
       )
+    if self.activation not in (*GELUS, 'swiglu'):
+      raise ValueError(f'ViT: activation={self.activation!r} is none of {(*GELUS, "swiglu")}.')
+    if self.registers < 0:
+      raise ValueError(f'ViT: registers={self.registers} is negative.')
     if not 0 <= self.drop_path < 1:
       raise ValueError(f'ViT: drop_path={self.drop_path} is not in [0, 1).')
     if self.num_classes is not None and self.num_classes < 1:
@@ -192,7 +221,12 @@ class ViT(nn.Module):
   @property
   def num_prefix_tokens(self) -> int:
     """Number of tokens before the patches."""
-    return 2 if self.distilled else 1
+    return 1 + self.distilled + self.registers
+
+  @property
+  def num_embedded_prefix_tokens(self) -> int:
+    """Number of rows of `pos_embed` before those of the patches."""
+    return self.num_prefix_tokens if self.embed_prefix else 0
 
   def _grid_of(self, height: int, width: int) -> tuple[int, int]:
     if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
@@ -213,38 +247,48 @@ class ViT(nn.Module):
         f'ViT for images of {self._image_hw} got {(height, width)}: give image_size={(height, width)} '
         f'(and resample a checkpoint), or dynamic_image_size=True.'
       )
-    x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(x)
-    x = x.reshape(batch, grid[0] * grid[1], self.width)
-    x = self._add_position(self._add_prefix(x), grid)
+    embed = PatchEmbed(
+      self.patch_size, self.width, self.dtype, use_bias=not self.pre_norm, name='patch_embed'
+    )
+    x = embed(x).reshape(batch, grid[0] * grid[1], self.width)
+    if self.embed_prefix:
+      x = self._add_position(self._add_prefix(x), grid)
+    else:
+      x = self._add_prefix(self._add_position(x, grid))
+    if self.pre_norm:
+      x = LayerNorm(self.epsilon, self.dtype, name='norm_pre')(x)
     x = self._run_blocks(x, train)
-    x = _layer_norm(self.dtype, 'norm')(x)
+    x = LayerNorm(self.epsilon, self.dtype, name='norm')(x)
 
     if self.distilled:
       pooled = x[:, 0], x[:, 1]
     else:
-      pooled = x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, 1:], 1)
+      pooled = x[:, 0] if self.pooling == 'token' else jnp.mean(x[:, self.num_prefix_tokens :], 1)
     pooled = HookPoint(name='pool')(pooled)
     pooled = pooled if self.distilled else (pooled,)
     if self.num_classes is None:
       return sum(pooled) / len(pooled)
-    dense = _dense(self.dtype)
     heads = ('head', 'head_dist')[: len(pooled)]
-    logits = tuple(dense(self.num_classes, name=h)(p) for h, p in zip(heads, pooled))
+    logits = tuple(linear(self.num_classes, self.dtype, h)(p) for h, p in zip(heads, pooled))
     return logits if self.distilled and train else sum(logits) / len(logits)
 
   def _add_prefix(self, x: Array) -> Array:
     shape = (1, 1, self.width)
-    tokens = [self.param('cls_token', nn.initializers.normal(1e-6), shape)]
+    tokens = [self.param('cls_token', nn.initializers.normal(1e-6), shape, jnp.float32)]
     if self.distilled:
-      tokens.append(self.param('dist_token', vit_normal, shape))
-    tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], 1, self.width)) for t in tokens]
+      tokens.append(self.param('dist_token', vit_normal, shape, jnp.float32))
+    if self.registers:
+      shape = (1, self.registers, self.width)
+      tokens.append(self.param('reg_token', nn.initializers.normal(1e-6), shape, jnp.float32))
+    tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:])) for t in tokens]
     return jnp.concatenate([*tokens, x], axis=1)
 
   def _add_position(self, x: Array, grid: tuple[int, int]) -> Array:
-    num_tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
-    pos_embed = self.param('pos_embed', vit_normal, (1, num_tokens, self.width))
+    prefix = self.num_embedded_prefix_tokens
+    num_tokens = prefix + self.grid[0] * self.grid[1]
+    pos_embed = self.param('pos_embed', vit_normal, (1, num_tokens, self.width), jnp.float32)
     pos_embed = resample_position_embedding(
-      pos_embed, grid, num_prefix_tokens=self.num_prefix_tokens, old_grid=self.grid
+      pos_embed, grid, num_prefix_tokens=prefix, old_grid=self.grid
     )
     return x + pos_embed.astype(x.dtype)
 
@@ -260,6 +304,9 @@ class ViT(nn.Module):
       'mlp_ratio': self.mlp_ratio,
       'qkv_bias': self.qkv_bias,
       'dtype': self.dtype,
+      'activation': self.activation,
+      'layer_scale': self.layer_scale,
+      'epsilon': self.epsilon,
     }
     if not self.scan:
       for index in range(self.depth):
@@ -315,37 +362,3 @@ def unstack_blocks(params: Mapping[str, PyTree]) -> dict[str, PyTree]:
 def _stack(*leaves):
   """Stacks along a new first axis; NumPy arrays stay NumPy arrays, and keep their dtype."""
   return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
-
-
-def _dense(dtype: Any):
-  """Returns a maker of timm's ViT Linear: normal weights of deviation 0.02, biases from 0."""
-
-  def make(features: int, **kwargs) -> nn.Dense:
-    return nn.Dense(
-      features, kernel_init=vit_normal, dtype=dtype, dot_general=flat_dot_general, **kwargs
-    )
-
-  return make
-
-
-def flat_dot_general(
-  x: Array, kernel: Array, dimension_numbers, precision=None, preferred_element_type=None
-) -> Array:
-  """Returns `x @ kernel` over `[tokens, channels]`: the kernel's gradient then needs no transposed copy.
-
-  A step of ViT-Tiny takes 14 % less time on a CPU for it.
-  """
-  del dimension_numbers  # of a Dense: the last axis of x with the first of the kernel
-  y = jax.lax.dot_general(
-    x.reshape(-1, x.shape[-1]),
-    kernel,
-    (((1,), (0,)), ((), ())),
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-  )
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _layer_norm(dtype: Any, name: str) -> LayerNorm:
-  """Returns timm's LayerNorm of ViTs; the two-pass variance survives outlier channels."""
-  return LayerNorm(epsilon=1e-6, dtype=dtype, name=name)

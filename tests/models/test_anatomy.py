@@ -13,11 +13,16 @@ from jaxlab import models
 from jaxlab.models import (
   GPT2,
   MLP,
+  VGG,
   Anatomy,
+  Bert,
   Block,
   Branch,
   Classifier,
+  ConvNeXt,
+  DenseNet,
   DINOHead,
+  EfficientNet,
   Encoder,
   Hook,
   LearnableWeightScaling,
@@ -50,18 +55,35 @@ SMALL = ResNet((1,), width=4, stem='cifar')
 NETWORKS = {
   'resnet': (ResNet(**RESNET), IMAGES),
   'bottlenecks': (ResNet(**RESNET, block='bottleneck'), IMAGES),
+  'resnet_d': (ResNet(**RESNET, stem='deep', shortcut='average'), IMAGES),
   'cifar': (ResNet((2, 1), width=4, stem='cifar', shortcut='pad', num_classes=3), IMAGES),
+  'no_stem': (ResNet((2, 1), width=4, stem='identity', num_classes=3), IMAGES),
   'wide': (WideResNet((1, 2), (4, 8), (1, 2), 4, num_classes=3), IMAGES),
   'mobilenet': (
     MobileNetV2((1, 2, 1), (8, 8, 8), (1, 2, 1), 2, 8, 8, num_classes=3),
     IMAGES,
   ),
+  'efficientnet': (
+    EfficientNet(
+      (1, 2), (8, 8), (1, 2), expansion=2, stem_width=8, head_width=8, padding='SAME', num_classes=3
+    ),
+    IMAGES,
+  ),
   'vit': (ViT(**VIT), IMAGES),
   'vit_mean': (ViT(**VIT, pooling='mean', remat=True), IMAGES),
+  'deit3': (ViT(**VIT, layer_scale=0.5, embed_prefix=False), IMAGES),
+  'dinov2': (ViT(**VIT, layer_scale=0.5, registers=2, activation='swiglu'), IMAGES),
+  'clip': (ViT(**VIT, pre_norm=True, activation='quick_gelu'), IMAGES),
   'deit': (ViT(**VIT, distilled=True), IMAGES),
   'scanned': (ViT(**VIT, scan=True), IMAGES),
   'swin': (Swin(**SWIN, window_size=4, num_classes=3), IMAGES),
   'swin_filled': (Swin(**SWIN, window_size=3, num_classes=3), IMAGES),
+  'convnext': (ConvNeXt((1, 2), (4, 8), layer_scale=0.5, num_classes=3), IMAGES),
+  'densenet': (DenseNet((2, 1), 4, 6, num_classes=3), IMAGES),
+  'vgg': (VGG((2, 1), (4, 6), hidden=8, num_classes=3), IMAGES),
+  'vgg_bn': (VGG((1, 2), (4, 6), True, 8, num_classes=3), IMAGES),
+  'vgg_pooled': (VGG((1, 1), (4, 6), True, None, num_classes=3), IMAGES),
+  'bert': (Bert(**DECODER, num_classes=3), TOKENS),
   'gpt2': (GPT2(**DECODER), TOKENS),
   'gpt2_untied': (GPT2(**DECODER, tied=False), TOKENS),
   'llama': (Llama(**DECODER, hidden=12), TOKENS),
@@ -128,7 +150,8 @@ def test_a_block_keeps_the_shape_where_its_shortcut_is_the_identity(name):
   assert list(shapes) == list(parts.block_paths)
   for block in parts.blocks:
     before, after = shapes[block.path]
-    assert (block.shortcut == 'identity') == (before == after)
+    same = block.shortcut in ('identity', 'normalized')
+    assert same == (before == after) or (block.shortcut == 'none' and isinstance(model, VGG))
     assert not (block.shortcut_layers and block.shortcut != 'projection')
 
 
@@ -207,7 +230,8 @@ def test_readers_can_absorb_what_their_norm_does_to_channels(name):
       kernel = params[f'{reader}/kernel'] / ratio[..., None]
       params[f'{reader}/kernel'] = kernel
       if biased:
-        offset = np.einsum('...i,...io->...o', shift, kernel)
+        sums = kernel.sum((0, 1)) if kernel.ndim == 4 else kernel  # over a convolution's window
+        offset = np.einsum('...i,...io->...o', shift, sums)
         params[f'{reader}/bias'] = params[f'{reader}/bias'] - offset
     moved += biased
   assert moved or name.startswith('llama')
@@ -307,9 +331,10 @@ def test_shortcuts_branches_and_what_lies_between_blocks_are_named():
 
 
 def test_every_named_network_has_an_anatomy():
-  for name in (*models.architectures.names(), *models.decoders.SIZES):
-    parts = anatomy(models.create(name))
-    assert parts.head or parts.tied
+  for name in (*models.architectures.names(), *models.configurations.SIZES):
+    model = models.create(name)
+    parts = anatomy(model)
+    assert parts.head or parts.tied or model.num_classes is None
     assert parts.blocks or name in ('mlp', 'linear')
 
 

@@ -12,7 +12,6 @@ from jaxlab.models.blockwise import (
   Part,
   Programs,
   Skeleton,
-  array_leaves,
   find_blocks,
   find_parts,
   park,
@@ -20,6 +19,7 @@ from jaxlab.models.blockwise import (
   restore,
   slice_variables,
 )
+from jaxlab.models.main_arrays import array_leaves
 from jaxlab.quantizers import percentile_ptq, uniform_rules
 from jaxlab.quantizers.compensation import QwTv2, compensate
 
@@ -83,7 +83,7 @@ def test_batches_stream_from_block_to_block(name):
   variables = random_variables(model, *args)
   root, parts = find_blocks(model, variables, args, kwargs, (), anatomy=anatomy)
   inputs = [args, (2 * X, *args[1:])]
-  stream = Stream(root, parts, variables, (), inputs, kwargs, Programs())
+  stream = Stream(root, parts, variables, (), [(own, kwargs) for own in inputs], Programs())
   for index, part in enumerate(parts):
     stream.advance(index)
     own = slice_variables(variables, part.path)

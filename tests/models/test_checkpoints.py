@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import jax
@@ -5,7 +6,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from golden_vectors import assert_close, golden
+from flax import traverse_util
+from golden_vectors import OWN_DIR, assert_close, golden
 from random_variables import random_images, random_variables, run, run_capture
 from rule_weights import rule_tensor
 
@@ -19,16 +21,47 @@ from jaxlab.models import (
   read_state_dict,
   stack_blocks,
   to_torch,
+  unstack_blocks,
 )
-from jaxlab.models.checkpoints import TIMM, TORCHVISION_VIT
+from jaxlab.models.checkpoint_names import (
+  HF_BERT_BARE,
+  TIMM,
+  TORCHVISION_EFFICIENTNET,
+  TORCHVISION_SWIN,
+  TORCHVISION_VIT,
+  efficientnet_pytorch,
+  timm_names,
+  torch_name,
+  torchvision_mobilenetv2,
+)
 from jaxlab.models.position_embedding import resample_position_embedding
 
+CODE_BASES = {
+  'timm': timm_names,
+  'efficientnet_pytorch': efficientnet_pytorch,
+  'transformers': HF_BERT_BARE,
+}
+RENAMED = {'efficientnet_pytorch/efficientnet_lite0': 'tf_efficientnet_lite0'}
 VIT = {'patch_size': 4, 'image_size': 8, 'width': 12, 'depth': 2, 'num_heads': 2, 'num_classes': 5}
 RESNET = {'stage_sizes': (1, 1), 'width': 4, 'widths': (4, 8), 'stem': 'cifar', 'num_classes': 5}
 
 
-def check_timm(vectors, features_of):
-  name = vectors.path.stem.removeprefix('timm_')
+# torchvision's names of the networks that have ours in a checkpoint of theirs.
+TORCHVISION = {
+  'mobilenet_v2': ('mobilenetv2_100', torchvision_mobilenetv2),
+  'efficientnet_b0': ('efficientnet_b0', TORCHVISION_EFFICIENTNET),
+  'efficientnet_b4': ('efficientnet_b4', TORCHVISION_EFFICIENTNET),
+  'swin_t': ('swin_tiny_patch4_window7_224', TORCHVISION_SWIN),
+  'swin_b': ('swin_base_patch4_window7_224', TORCHVISION_SWIN),
+  'vit_l_16': ('vit_large_patch16_224', TORCHVISION_VIT),
+  'vit_h_14': ('vit_huge_patch14_224', TORCHVISION_VIT),
+  'vit_b_32': ('vit_base_patch32_224', TORCHVISION_VIT),
+}
+
+
+def check_network(vectors, features_of):
+  library, name = vectors.path.stem.split('_', 1)
+  name = TORCHVISION[name][0] if library == 'torchvision' else name
   shapes = [json.loads(shape) for shape in vectors['checkpoint_shapes'].tolist()]
   names = vectors['checkpoint_names'].tolist()
   state_dict = {n: rule_tensor(n, tuple(s)) for n, s in zip(names, shapes, strict=True)}
@@ -36,7 +69,10 @@ def check_timm(vectors, features_of):
   images = np.random.default_rng(int(vectors['in_image_seed'])).standard_normal(nchw)
   images = images.astype(np.float32).transpose(0, 2, 3, 1)
 
-  model = create(name, num_classes=vectors['out_logits'].shape[1])
+  fields = {'num_classes': vectors['out_logits'].shape[1]}
+  if 'overrides_json' in vectors:
+    fields |= json.loads(vectors['overrides_json'].item())
+  model = create(name, **fields)
   variables = from_torch(model, state_dict)
   logits, captured = run_capture(model, variables, [features_of(model)], images)
   features = captured[features_of(model)]
@@ -52,27 +88,122 @@ def check_timm(vectors, features_of):
 
 @golden('models', 'timm_resnet')
 def test_resnet_agrees_with_timm(vectors):
-  check_timm(vectors, lambda m: f'layer{len(m.stage_sizes)}_{m.stage_sizes[-1] - 1}')
+  check_network(vectors, lambda m: f'layer{len(m.stage_sizes)}_{m.stage_sizes[-1] - 1}')
 
 
 @golden('models', 'timm_vit_')
 def test_vit_agrees_with_timm(vectors):
-  check_timm(vectors, lambda m: 'norm')
+  check_network(vectors, lambda m: 'norm')
 
 
-@golden('models', 'timm_deit_')
+@golden('models', 'timm_deit')
 def test_deit_agrees_with_timm(vectors):
-  check_timm(vectors, lambda m: 'norm')
+  check_network(vectors, lambda m: 'norm')
 
 
 @golden('models', 'timm_swin_')
 def test_swin_agrees_with_timm(vectors):
-  check_timm(vectors, lambda m: 'norm')
+  check_network(vectors, lambda m: 'norm')
 
 
 @golden('models', 'timm_mobilenetv2_')
 def test_mobilenetv2_agrees_with_timm(vectors):
-  check_timm(vectors, lambda m: 'relu2')
+  check_network(vectors, lambda m: 'relu2')
+
+
+@golden('models', 'timm_efficientnet_')
+def test_efficientnet_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: 'silu2')
+
+
+@golden('models', 'timm_tf_efficientnet_lite')
+def test_tensorflows_efficientnet_lite_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: 'relu2')
+
+
+@golden('models', 'timm_convnext_')
+def test_convnext_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: 'stages_3')
+
+
+@golden('models', 'timm_densenet')
+def test_densenet_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: 'relu5')
+
+
+@golden('models', 'timm_vgg')
+def test_vgg_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: 'pool_4')
+
+
+@golden('models', 'torchvision_mobilenet_v2')
+def test_mobilenetv2_agrees_with_torchvision(vectors):
+  check_network(vectors, lambda m: 'relu2')
+
+
+@golden('models', 'torchvision_efficientnet_')
+def test_efficientnet_agrees_with_torchvision(vectors):
+  check_network(vectors, lambda m: 'silu2')
+
+
+@golden('models', 'torchvision_swin_')
+def test_swin_agrees_with_torchvision(vectors):
+  check_network(vectors, lambda m: 'norm')
+
+
+@golden('models', 'torchvision_vit_')
+def test_vit_agrees_with_torchvision(vectors):
+  check_network(vectors, lambda m: 'norm')
+
+
+SHAPES = json.loads((OWN_DIR / 'models' / 'checkpoint_shapes.json').read_text())
+
+
+@pytest.mark.parametrize('origin', SHAPES)
+def test_names_and_shapes_are_those_of_the_published_network(origin):
+  """Of networks too large to run here; `digest` is of the lines "name shape", sorted."""
+  library, name = origin.split('/')
+  # One block is traced for all of a vision transformer.
+  scan = {'scan': True} if name.startswith('vit') else {}
+  renames = CODE_BASES.get(library)
+  if library == 'torchvision':
+    name, renames = TORCHVISION[name]
+  variables = abstract_variables(create(RENAMED.get(origin, name), **scan))
+  if scan:
+    variables['params'] = jax.eval_shape(unstack_blocks, variables['params'])
+  renames = renames(variables['params']) if callable(renames) else renames
+  lines = []
+  for path, leaf in traverse_util.flatten_dict(variables, sep='/').items():
+    shape = list(leaf.shape)
+    if path.endswith('/kernel'):
+      shape = [*shape[:-3:-1], *shape[:-2]]
+    lines.append(f'{torch_name(path.split("/", 1)[1], renames)} {shape}')
+  expected = SHAPES[origin]
+  assert len(lines) == expected['entries']
+  size = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+  assert size == expected['parameters']
+  assert hashlib.sha256('\n'.join(sorted(lines)).encode()).hexdigest() == expected['digest']
+
+
+def test_weights_of_efficientnet_pytorch_are_read_from_a_file(tmp_path):
+  from safetensors.numpy import save_file
+
+  fields = {'stage_sizes': (1, 2), 'widths': (8, 12), 'stem_width': 8, 'head_width': 16}
+  model = create('tf_efficientnet_lite0', **fields)
+  variables = random_variables(model, random_images())
+  state_dict = to_torch(variables, renames=efficientnet_pytorch(variables['params']))
+  state_dict['_blocks.2._bn0.num_batches_tracked'] = np.array(3)
+  save_file(state_dict, tmp_path / 'own.safetensors')
+  loaded, back = load_pretrained(
+    'tf_efficientnet_lite0', file=tmp_path / 'own.safetensors', **fields
+  )
+  assert loaded == model
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+  _, back = load_pretrained(
+    'tf_efficientnet_lite0', file=tmp_path / 'own.safetensors', num_classes=None, **fields
+  )
+  assert 'classifier' not in back['params']
+  assert back['params']['blocks_1_1'].keys() == variables['params']['blocks_1_1'].keys()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +323,25 @@ def test_files_are_read_without_pickles(tmp_path):
     read_state_dict(tmp_path / 'model.pth')
 
 
+def test_files_that_are_cut_off_or_of_an_unknown_type_are_named(tmp_path):
+  from safetensors.numpy import save_file
+
+  arrays = {'a': np.arange(100.0), 'b': np.ones(3, ml_dtypes.bfloat16)}
+  save_file({'a': arrays['a']}, tmp_path / 'cut.safetensors')
+  np.savez(tmp_path / 'cut.npz', a=arrays['a'])
+  for name in ('cut.safetensors', 'cut.npz'):
+    content = (tmp_path / name).read_bytes()
+    for length in (0, 5, len(content) // 2):
+      (tmp_path / name).write_bytes(content[:length])
+      with pytest.raises(ValueError, match=rf'{name}.* is no whole'):
+        read_state_dict(tmp_path / name)
+  np.savez(tmp_path / 'half.npz', **arrays)
+  with pytest.raises(ValueError, match=r'half\.npz.*: b has the type .*bfloat16'):
+    read_state_dict(tmp_path / 'half.npz')
+  with pytest.raises(FileNotFoundError, match=r'no file .*none\.npz'):
+    read_state_dict(tmp_path / 'none.npz')
+
+
 def test_pretrained_weights_without_network_or_tag_raise(monkeypatch, tmp_path):
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
@@ -224,6 +374,41 @@ def test_pretrained_weights_fit_the_overridden_model(monkeypatch, tmp_path):
   assert 'head' not in variables['params']
   np.testing.assert_array_equal(variables['params']['cls_token'], state_dict['cls_token'])
   assert run(model, variables, random_images((2, 16, 16, 3))).shape == (2, 12)
+
+
+@pytest.mark.parametrize('classes', [7, None])
+def test_the_weights_decide_on_the_number_of_classes(tmp_path, classes):
+  model = ResNet(**{**RESNET, 'stem': 'imagenet', 'num_classes': classes})
+  np.savez(tmp_path / 'own.npz', **to_torch(random_variables(model, random_images())))
+  fields = {'stage_sizes': (1, 1), 'width': 4, 'widths': (4, 8)}
+  loaded, variables = load_pretrained('resnet18', file=tmp_path / 'own.npz', **fields)
+  assert loaded.num_classes == classes
+  assert ('fc' in variables['params']) == (classes is not None)
+  with pytest.raises(ValueError, match=r'shape: fc.weight|missing: fc.weight'):
+    load_pretrained('resnet18', file=tmp_path / 'own.npz', num_classes=9, **fields)
+
+
+def test_weights_of_another_architecture_are_refused_by_what_lacks_or_is_told(tmp_path):
+  model = ResNet(**{**RESNET, 'stem': 'imagenet', 'num_classes': 7})
+  fields = {'stage_sizes': (1, 1), 'width': 4, 'widths': (4, 8)}
+  state_dict = to_torch(random_variables(model, random_images()))
+  np.savez(tmp_path / 'model.npz', **state_dict)
+  config = tmp_path / 'config.json'
+  # Anti-aliased, as in timm: the same names and shapes.
+  config.write_text(json.dumps({'architecture': 'resnetblur18', 'num_classes': 7}))
+  with pytest.raises(ValueError, match=r"holds the weights of 'resnetblur18', as config.json"):
+    load_pretrained('resnet18', file=tmp_path / 'model.npz', **fields)
+  for own in ({'architecture': 'resnet18'}, {'num_classes': 7}):
+    config.write_text(json.dumps(own))
+    assert load_pretrained('resnet18', file=tmp_path / 'model.npz', **fields)[0].num_classes == 7
+  # Anti-aliased, as by its authors: filters are stored.
+  blurred = {**state_dict, 'layer2.0.downsample.0.filt': np.ones((4, 1, 4, 4), np.float32)}
+  with pytest.raises(ValueError, match=r'unexpected: layer2\.0\.downsample\.0\.filt'):
+    from_torch(model, blurred)
+  # With group norms there are no running statistics.
+  grouped = {name: value for name, value in state_dict.items() if 'running' not in name}
+  with pytest.raises(ValueError, match=r'missing: bn1\.running_mean'):
+    from_torch(model, grouped)
 
 
 def test_load_pretrained_reads_a_decoder_of_several_files(monkeypatch, tmp_path):

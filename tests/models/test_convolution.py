@@ -1,4 +1,5 @@
 import functools
+import re
 
 import chex
 import jax
@@ -45,7 +46,7 @@ def assert_equals_plain(x, kernel, tolerance=1e-5, **options):
     chex.assert_trees_all_close(one, other, rtol=0, atol=tolerance * scale)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
   seed=st.integers(0, 1000),
   size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
@@ -131,6 +132,19 @@ def test_large_maps_keep_the_plain_convolution():
   geometry = Geometry((16, 16), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1))
   assert choose_form(geometry, channels=64, features=64) is None
   assert choose_form(geometry, channels=32, features=64, groups=2) is None
+
+
+def test_gradients_have_the_axes_that_eigen_takes_in_loops_too():
+  x, kernel = arrays(0, (2, 16, 16, 3), (3, 3, 3, 4))
+  padding, numbers = ((1, 1), (1, 1)), ('NHWC', 'HWIO', 'NHWC')
+
+  def loss(x, kernel):
+    y = models.conv_general_dilated(x, kernel, (2, 2), padding, dimension_numbers=numbers)
+    return jnp.sum(jnp.tanh(y))
+
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).as_text()
+  found = re.findall(r'dim_numbers = (.*?->\[.*?\])', text)
+  assert len(found) == 3 and set(found) == {'[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'}, found
 
 
 @pytest.mark.parametrize('rank', [1, 3])

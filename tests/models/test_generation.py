@@ -1,12 +1,13 @@
 import functools
 
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_variables import random_variables
 
-from jaxlab.models.generation import _generate, generate, sample_token
+from jaxlab.models.generation import generate, sample_token
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.intercept import Hook
 from jaxlab.models.llama import Llama
@@ -91,11 +92,11 @@ def test_hooks_act_and_the_same_call_compiles_once():
   hooks = [Hook('ln_f', output=lambda site, y: jnp.zeros_like(y) + site.read('shift'))]
   shift = np.array(variables['params']['wte']['embedding'][11])  # the head then prefers one token
   hooked = {**variables, 'hooks': {'ln_f': {'shift': 100 * shift}}}
-  before = _generate._cache_size()
-  tokens = generate(TINY_GPT2, hooked, PROMPT, max_new_tokens=3, hooks=hooks)
-  assert (tokens == np.argmax(variables['params']['wte']['embedding'] @ shift)).all()
-  generate(TINY_GPT2, hooked, PROMPT + 1, max_new_tokens=3, hooks=hooks)
-  assert _generate._cache_size() == before + 1
+  with compilations.counted() as count:
+    tokens = generate(TINY_GPT2, hooked, PROMPT, max_new_tokens=3, hooks=hooks)
+    assert (tokens == np.argmax(variables['params']['wte']['embedding'] @ shift)).all()
+    generate(TINY_GPT2, hooked, PROMPT + 1, max_new_tokens=3, hooks=hooks)
+  assert count['_generate'] == 1
 
 
 def test_eight_devices_generate_what_one_does():

@@ -385,3 +385,55 @@ def test_modules_in_eval_mode_keep_their_statistics(by_name):
     apply(
       model, variables, images, True, hooks=eval_mode_hooks(['layer9']), mutable=['batch_stats']
     )
+
+
+def test_hooks_find_the_first_argument_by_position_or_name():
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, aside=None):
+      return nn.Dense(2, name='fc')(inputs=x) + (0 if aside is None else aside)
+
+  class Calls(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      layer = Layer(name='layer')
+      return layer(x), layer(aside=x[:, :1], x=x), layer(x, aside=x[:, :1])
+
+  model, x = Calls(), jnp.arange(6.0).reshape(2, 3)
+  variables = model.init(jax.random.key(0), x)
+  own = variables['params']['layer']['fc']
+  for pattern, factor in (('layer', 2.0), ('layer/fc', 3.0)):
+    found = apply(model, variables, x, hooks=[Hook(pattern, input=lambda site, x, f=factor: f * x)])
+    y = factor * x @ own['kernel'] + own['bias']
+    for given, expected in zip(found, (y, y + x[:, :1], y + x[:, :1])):
+      np.testing.assert_allclose(given, expected, rtol=1e-6)
+
+
+def test_a_hook_works_at_the_methods_that_it_names():
+  class Tied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+      embed = nn.Embed(5, 3, name='embed')
+      return embed.attend(embed(tokens))
+
+  model, tokens = Tied(), jnp.arange(4)
+  variables = model.init(jax.random.key(0), tokens)
+  visited = []
+
+  def visit(site, call, *args):
+    visited.append((site.path, site.method))
+    return call(*args)
+
+  apply(model, variables, tokens, hooks=[Hook('embed', call=visit)])
+  apply(model, variables, tokens, hooks=[Hook('embed', call=visit, methods=('attend',))])
+  assert visited == [('embed', '__call__'), ('embed', 'attend')]
+  with pytest.raises(ValueError, match='called without one'):
+    apply(Empty(), {}, hooks=[Hook('', input=lambda site, x: x)])
+
+
+class Empty(nn.Module):
+  """Takes nothing."""
+
+  def __call__(self):
+    """Returns 0."""
+    return 0

@@ -207,6 +207,9 @@ def test_convolutions_start_kaiming_normal_over_the_window_of_a_group():
     ({'stage_sizes': (1, 1, 1)}, '3 stages need as many widths and strides'),
     ({'strides': (1,)}, '2 stages need as many widths and strides'),
     ({'num_classes': 0}, 'num_classes=0'),
+    ({'kernel_sizes': (3,)}, r'and kernel_sizes; got .*kernel_sizes=\(3,\)'),
+    ({'activation': 'gelu'}, "activation='gelu' is none of"),
+    ({'padding': 'VALID'}, "padding='VALID' is none of"),
   ],
 )
 def test_fields_out_of_range_raise(fields, message):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,47 @@ def test_groups_equal_separate_batches_and_average_their_statistics():
     expected = np.mean([part[1]['batch_stats'][name] for part in parts], axis=0)
     assert_close(state['batch_stats'][name], expected, 1e-6)
   assert float(jnp.abs(y - run(single, variables, x, True)[0]).max()) > 0.1
+
+
+@pytest.mark.parametrize('devices, groups', [(1, 1), (8, 1), (8, 8), (1, 4)])
+@pytest.mark.parametrize('ratio', [300, 1e4])
+def test_mean_far_above_the_deviation_leaves_the_variance_and_the_gradient(ratio, devices, groups):
+  x = (np.random.default_rng(0).normal(size=(32, 5, 5, 3)) + ratio).astype(np.float32)
+  weights = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+  norm = BatchNorm(groups=groups)
+  variables = norm.init(jax.random.key(0), x)
+  mesh = Mesh(np.array(jax.devices()[:devices]), ('data',))
+  sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def loss(x):
+    y, state = norm.apply(variables, x, True, mutable=['batch_stats'])
+    return jnp.sum(weights * y), (y, state['batch_stats'])
+
+  (_, (y, stats)), gradient = loss(sharded)
+  exact, wide = (a.astype(np.float64).reshape(groups, -1, 3) for a in (x, weights))
+  variance = exact.var(1, keepdims=True)
+  h = (exact - exact.mean(1, keepdims=True)) / np.sqrt(variance + 1e-5)
+  pull = wide - wide.mean(1, keepdims=True) - h * (wide * h).mean(1, keepdims=True)
+  rounding = 2e-7 * ratio  # of the data themselves: half a unit in the last place, in deviations
+  assert_close(y, h.reshape(x.shape), 1e-5, atol=rounding)
+  assert_close(gradient, (pull / np.sqrt(variance + 1e-5)).reshape(x.shape), 1e-5, atol=rounding)
+  assert_close(stats['mean'], 0.1 * exact.mean((0, 1)), 1e-6)
+  assert_close(stats['var'], 0.9 + 0.1 * exact.var(1, ddof=1).mean(0), 1e-5)
+
+
+def test_outlying_first_example_costs_few_digits():
+  x = np.random.default_rng(0).normal(size=(256, 2)).astype(np.float32)
+  x[0] = 1e5
+  y = run(
+    BatchNorm(use_scale=False, use_bias=False),
+    {'batch_stats': variables_of(np.ones(2), np.zeros(2), 'float32')['batch_stats']},
+    x,
+    True,
+  )[0]
+  exact = x.astype(np.float64)
+  assert_close(y, (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5), 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('groups', [1, 8])

@@ -190,6 +190,7 @@ def test_bfloat16_is_close_to_float32():
   [
     ({'stem': 'tiny'}, "stem='tiny' is none of"),
     ({'shortcut': 'conv'}, "shortcut='conv' is none of"),
+    ({'shortcut': 'average', 'strides': (1, 3)}, r'strides of 1 and 2, got \(1, 3\)'),
     ({'block': 'wide'}, "block='wide' is none of"),
     ({'stage_sizes': (1,) * 5}, '5 stages need as many widths and strides'),
     ({'widths': (4,)}, '2 stages need as many widths'),
@@ -209,3 +210,46 @@ def test_bad_images_and_grouped_basic_blocks_raise():
     jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 8, 8, 3), jnp.uint8))
   with pytest.raises(ValueError, match='cardinality needs the bottleneck'):
     abstract(ResNet(**TINY, cardinality=2), (1, 8, 8, 3))
+
+
+@pytest.mark.parametrize(('activation', 'act'), [('relu', None), ('arctan', np.arctan)])
+def test_without_a_stem_the_first_block_sees_the_image(activation, act):
+  act = act or (lambda x: np.maximum(x, 0))
+  model = ResNet(**{**TINY, 'stem': 'identity', 'num_classes': None, 'activation': activation})
+  x = images((2, 6, 6, 3))
+  variables = random_variables(model, x)
+  assert {path.split('/')[0] for path in module_paths(model, x)} == {
+    'layer1_0',
+    'layer2_0',
+    'avgpool',
+  }
+  out, found = run_capture(model, variables, ['layer1_0', 'layer2_0'], x)
+
+  def conv(x, kernel, stride=1):
+    pads = [(k // 2, k // 2) for k in kernel.shape[:2]]
+    dims = ('NHWC', 'HWIO', 'NHWC')
+    return np.asarray(
+      jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=dims)
+    )
+
+  def block(x, path, stride):
+    params, stats = variables['params'][path], variables['batch_stats'][path]
+
+    def norm(y, name):
+      own = {**params[name], **stats[name]}
+      scale = np.asarray(own['scale']) / np.sqrt(np.asarray(own['var']) + 1e-5)
+      return (y - own['mean']) * scale + own['bias']
+
+    y = act(norm(conv(x, params['conv1']['kernel'], stride), 'bn1'))
+    y = norm(conv(y, params['conv2']['kernel']), 'bn2')
+    return act(y + norm(conv(x, params['downsample_0']['kernel'], stride), 'downsample_1'))
+
+  first = block(x, 'layer1_0', 1)
+  assert_close(found['layer1_0'], first, 1e-5)
+  assert_close(found['layer2_0'], block(first, 'layer2_0', 2), 1e-5)
+  assert_close(out, np.mean(found['layer2_0'], (1, 2)), 1e-5)
+
+
+def test_an_unknown_activation_is_named():
+  with pytest.raises(ValueError, match="activation='gelu' is none of"):
+    ResNet(**TINY, activation='gelu')

@@ -1,3 +1,5 @@
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +35,16 @@ TINY = {
 ONE_STAGE = {**TINY, 'depths': (2,)}
 
 
-# First logits of timm 1.0.20's SwinTransformer (embed_dim 8, patch 2, heads 2, 4, 4) under the rule weights.
+# First logits of timm 1.0.31's SwinTransformer (embed_dim 8, patch 2, heads 2, 4, 4) under the rule weights.
 @pytest.mark.parametrize(
   'image_size, window_size, depths, expected',
   [
     # Filled windows, an odd feature map, and stages smaller than the window in one direction or both.
-    ((28, 20), 5, (2, 2, 2), (0.654273, 0.332074, 1.415297, 0.714594)),
+    ((28, 20), 5, (2, 2, 2), (0.670509, 0.189797, 1.08506, 1.146202)),
     # Oblong windows.
     ((24, 40), (3, 5), (2, 2), (0.188483, 0.817396, 0.075046, 0.948642)),
+    # A last stage that is shifted in one direction alone.
+    ((20, 28), 3, (2, 2, 2), (1.381375, 0.47912, 1.568842, 1.181955)),
   ],
 )
 def test_small_and_uneven_networks_agree_with_timm(image_size, window_size, depths, expected):
@@ -164,6 +168,7 @@ def test_patch_merging_stacks_columns_first_and_fills_odd_sides():
     (224, 7, [((7, 7), (3, 3))] * 3 + [((7, 7), (0, 0))]),
     (384, 12, [((12, 12), (6, 6))] * 3 + [((12, 12), (0, 0))]),
     ((96, 256), 8, [((8, 8), (4, 4)), ((8, 8), (4, 4)), ((6, 8), (0, 4)), ((3, 8), (0, 0))]),
+    (240, 7, [((7, 7), (3, 3))] * 4),
   ],
 )
 def test_windows_shrink_to_small_feature_maps_and_stay(image_size, window_size, windows):
@@ -173,7 +178,8 @@ def test_windows_shrink_to_small_feature_maps_and_stay(image_size, window_size, 
 
 def test_modules_carry_timms_names_and_hook_points():
   attention = [f'attention/{name}' for name in ('qkv', 'query', 'key', 'value', 'softmax', 'proj')]
-  block = ['norm1', 'attention', *attention, 'norm2', 'mlp', 'mlp/fc1', 'mlp/gelu', 'mlp/fc2']
+  mlp = ['norm2', 'mlp', 'mlp/fc1', 'mlp/gelu', 'mlp/fc2']
+  block = ['norm1', 'attention', *attention, 'residual', *mlp]
   merging = ['downsample', 'downsample/norm', 'downsample/reduction']
   assert module_paths(Swin(**{**TINY, 'depths': (1, 1)}), images()) == [
     *('patch_embed', 'patch_embed/proj', 'patch_embed/norm'),
@@ -263,7 +269,7 @@ def test_bfloat16_is_close_to_float32():
   [
     ({'image_size': 9}, '9 x 9 pixels does not divide into patches of patch_size=2'),
     ({'image_size': (8, 9)}, '8 x 9 pixels'),
-    ({'image_size': 2}, 'leave nothing to the last of 2 stages'),
+    ({'image_size': 0}, 'image_size=0 is not positive'),
     ({'depths': (1, 1, 1)}, '3 stages need as many num_heads'),
     ({'num_heads': (2, 3)}, r'num_heads\[1\]=3 does not divide the 16 channels'),
     ({'window_size': 0}, 'window_size=0'),
@@ -281,3 +287,18 @@ def test_bad_images_raise():
     jax.eval_shape(Swin(**TINY).init, jax.random.key(0), images((1, 8, 10, 3)))
   with pytest.raises(ValueError, match='batch, height, width, channels'):
     jax.eval_shape(Swin(**TINY).init, jax.random.key(0), images((8, 8, 3)))
+
+
+def test_grids_that_windows_and_merging_do_not_divide_agree_with_timm():
+  # Outputs of timm 1.0.31's SwinTransformer: grids of 15 x 19 and 8 x 10 tokens, windows of 7.
+  expected = np.load(pathlib.Path(__file__).with_name('timm_swin_odd_grids.npz'))
+  fields = {'image_size': (60, 76), 'width': 16, 'depths': (2, 2), 'num_heads': (2, 4)}
+  model = Swin(num_classes=10, **fields)
+  blank = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_variables(model))
+  variables = from_torch(
+    model, {name: rule_tensor(name, a.shape) for name, a in to_torch(blank).items()}
+  )
+  x = np.random.default_rng(0).standard_normal((2, 3, 60, 76)).astype(np.float32)
+  logits, captured = run_capture(model, variables, ['norm'], x.transpose(0, 2, 3, 1))
+  assert_close(logits, expected['logits'], 1e-5)
+  assert_close(captured['norm'][:, ::3, ::3, ::4], expected['features'], 1e-5)

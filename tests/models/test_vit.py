@@ -80,7 +80,8 @@ def test_block_and_its_gradient_agree_with_reference(vectors, dtype, rtol):
 def test_modules_carry_timms_names_and_hook_points():
   paths = module_paths(ViT(**{**TINY, 'depth': 1}, distilled=True), images())
   attention = [f'attention/{name}' for name in ('qkv', 'query', 'key', 'value', 'softmax', 'proj')]
-  block = ['norm1', 'attention', *attention, 'norm2', 'mlp', 'mlp/fc1', 'mlp/gelu', 'mlp/fc2']
+  mlp = ['norm2', 'mlp', 'mlp/fc1', 'mlp/gelu', 'mlp/fc2']
+  block = ['norm1', 'attention', *attention, 'residual', *mlp]
   assert paths == [
     *('patch_embed', 'patch_embed/proj', 'blocks_0'),
     *(f'blocks_0/{name}' for name in block),
@@ -147,6 +148,7 @@ def test_features_are_the_pooled_normalized_tokens():
   for options, pool in (
     ({}, lambda tokens: tokens[:, 0]),
     ({'pooling': 'mean'}, lambda tokens: tokens[:, 1:].mean(1)),
+    ({'pooling': 'mean', 'registers': 2}, lambda tokens: tokens[:, 3:].mean(1)),
     ({'distilled': True}, lambda tokens: tokens[:, :2].mean(1)),
   ):
     model = ViT(**{**TINY, 'num_classes': None}, **options)
@@ -240,6 +242,8 @@ def test_layer_norm_survives_outlier_channels():
     ({'image_size': (8, 9), 'patch_size': 4}, '8 x 9 pixels'),
     ({'num_heads': 5}, 'width=12 is not divisible by num_heads=5'),
     ({'pooling': 'max'}, "pooling='max'"),
+    ({'activation': 'relu'}, "activation='relu' is none of"),
+    ({'registers': -1}, 'registers=-1 is negative'),
     ({'pooling': 'mean', 'distilled': True}, "distilled: 'token' only"),
     ({'drop_path': 1.0}, 'drop_path=1.0'),
     ({'num_classes': 0}, 'num_classes=0'),

@@ -1,4 +1,4 @@
-"""Sizes of published decoders, and decoders from configurations of Hugging Face's transformers."""
+"""Networks over tokens: their published sizes, and from configurations of Hugging Face's transformers."""
 
 import json
 import os
@@ -8,16 +8,23 @@ from typing import Any
 
 from flax import linen as nn
 
+from jaxlab.models.bert import Bert
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.llama import Llama
 
-# Radford et al. 2019, table 2; Touvron et al. 2023 (arXiv 2302.13971), table 2 and (2307.09288), table 1;
+TOKEN_MODELS = GPT2 | Llama | Bert
+
+# Devlin et al. 2019, section 3; Wang et al. 2020 (arXiv 2002.10957), six of MiniLM's layers; Radford et al.
+# 2019, table 2; Touvron et al. 2023 (arXiv 2302.13971), table 2 and (2307.09288), table 1;
 # Llama team 2024 (arXiv 2407.21783), table 3.
 SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   'gpt2': (GPT2, {'width': 768, 'depth': 12, 'num_heads': 12}),
   'gpt2_medium': (GPT2, {'width': 1024, 'depth': 24, 'num_heads': 16}),
   'gpt2_large': (GPT2, {'width': 1280, 'depth': 36, 'num_heads': 20}),
   'gpt2_xl': (GPT2, {'width': 1600, 'depth': 48, 'num_heads': 25}),
+  'bert_base': (Bert, {'width': 768, 'depth': 12, 'num_heads': 12}),
+  'bert_large': (Bert, {'width': 1024, 'depth': 24, 'num_heads': 16}),
+  'minilm_l6': (Bert, {'width': 384, 'depth': 6, 'num_heads': 12}),
   'llama': (Llama, {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 11008}),
   'llama2_7b': (
     Llama,
@@ -42,7 +49,7 @@ _GPT2_FIELDS = {
   'layer_norm_epsilon': ('epsilon', 1e-5),
   'tie_word_embeddings': ('tied', True),
 }
-_GPT2_ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+_GELUS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 _LLAMA_FIELDS = {
   'vocab_size': ('vocab_size', 32000),
   'hidden_size': ('width', 4096),
@@ -57,28 +64,51 @@ _LLAMA_FIELDS = {
   'attention_bias': ('attention_bias', False),
   'mlp_bias': ('mlp_bias', False),
 }
+_BERT_FIELDS = {
+  'vocab_size': ('vocab_size', 30522),
+  'hidden_size': ('width', 768),
+  'num_hidden_layers': ('depth', 12),
+  'num_attention_heads': ('num_heads', 12),
+  'intermediate_size': ('hidden', 3072),
+  'max_position_embeddings': ('max_length', 512),
+  'type_vocab_size': ('token_types', 2),
+  'layer_norm_eps': ('epsilon', 1e-12),
+}
+# Model types of BERT's function with defaults of their own; positions of some start behind the padding's.
+_BERTS: dict[str, dict[str, Any]] = {
+  'bert': {},
+  'roberta': {'vocab_size': 50265, 'pad_token_id': 1},
+  'xlm-roberta': {'pad_token_id': 1},
+  'camembert': {'pad_token_id': 1},
+}
 # Options that would change the function; every other value than these is refused.
 _GPT2_FIXED = {
   'scale_attn_weights': True,
   'scale_attn_by_inverse_layer_idx': False,
   'add_cross_attention': False,
 }
+_BERT_FIXED = {
+  'position_embedding_type': 'absolute',
+  'is_decoder': False,
+  'add_cross_attention': False,
+}
 _LLAMA_FIXED = {'hidden_act': 'silu'}
 
 
-def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any) -> GPT2 | Llama:
-  """Returns the decoder that a `config.json` of transformers describes (GPT-2 or Llama).
+def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any) -> TOKEN_MODELS:
+  """Returns the network that a `config.json` of transformers describes (BERT, RoBERTa, GPT-2 or Llama).
 
   Entries that do not concern the network's function (token ids, rates of dropout, initial deviations) are
   ignored; what is absent has transformers' default.
 
   Args:
     config: the entries, their JSON text, or the path of the file. Without `model_type` the family is told by
-      `n_embd` (GPT-2) or `hidden_size` (Llama).
-    **overrides: fields of `GPT2` or `Llama`, e.g. `dtype` and `remat`.
+      `n_embd` (GPT-2), `type_vocab_size` (BERT) or `hidden_size` (Llama).
+    **overrides: fields of the module, e.g. `dtype` and `remat`. A `Bert` has a classifier of each token if
+      the configuration is of one, or with `num_classes`.
 
   Raises:
-    ValueError: for another family, or an option that the decoder does not have (scaled rotary positions,
+    ValueError: for another family, or an option that the network does not have (scaled rotary positions,
       another activation).
 
   >>> from_config('{"n_embd": 64, "n_layer": 3, "n_head": 4}', remat=True).depth
@@ -86,25 +116,29 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
   """
   config = _read(config)
   family = config.get('model_type')
-  family = family or (
-    'gpt2' if 'n_embd' in config else 'llama' if 'hidden_size' in config else None
-  )
+  marks = {'n_embd': 'gpt2', 'type_vocab_size': 'bert', 'hidden_size': 'llama'}
+  family = family or next((kind for name, kind in marks.items() if name in config), None)
   if family == 'gpt2':
     _refuse_others(config, _GPT2_FIXED)
-    activation = config.get('activation_function', 'gelu_new')
-    if activation not in _GPT2_ACTIVATIONS:
-      raise ValueError(
-        f'from_config: activation_function={activation!r}; GPT2 has {sorted(_GPT2_ACTIVATIONS)}.'
-      )
-    fields = {**_fields(config, _GPT2_FIELDS), 'activation': _GPT2_ACTIVATIONS[activation]}
+    activation = _gelu(config, 'activation_function', 'gelu_new')
+    fields = {**_fields(config, _GPT2_FIELDS), 'activation': activation}
     return GPT2(**{**fields, **overrides})
+  if family in _BERTS:
+    config = {**_BERTS[family], **config}
+    _refuse_others(config, _BERT_FIXED)
+    fields = {**_fields(config, _BERT_FIELDS), 'activation': _gelu(config, 'hidden_act', 'gelu')}
+    if 'pad_token_id' in _BERTS[family]:
+      fields['first_position'] = config['pad_token_id'] + 1
+    if any(kind.endswith('ForTokenClassification') for kind in config.get('architectures') or ()):
+      fields['num_classes'] = config.get('num_labels', len(config.get('id2label', '01')))
+    return Bert(**{**fields, **overrides})
   if family == 'llama':
     _refuse_others(config, _LLAMA_FIXED)
     fields = {**_fields(config, _LLAMA_FIELDS), 'rope_theta': _rope_theta(config)}
     return Llama(**{**fields, **overrides})
   raise ValueError(
-    f"from_config knows the model types 'gpt2' and 'llama', got {family!r} (entries: "
-    f'{", ".join(sorted(config)[:8])}).'
+    f'from_config knows the model types {", ".join(map(repr, ("gpt2", "llama", *_BERTS)))}; got {family!r} '
+    f'(entries: {", ".join(sorted(config)[:8])}).'
   )
 
 
@@ -119,6 +153,14 @@ def _read(config: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:
 
 def _fields(config: Mapping[str, Any], names: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
   return {field: config.get(name, default) for name, (field, default) in names.items()}
+
+
+def _gelu(config: Mapping[str, Any], name: str, default: str) -> str:
+  """Returns our name of the GELU that the entry `name` tells."""
+  activation = config.get(name, default)
+  if activation not in _GELUS:
+    raise ValueError(f'from_config: {name}={activation!r} is not supported, only {sorted(_GELUS)}.')
+  return _GELUS[activation]
 
 
 def _refuse_others(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -1,0 +1,143 @@
+"""ConvNeXt, DenseNet and VGG: what the comparison with timm does not see."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_vectors import assert_close
+from random_variables import random_images, random_variables, run, run_capture
+
+from jaxlab.models import VGG, ConvNeXt, DenseNet, from_torch, to_torch
+from jaxlab.models.vgg import adaptive_average
+
+CONVNEXT = {'depths': (1, 2), 'widths': (4, 8), 'layer_scale': 0.5, 'num_classes': 3}
+DENSENET = {'block_sizes': (2, 1), 'growth': 4, 'stem_width': 6, 'num_classes': 3}
+VGG_FIELDS = {'stage_sizes': (2, 1), 'widths': (4, 6), 'hidden': 8, 'num_classes': 3}
+NETWORKS = {
+  'convnext': ConvNeXt(**CONVNEXT),
+  'densenet': DenseNet(**DENSENET),
+  'vgg': VGG(**VGG_FIELDS),
+  'vgg_bn': VGG(**VGG_FIELDS, batch_norm=True),
+}
+every = pytest.mark.parametrize('model', NETWORKS.values(), ids=NETWORKS)
+IMAGES = random_images((4, 16, 16, 3))
+
+
+@every
+def test_names_round_trip_through_the_checkpoint(model):
+  variables = random_variables(model, IMAGES)
+  state_dict = to_torch(variables)
+  back = from_torch(model, state_dict)
+  assert jax.tree.structure(back) == jax.tree.structure(variables)
+  jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def train_step(model, variables, x):
+  def loss(params):
+    own = {**variables, 'params': params}
+    y, state = model.apply(own, x, True, mutable=['batch_stats'])
+    return jnp.mean(jnp.sin(3 * y)), state
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
+
+
+@every
+def test_remat_changes_nothing_but_memory_and_all_parameters_have_gradients(model):
+  variables = random_variables(model, IMAGES)
+  plain = train_step(model, variables, IMAGES)
+  again = train_step(model.clone(remat=True), variables, IMAGES)
+  jax.tree.map(lambda a, b: assert_close(a, b, 1e-4, 1e-5), again, plain)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(plain[1]):
+    assert np.isfinite(leaf).all() and np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+@every
+def test_bfloat16_is_close_to_float32(model):
+  variables = random_variables(model, IMAGES)
+  y = run(model.clone(dtype=jnp.bfloat16), variables, IMAGES)
+  assert y.dtype == jnp.bfloat16
+  assert_close(y, run(model, variables, IMAGES), 0.1)
+
+
+def test_a_dense_layer_appends_its_channels():
+  model = NETWORKS['densenet']
+  names = ['pool0', 'denseblock1/denselayer1', 'denseblock1/denselayer1/conv2']
+  _, captured = run_capture(model, random_variables(model, IMAGES), names, IMAGES)
+  before, after, new = (captured[name] for name in names)
+  np.testing.assert_array_equal(after, np.concatenate([before, new], -1))
+
+
+def test_drop_path_drops_whole_branches():
+  model = ConvNeXt(**CONVNEXT, drop_path=0.99)
+  variables = random_variables(model, IMAGES)
+
+  @jax.jit
+  def train(seed):
+    return model.apply(variables, IMAGES, True, rngs={'drop_path': jax.random.key(seed)})
+
+  kept = run(model, variables, IMAGES)
+  outputs = np.stack([train(seed) for seed in range(4)])
+  assert (np.abs(outputs - kept).max((1, 2)) > 1e-3).all()
+  # With both later blocks dropped, which is the rule, what remains is the first.
+  short = ConvNeXt(**{**CONVNEXT, 'depths': (1, 0)})
+  params = {**variables['params'], 'stages_1': {}}
+  params['stages_1'] = {'downsample': variables['params']['stages_1']['downsample']}
+  expected = run(short, {'params': params}, IMAGES)
+  differences = np.abs(outputs - expected).max(-1).ravel()
+  assert (differences < 1e-4).any()
+
+
+def test_adaptive_averages_are_those_over_pytorchs_windows():
+  x = random_images((2, 3, 5, 2))
+  y = np.asarray(adaptive_average(x, 7, 5))
+  for i in range(7):
+    low, high = int(np.floor(i * 3 / 7)), int(np.ceil((i + 1) * 3 / 7))
+    assert_close(y[:, i], x[:, low:high].mean(1), 1e-6)
+  y = np.asarray(adaptive_average(x, 2, 2))
+  rows, columns = [(0, 2), (1, 3)], [(0, 3), (2, 5)]
+  for i, (a, b) in enumerate(rows):
+    for j, (c, d) in enumerate(columns):
+      assert_close(y[:, i, j], x[:, a:b, c:d].mean((1, 2)), 1e-6)
+
+
+def test_without_hidden_layers_features_are_means_of_the_last_map():
+  model = VGG((1, 1), (4, 6), batch_norm=True, hidden=None)
+  variables = random_variables(model, IMAGES)
+  features, captured = run_capture(model, variables, ['blocks_1_0'], IMAGES)
+  maps = np.asarray(captured['blocks_1_0'], np.float64)
+  batch, height, width, channels = maps.shape
+  pooled = maps.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+  assert_close(features, pooled.mean((1, 2)), 1e-6)
+  assert 'pre_logits' not in variables['params']
+
+
+@pytest.mark.parametrize(
+  'make, message',
+  [
+    (lambda: ConvNeXt(**{**CONVNEXT, 'widths': (4,)}), '2 stages need as many widths'),
+    (lambda: ConvNeXt(**CONVNEXT, kernel_size=4), 'kernel_size=4 is even'),
+    (lambda: ConvNeXt(**CONVNEXT, drop_path=1.0), r'drop_path=1.0 is not in \[0, 1\)'),
+    (lambda: ConvNeXt(num_classes=0), 'num_classes=0; give None'),
+    (lambda: DenseNet(num_classes=0), 'num_classes=0; give None'),
+    (lambda: VGG(num_classes=0), 'num_classes=0; give None'),
+    (lambda: VGG(**{**VGG_FIELDS, 'widths': (4,)}), 'need as many widths'),
+    (lambda: VGG(**{**VGG_FIELDS, 'stage_sizes': (0, 1)}), 'of at least one convolution'),
+  ],
+)
+def test_fields_out_of_range_raise(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+@pytest.mark.parametrize(
+  'model, smallest',
+  [(ConvNeXt(), 32), (DenseNet(), 29), (VGG(), 32), (NETWORKS['densenet'], 5)],
+)
+def test_the_smallest_images_are_told(model, smallest):
+  def shape(side):
+    x = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x)[0], x).shape
+
+  assert shape(smallest)[0] == 1
+  with pytest.raises(ValueError, match=f'leave nothing.*; give at least {smallest}'):
+    shape(smallest - 1)
