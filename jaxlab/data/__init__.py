@@ -38,18 +38,28 @@ from jaxlab.data.protocols.samplers import (
   MixedSampler,
   SquareRootSampler,
 )
+from jaxlab.data.protocols.subsets import (
+  sample_subset,
+)
 from jaxlab.data.sources.aligned import (
   Aligned,
 )
 from jaxlab.data.sources.catalogue import (
   Catalogue,
 )
+from jaxlab.data.sources.crops import (
+  Crops,
+)
 from jaxlab.data.sources.embedded import (
   Digits,
   FashionMNIST,
 )
+from jaxlab.data.sources.fields import (
+  WithFields,
+)
 from jaxlab.data.sources.image_folder import (
   ImageFolder,
+  class_folders,
 )
 from jaxlab.data.sources.listed_images import (
   ListedImages,
@@ -58,20 +68,30 @@ from jaxlab.data.sources.listed_images import (
 from jaxlab.data.sources.load import (
   load,
 )
+from jaxlab.data.sources.photographs import (
+  Photographs,
+)
 from jaxlab.data.sources.scenes import (
   Scenes,
+  canvases,
   pasted,
+)
+from jaxlab.data.sources.sentences import (
+  Sentences,
 )
 from jaxlab.data.sources.source import (
   InMemory,
   Source,
+  as_labels,
   check_images,
   check_labels,
+  check_multi_labels,
   in_memory,
   materialize,
   source_labels,
 )
 from jaxlab.data.sources.subset import (
+  class_subset,
   subset,
 )
 from jaxlab.data.sources.text import (
@@ -91,8 +111,15 @@ from jaxlab.data.transforms.augment import (
   random_flip,
   random_gaussian_blur,
   random_grayscale,
+  random_noise,
+  random_rotation,
   random_solarize,
   solarize,
+)
+from jaxlab.data.transforms.backgrounds import (
+  change_backgrounds,
+  merge_background,
+  split_cells,
 )
 from jaxlab.data.transforms.color import (
   draw_color_jitter,
@@ -110,6 +137,11 @@ from jaxlab.data.transforms.crop import (
   random_cutout,
   random_erasing,
   random_resized_crop,
+)
+from jaxlab.data.transforms.cutmix import (
+  cutmix,
+  cutmix_box,
+  paste_box,
 )
 from jaxlab.data.transforms.decode import (
   DecodeImage,
@@ -142,6 +174,7 @@ __all__ = [
   'Catalogue',
   'ClassAwareSampler',
   'ClassBalancedSampler',
+  'Crops',
   'DecodeImage',
   'Digits',
   'Episode',
@@ -151,19 +184,30 @@ __all__ = [
   'ListedImages',
   'Loader',
   'MixedSampler',
+  'Photographs',
   'Scenes',
+  'Sentences',
   'Source',
   'SquareRootSampler',
   'TokenFile',
+  'WithFields',
+  'as_labels',
   'balanced_subsets',
+  'canvases',
   'center_crop',
+  'change_backgrounds',
   'check_batch',
   'check_images',
   'check_labels',
+  'check_multi_labels',
   'check_tokens',
   'class_counts',
+  'class_folders',
+  'class_subset',
   'compose',
   'crop_and_resize',
+  'cutmix',
+  'cutmix_box',
   'decode_image',
   'deterministic',
   'draw_color_jitter',
@@ -184,10 +228,12 @@ __all__ = [
   'load',
   'make_loader',
   'materialize',
+  'merge_background',
   'mix_images',
   'mixup',
   'mixup_loss',
   'normalize',
+  'paste_box',
   'pasted',
   'prefetch_to_device',
   'process_shard',
@@ -201,16 +247,20 @@ __all__ = [
   'random_flip',
   'random_gaussian_blur',
   'random_grayscale',
+  'random_noise',
   'random_resized_crop',
+  'random_rotation',
   'random_solarize',
   'read_split_file',
   'resized_crop_augment',
   'sample_episode',
   'sample_episodes',
+  'sample_subset',
   'select_imbalanced',
   'shot_groups',
   'solarize',
   'source_labels',
+  'split_cells',
   'split_long_tailed',
   'step_counts',
   'subset',

@@ -3,6 +3,7 @@
 import collections
 import functools
 import math
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -95,8 +96,15 @@ class Loader:
 
       if not flags.FLAGS.is_parsed():  # grain's worker processes read its flags
         flags.FLAGS.mark_as_parsed()
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+      options = grain.MultiprocessingOptions(num_workers=workers)
+      dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_interrupts)
     return iter(dataset)
+
+
+def _leave_interrupts(index: int, count: int) -> None:
+  """Ctrl-C reaches all processes of a terminal: what it means, the one that trains decides."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(

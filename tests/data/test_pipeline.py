@@ -1,6 +1,8 @@
 import json
+import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -135,6 +137,16 @@ def test_worker_processes_give_the_same_batches_and_resume_exactly():
   third = make()
   third.set_state(states[-1])
   _assert_same(expected, [*head, *middle, *third])
+
+
+def test_worker_processes_leave_interrupts_to_the_one_that_trains():
+  loader = data.make_loader(_Records(_source()), batch_size=4, num_workers=1)
+  next(loader)
+  (worker,) = multiprocessing.active_children()
+  os.kill(worker.pid, signal.SIGINT)  # as Ctrl-C on a terminal, which reaches all of its processes
+  worker.join(1)
+  assert worker.is_alive() and next(loader)['label'].shape == (4,)
+  loader.close()
 
 
 def test_evaluation_sees_each_record_once():

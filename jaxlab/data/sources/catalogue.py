@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from jaxlab.data.sources.image_file import FileBytes
 from jaxlab.data.sources.source import Record
 
 
@@ -20,10 +22,13 @@ class Catalogue:
     decode: False leaves `image` as encoded bytes, for `DecodeImage` (faster: JPEGs can be decoded at
       reduced size).
     fields: names of further features to put into the records.
+    labels: where an image has several labels, the feature that lists them, e.g. 'labels' (`voc`) or
+      'objects/label' (`coco`): records hold `multi_label` (float32 `[num_classes]`, 1 for each class that is
+      listed) in place of `label`.
 
   Raises:
     FileNotFoundError: if the data set is not prepared; the message holds the command that does it.
-    ValueError: unknown name or split, or features without `image` or `label`.
+    ValueError: unknown name or split, or features without `image` or labels.
   """
 
   def __init__(
@@ -33,6 +38,7 @@ class Catalogue:
     data_dir: str | os.PathLike | None = None,
     decode: bool = True,
     fields: Sequence[str] = (),
+    labels: str | None = None,
   ):
     import tensorflow_datasets as tfds
 
@@ -48,7 +54,7 @@ class Catalogue:
       raise FileNotFoundError(prepare_advice(name, data_dir)) from error
     if not builder.is_prepared() or not builder.info.splits:
       raise FileNotFoundError(prepare_advice(name, data_dir))
-    for field in ('image', 'label', *fields):
+    for field in ('image', *(() if labels else ('label',)), *fields):
       if field not in builder.info.features:
         raise ValueError(
           f'TFDS {name!r} has no feature {field!r}; it has {sorted(builder.info.features)}.'
@@ -58,8 +64,10 @@ class Catalogue:
       self._source = builder.as_data_source(split=split, decoders=decoders)
     except NotImplementedError as error:  # prepared, but not as array_record
       raise FileNotFoundError(prepare_advice(name, data_dir)) from error
-    self._fields = tuple(fields)
-    label = builder.info.features['label']
+    self._fields, self._title = tuple(fields), f'{name}, split {split!r}'
+    self._labels = tuple(labels.split('/')) if labels else ()
+    features = builder.info.features
+    label = _listed(features, self._labels, name) if labels else features['label']
     self.num_classes = label.num_classes
     self.class_names = tuple(label.names or map(str, range(label.num_classes)))
 
@@ -68,12 +76,39 @@ class Catalogue:
 
   def __getitem__(self, index: int) -> Record:
     record = self._source[index]
+    image = record['image']
+    if isinstance(image, bytes):
+      image = FileBytes(image, f'{self._title}, record {index}')
     return {
-      'image': record['image'],
-      'label': np.int32(record['label']),
+      'image': image,
+      **self._labels_of(record),
       'index': np.int32(index),
       **{name: record[name] for name in self._fields},
     }
+
+  def _labels_of(self, record: Record) -> Record:
+    if not self._labels:
+      return {'label': np.int32(record['label'])}
+    for part in self._labels:
+      record = record[part]
+    present = np.zeros(self.num_classes, np.float32)
+    present[np.asarray(record, np.int64)] = 1
+    return {'multi_label': present}
+
+
+def _listed(features: Any, path: Sequence[str], name: str) -> Any:
+  """Returns the class labels that a sequence at `path` lists."""
+  found = features
+  for part in path:
+    # What a sequence lists is its `feature`, by names where it lists several things.
+    found = getattr(found, 'feature', found)
+    if not hasattr(found, 'keys') or part not in found:
+      raise ValueError(f'TFDS {name!r} has no feature {"/".join(path)!r}; it has {features}.')
+    found = found[part]
+  found = getattr(found, 'feature', found)
+  if not hasattr(found, 'num_classes'):
+    raise ValueError(f'TFDS {name!r}: {"/".join(path)!r} are no class labels but {found}.')
+  return found
 
 
 def prepare_advice(name: str, data_dir: str | os.PathLike | None = None) -> str:

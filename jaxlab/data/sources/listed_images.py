@@ -1,12 +1,13 @@
 """Image files named by a list, as the long-tailed splits of large data sets are published."""
 
+import codecs
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from jaxlab.data.sources.image_file import read_image
 from jaxlab.data.sources.source import Record, check_labels
 
 
@@ -20,23 +21,40 @@ def read_split_file(path: str | os.PathLike) -> tuple[tuple[str, ...], np.ndarra
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: an empty file or a line of another form, with its number.
+    ValueError: an empty file, one that is no UTF-8 text (a byte order mark is fine), or a line of another
+      form or with a label beyond int32, with its number.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'there is no split file {path}; it is published with the data set.')
   names, labels = [], []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
+  for number, line in enumerate(_text(path).splitlines(), 1):
     if not line.strip():
       continue
     name, _, label = line.strip().rpartition(' ')
     if not name.strip() or not label.isdecimal():
       raise ValueError(f'{path}:{number} is {line!r}, expected `relative/path label`.')
+    if int(label) > np.iinfo(np.int32).max:
+      raise ValueError(f'{path}:{number} has label {label}, expected one below 2**31.')
     names.append(name.strip())
     labels.append(int(label))
   if not names:
     raise ValueError(f'{path} lists no images.')
   return tuple(names), np.array(labels, np.int32)
+
+
+def _text(path: pathlib.Path) -> str:
+  content = path.read_bytes()
+  if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    raise ValueError(f'{path}:1 is UTF-16 text, expected UTF-8: save it anew.')
+  try:
+    return content.decode('utf-8-sig')
+  except UnicodeDecodeError as error:
+    number = content[: error.start].count(b'\n') + 1
+    line = content.splitlines()[number - 1]
+    raise ValueError(
+      f'{path}:{number} is {line!r}, which is no UTF-8 (Latin-1?): save the file anew.'
+    ) from None
 
 
 class ListedImages:
@@ -86,12 +104,5 @@ class ListedImages:
 
   def __getitem__(self, index: int) -> Record:
     path = self._root / self._names[index]
-    image: Any = path.read_bytes()
-    if self._decode:
-      from jaxlab.data.transforms.decode import decode_image
-
-      try:
-        image = decode_image(image)
-      except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+    image = read_image(path, self._decode)
     return {'image': image, 'label': self.labels[index], 'index': np.int32(index)}

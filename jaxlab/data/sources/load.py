@@ -1,5 +1,7 @@
 """Data sets by name, as configurations ask for them."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlab.data.sources.catalogue import (
@@ -11,13 +13,17 @@ from jaxlab.data.sources.embedded import (
 )
 from jaxlab.data.sources.image_folder import (
   ImageFolder,
+  class_folders,
 )
-from jaxlab.data.sources.scenes import Scenes, pasted
+from jaxlab.data.sources.photographs import Photographs
+from jaxlab.data.sources.scenes import Scenes, canvases, pasted
+from jaxlab.data.sources.sentences import Sentences
 from jaxlab.data.sources.source import (
   InMemory,
   Source,
   in_memory,
 )
+from jaxlab.data.sources.subset import class_subset
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
 
@@ -29,17 +35,24 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
     name:
 
       - `'digits'`: scikit-learn's 8x8 digits; options of `Digits`.
-      - `'pasted_digits'`: each at a random place and scale of a plain canvas, in memory; options of
-        `pasted`. With `pastes=n` the test split shows each digit n times, the training split once.
+      - `'pasted_digits'`: each at a random place and scale of a plain canvas, or at several (`pastes`), in
+        memory; options of `pasted`, and `limit`, the number of records, the first ones.
+      - `'digit_canvases'`, `'fashion_canvases'`: two digits, or pieces of Fashion-MNIST, on each plain canvas
+        with the labels of both, in memory; options of `canvases`.
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
       - `'fashion_mnist'`: options of `FashionMNIST`.
       - `'text'`: windows of bytes of the text that comes with Python, or of a file; options of `ByteText`.
       - `'tokens'`: windows of tokens of a `.npy` file, whose path is the split; options of `TokenFile`.
-      - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`.
+      - `'sentences'`: tokens of sentences, padded; options of `Sentences`.
+      - `'photographs'`: random crops without labels; options of `Photographs`.
+      - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`. Its classes are
+        those of the split, or of the absolute path, `classes_of`, by name; without the option those of
+        `train`, if there is such a folder; with None its own.
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
     split: 'train' or 'test'; TFDS, folders and token files have their own names.
-    **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records.
+    **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records;
+      for `'[pasted_]digits'` and `'fashion_mnist'` also `classes`, to take these alone (see `class_subset`).
 
   Raises:
     ValueError: for an unknown name, split or option.
@@ -47,35 +60,50 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
   """
   try:
     if name == 'digits':
-      return Digits(split, **options)
+      classes = options.pop('classes', None)
+      return _of_classes(Digits(split, **options), classes)
     if name == 'pasted_digits':
-      pastes = options.pop('pastes', 1)
-      seed = options.pop('seed', 0)
-      # Places are drawn from other streams than those of the other split.
-      return in_memory(
-        pasted(
-          Digits(split),
-          pastes=pastes if split == 'test' else 1,
-          seed=2 * seed + (split == 'test'),
-          **options,
-        )
+      classes, seed, limit = (
+        options.pop(k, v) for k, v in (('classes', None), ('seed', 0), ('limit', None))
       )
+      drawn = pasted(Digits(split), seed=_of_split(seed, split), **options)
+      return _first(_of_classes(in_memory(drawn), classes), limit)
+    if name in ('digit_canvases', 'fashion_canvases'):
+      objects, seed = Digits if name == 'digit_canvases' else FashionMNIST, options.pop('seed', 0)
+      folder = {'folder': options.pop('folder')} if 'folder' in options else {}
+      return in_memory(canvases(objects(split, **folder), seed=_of_split(seed, split), **options))
     if name == 'digit_scenes':
       return Scenes(Digits(split), **options)
     if name == 'fashion_mnist':
-      limit = options.pop('limit', None)
-      return _first(FashionMNIST(split, **options), limit)
+      limit, classes = options.pop('limit', None), options.pop('classes', None)
+      return _first(_of_classes(FashionMNIST(split, **options), classes), limit)
     if name == 'text':
       limit = options.pop('limit', None)
       return _first(ByteText(split, **options), limit)
     if name == 'tokens':
       return TokenFile(split, **options)
+    if name == 'sentences':
+      return Sentences(split, **options)
+    if name == 'photographs':
+      return Photographs(split, **options)
     if name == 'image_folder':
+      if not options.get('root'):
+        raise ValueError(
+          "data set 'image_folder' needs the option root=, the folder of its splits."
+        )
       root = options.pop('root')
+      usual = 'train' if os.path.isdir(os.path.join(root, 'train')) else None
+      if (classes_of := options.pop('classes_of', usual)) is not None:
+        options.setdefault('class_names', class_folders(os.path.join(root, classes_of)))
       return ImageFolder(f'{root}/{split}', **options)
     return Catalogue(name, split, **options)
   except TypeError as error:
     raise ValueError(f'data set {name!r}: {error}') from error
+
+
+def _of_split(seed: int, split: str) -> int:
+  """Returns the seed of a split: places are drawn from other streams than those of the other split."""
+  return 2 * seed + (split == 'test')
 
 
 def _first(source: InMemory, limit: int | None) -> InMemory:
@@ -84,3 +112,8 @@ def _first(source: InMemory, limit: int | None) -> InMemory:
     return source
   arrays = {field: array[:limit] for field, array in source.arrays.items()}
   return InMemory(arrays, source.num_classes, source.class_names)
+
+
+def _of_classes(source: InMemory, classes: Sequence[int] | None) -> InMemory:
+  """Returns a source of the records of some classes; None: the source."""
+  return source if classes is None else class_subset(source, classes)

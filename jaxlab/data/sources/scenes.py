@@ -4,16 +4,18 @@ Every record is computed from `(seed, index)` when it is asked for; nothing is s
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxlab.data.sources.source import Record, Source, in_memory
 
 Range = int | tuple[int, int]
-PLACES = 10  # places tried for an object before it is left out
 MAX_OVERLAP = 0.25  # of the smaller of two boxes
+NOISE_CELLS = 18 / 64  # cells of smooth noise a pixel
 MASK_LEVEL = 48  # gray level from which a pixel of a glyph belongs to its mask
+ANNOTATIONS = ('boxes', 'box_labels', 'box_mask', 'masks', 'multi_label')
 
 
 class Scenes:
@@ -23,7 +25,7 @@ class Scenes:
   resized to a square of random side (PIL, bilinear, with antialias when it shrinks). Gray objects are
   light on dark glyphs: they replace the canvas by `object + canvas * (1 - object / 255)`, which on a
   plain canvas is the object itself. RGB objects are opaque squares. An object that would cover more
-  than a quarter of another one's box (or be covered so) at ten random places is left out.
+  than a quarter of another one's box (or be covered so) at `places` random places is left out.
 
   Args:
     source: gray or RGB objects; it is held in memory.
@@ -32,17 +34,26 @@ class Scenes:
     side: the objects' (lowest, highest) side in pixels.
     texture: strength of the canvas texture from 0 (plain black) to 1 (strong and unique to each
       scene, by which instance discrimination can tell scenes apart without looking at objects).
+    places: tried for an object before it is left out.
+    ground: the canvas under objects: 'waves', blobs and a grating; or 'noise', smooth noise of 18 cells a
+      side of 64 pixels (0.35 of white at most) and noise of pixels (0.1), on which random networks localize.
+    blend: how gray objects are pasted: 'over', as above; or 'lighter', the lighter of object and canvas.
+    boxes: what a box is around: 'glyph', the visible pixels of an object before others hide it; or
+      'square', all that was pasted.
+    gap: pixels that lie at least between two objects' squares, in rows or columns; None: objects overlap by
+      a quarter at most.
     imbalance: ratio of the most to the least frequent class, whose frequencies fall exponentially
       with the class number (Cui et al. 2019); 1 is balanced.
     length: number of scenes; default: as many as objects.
     pastes: instead of drawing the main object, show each of the source's objects in turn, `pastes`
       times in a row: scene i shows object i // pastes. Excludes `imbalance` and `length`.
-    annotations: False leaves out all but `image`, `label` and `index`.
+    annotations: which of the fields below records hold, by name, besides `image`, `label` and `index`; True:
+      all, False: none.
     seed: of everything.
 
   A record holds, besides `image` (uint8 `[height, width, channels]`), `label` (main object) and `index`:
-    boxes: float32 `[max_objects, 4]`, (y0, x0, y1, x1) in pixels, around the whole object, hidden parts
-      included; row 0 is the main object, unused rows are 0.
+    boxes: float32 `[max_objects, 4]`, (y0, x0, y1, x1) in pixels, half open, around the whole object, hidden
+      parts included; row 0 is the main object, unused rows are 0.
     box_labels: int32 `[max_objects]`, unused -1.
     box_mask: bool `[max_objects]`, which rows are used.
     masks: bool `[max_objects, height, width]`, the visible pixels of each object.
@@ -60,10 +71,15 @@ class Scenes:
     canvas: Range = 64,
     side: Range = (20, 32),
     texture: float = 0.0,
+    places: int = 10,
+    ground: Literal['waves', 'noise'] = 'waves',
+    blend: Literal['over', 'lighter'] = 'over',
+    boxes: Literal['glyph', 'square'] = 'glyph',
+    gap: int | None = None,
     imbalance: float = 1.0,
     length: int | None = None,
     pastes: int | None = None,
-    annotations: bool = True,
+    annotations: bool | Sequence[str] = True,
     seed: int = 0,
   ):
     source = in_memory(source)
@@ -83,6 +99,23 @@ class Scenes:
       )
     if not 0 <= texture <= 1:
       raise ValueError(f'texture is {texture}, expected a strength in [0, 1].')
+    if places < 1:
+      raise ValueError(f'places is {places}, expected a number >= 1.')
+    if annotations is True or not annotations:
+      annotations = ANNOTATIONS if annotations else ()
+    if unknown := sorted(set(annotations) - set(ANNOTATIONS)):
+      raise ValueError(f'annotations: {unknown} are none of {ANNOTATIONS}.')
+    for name, value, known in (
+      ('ground', ground, ('waves', 'noise')),
+      ('blend', blend, ('over', 'lighter')),
+      ('boxes', boxes, ('glyph', 'square')),
+    ):
+      if value not in known:
+        raise ValueError(f'{name} is {value!r}, expected one of {known}.')
+    if gap is not None and gap < 0:
+      raise ValueError(f'gap is {gap}, expected a number of pixels, or None.')
+    self._ground, self._blend, self._boxes, self._gap = ground, blend, boxes, gap
+    self._places = places
     if imbalance < 1:
       raise ValueError(f'imbalance is {imbalance}, expected a ratio >= 1.')
     if pastes is not None and (pastes < 1 or imbalance != 1 or length is not None):
@@ -90,7 +123,8 @@ class Scenes:
         f'pastes is {pastes}: expected >= 1, without imbalance and length (every object is shown '
         'equally often).'
       )
-    self._texture, self._pastes, self._annotations, self._seed = texture, pastes, annotations, seed
+    self._texture, self._pastes, self._seed = texture, pastes, seed
+    self._annotations = tuple(annotations)
     if length is not None and length < 1:
       raise ValueError(f'length is {length}, expected a number >= 1.')
     self._length = len(source) * pastes if pastes else (length or len(source))
@@ -121,12 +155,13 @@ class Scenes:
         top, left, side = squares[slot]
         patch = _resize(self._images[objects[slot]], side)
         part = image[top : top + side, left : left + side]
-        part[:] = patch + part * (1 - patch / np.float32(255)) if patch.shape[-1] == 1 else patch
+        part[:] = self._pasted(part, patch)
         shown.append((slot, top, left, patch))
     label = self._labels[objects[0]]
     record = {'image': np.rint(image).astype(np.uint8), 'label': label, 'index': np.int32(index)}
     if self._annotations:
-      record.update(self._annotate(shown, [self._labels[i] for i in objects]))
+      found = self._annotate(shown, [self._labels[i] for i in objects])
+      record.update({name: found[name] for name in self._annotations})
     return record
 
   def _draw(self, rng: np.random.Generator) -> int:
@@ -140,14 +175,29 @@ class Scenes:
   ) -> tuple[int, int, int] | None:
     """Draws (top, left, side) with little overlap, or None; the first object always gets a place."""
     height, width = self._canvas
-    for _ in range(PLACES):
+    for _ in range(self._places):
       side = int(rng.integers(self._sides[0], self._sides[1] + 1))
       top = int(rng.integers(0, height - side + 1))
       left = int(rng.integers(0, width - side + 1))
       square = (top, left, side)
-      if all(other is None or _overlap(square, other) <= MAX_OVERLAP for other in others):
+      if all(other is None or self._apart(square, other) for other in others):
         return square
     return None
+
+  def _apart(self, a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Says whether two squares (top, left, side) are as far from each other as they must be."""
+    if self._gap is None:
+      return _overlap(a, b) <= MAX_OVERLAP
+    between = [max(a[axis], b[axis]) - min(a[axis] + a[2], b[axis] + b[2]) for axis in (0, 1)]
+    return max(between) >= self._gap
+
+  def _pasted(self, part: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """Returns a part of the canvas with an object on it."""
+    if patch.shape[-1] != 1:
+      return patch
+    if self._blend == 'lighter':
+      return np.maximum(part, patch)
+    return patch + part * (1 - patch / np.float32(255))
 
   def _background(self, rng: np.random.Generator) -> np.ndarray:
     """Returns a canvas: black, or blobs and a grating that no other scene has."""
@@ -155,11 +205,13 @@ class Scenes:
     channels = self._images.shape[-1]
     if not self._texture:
       return np.zeros((height, width, channels), np.float32)
+    if self._ground == 'noise':
+      cells = [max(2, round(side * NOISE_CELLS)) for side in (height, width)]
+      smooth = _blobs(rng, cells, (height, width), channels)
+      pixels = rng.random((height, width, channels), np.float32)
+      return 255 * np.float32(self._texture) * (0.35 * smooth + 0.1 * pixels)
     cells = int(rng.integers(3, 9))
-    blobs = rng.random((cells, cells, channels), np.float32)
-    # [rows, cells] x [channels, cells, cells] x [cells, columns]
-    blobs = _linear(height, cells) @ np.moveaxis(blobs, -1, 0) @ _linear(width, cells).T
-    blobs = np.moveaxis(blobs, 0, -1)
+    blobs = _blobs(rng, (cells, cells), (height, width), channels)
     fy, fx = rng.normal(size=2) * np.pi / 4  # radians a pixel: periods of mostly 5 pixels and more
     wave = fy * np.arange(height)[:, None] + fx * np.arange(width) + rng.uniform(0, 2 * np.pi)
     grating = 0.5 + 0.5 * np.sin(wave, dtype=np.float32)[..., None]
@@ -178,7 +230,8 @@ class Scenes:
       side = len(patch)
       glyph = patch[..., 0] >= MASK_LEVEL if patch.shape[-1] == 1 else np.ones((side, side), bool)
       rows, columns = np.flatnonzero(glyph.any(axis=1)), np.flatnonzero(glyph.any(axis=0))
-      if not rows.size:  # an object darker than the level: its whole square
+      # Of an object darker than the level it is the whole square, too.
+      if self._boxes == 'square' or not rows.size:
         rows = columns = np.array([0, side - 1])
       boxes[slot] = (top + rows[0], left + columns[0], top + rows[-1] + 1, left + columns[-1] + 1)
       box_labels[slot] = labels[slot]
@@ -215,6 +268,34 @@ def pasted(
   return Scenes(source, canvas=canvas, side=side, pastes=pastes, annotations=False, seed=seed)
 
 
+def canvases(
+  source: Source,
+  *,
+  num_objects: Range = 2,
+  canvas: Range = 36,
+  side: Range = (15, 19),
+  length: int | None = None,
+  seed: int = 0,
+) -> Scenes:
+  """Returns several objects on each plain black canvas, with little overlap and without boxes.
+
+  A record holds `image`, `label` (of the main object), `multi_label` (float32 `[num_classes]`, 1 for each
+  class that is there) and `index`. Where objects overlap the lighter one is seen.
+
+  Args:
+    source: the objects, e.g. `FashionMNIST('train')`; each canvas draws its own.
+    num_objects: how many, or the (lowest, highest) number. One that finds no place in a hundred is left out.
+    canvas: side, or (height, width), in pixels.
+    side: (lowest, highest) side of an object.
+    length: number of canvases; default: as many as objects.
+    seed: of everything.
+  """
+  return Scenes(
+    source, num_objects=num_objects, canvas=canvas, side=side, places=100, blend='lighter',
+    length=length, annotations=('multi_label',), seed=seed,
+  )  # fmt: skip
+
+
 def _range(name: str, value: Range, ordered: bool = True) -> tuple[int, int]:
   low, high = (value, value) if isinstance(value, int) else value
   if min(low, high) < 1 or (ordered and low > high):
@@ -236,6 +317,16 @@ def _resize(image: np.ndarray, side: int) -> np.ndarray:
   picture = Image.fromarray(image[..., 0] if gray else image)
   resized = np.asarray(picture.resize((side, side), Image.Resampling.BILINEAR))
   return resized[..., None] if gray else resized
+
+
+def _blobs(
+  rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, int], channels: int
+) -> np.ndarray:
+  """Returns uniform noise of some cells, interpolated linearly to `[height, width, channels]`."""
+  noise = rng.random((*cells, channels), np.float32)
+  # [rows, cells] x [channels, cells, cells] x [cells, columns]
+  blobs = _linear(size[0], cells[0]) @ np.moveaxis(noise, -1, 0) @ _linear(size[1], cells[1]).T
+  return np.moveaxis(blobs, 0, -1)
 
 
 @functools.lru_cache(maxsize=64)

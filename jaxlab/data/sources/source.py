@@ -1,7 +1,8 @@
 """Random-access sources of records: `len(source)`, `source[i] -> dict`.
 
 A record holds `image` (uint8 `[height, width, channels]`), `label` (np.int32) and `index` (np.int32, its
-position in the source). A source also has `num_classes` and `class_names`.
+position in the source); where an image shows several classes, `multi_label` (float32 `[num_classes]`, 1 for
+each that is there) besides `label` or in its place. A source also has `num_classes` and `class_names`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ class InMemory:
     class_names: default: the numbers.
 
   Raises:
-    ValueError: lengths that differ, labels out of range, NaN images.
+    ValueError: lengths that differ, labels that are no classes (see `as_labels`), NaN images.
   """
 
   def __init__(
@@ -50,7 +51,7 @@ class InMemory:
     self.arrays['index'] = np.arange(size, dtype=np.int32)
     labels = self.arrays.get('label')
     if labels is not None:
-      self.arrays['label'] = labels = labels.astype(np.int32)
+      self.arrays['label'] = labels = as_labels(labels)
     if num_classes is None:
       num_classes = len(class_names) if class_names else _count_classes(labels)
     self.num_classes = num_classes
@@ -110,6 +111,36 @@ def stack_records(records: Sequence[Record]) -> dict[str, np.ndarray]:
   return batch
 
 
+def as_labels(labels: np.ndarray, name: str = 'label') -> np.ndarray:
+  """Returns labels as int32 `[records]`; integers, or floats that are whole numbers.
+
+  Raises:
+    ValueError: if they are of another shape (one-hot, `[records, 1]`), of another kind (fractions, text,
+      objects), or beyond int32; it names the first that is wrong.
+  """
+  labels = np.asarray(labels)
+  if labels.ndim != 1:
+    advice = {1: f'{name}[:, 0]'}.get(labels.shape[-1], f'{name}.argmax(1) of one-hot rows')
+    raise ValueError(
+      f'{name} has shape {labels.shape}, expected [records]{f": take {advice}" if labels.ndim == 2 else ""}.'
+    )
+  if not np.issubdtype(labels.dtype, np.integer) and not np.issubdtype(labels.dtype, np.floating):
+    raise ValueError(f'{name} has dtype {labels.dtype}, expected integers: number the classes.')
+  limits = np.iinfo(np.int32)
+  wide = labels if np.issubdtype(labels.dtype, np.integer) else labels.astype(np.float64)
+  # NaN compares false, too.
+  right = (wide >= limits.min) & (wide <= limits.max)
+  if wide is not labels:
+    right &= wide == np.floor(wide)
+  wrong = np.flatnonzero(~right)
+  if wrong.size:
+    raise ValueError(
+      f'{wrong.size} values of {name} are no integers of 32 bits, the first at position {wrong[0]}: '
+      f'{labels[wrong[0]]}.'
+    )
+  return labels.astype(np.int32)
+
+
 def check_labels(labels: np.ndarray, num_classes: int) -> None:
   """Raises ValueError unless all labels are integers in 0 .. num_classes - 1."""
   labels = np.asarray(labels)
@@ -120,6 +151,22 @@ def check_labels(labels: np.ndarray, num_classes: int) -> None:
     raise ValueError(
       f'{wrong.size} labels are out of range 0..{num_classes - 1}, the first at position {wrong[0]}: '
       f'{labels.reshape(-1)[wrong[0]]}. Check num_classes or the labels.'
+    )
+
+
+def check_multi_labels(labels: np.ndarray, num_classes: int) -> None:
+  """Raises ValueError unless labels are 0 or 1 for each class, `[records, num_classes]`."""
+  labels = np.asarray(labels)
+  if labels.ndim != 2 or labels.shape[1] != num_classes:
+    raise ValueError(
+      f'multi_label has shape {labels.shape}, expected [records, {num_classes}]: 0 or 1 for each class.'
+    )
+  wrong = np.flatnonzero(((labels != 0) & (labels != 1)).any(1))
+  if wrong.size:
+    row = labels[wrong[0]]
+    raise ValueError(
+      f'{wrong.size} rows of multi_label hold other values than 0 and 1, the first is row {wrong[0]}: '
+      f'{row[(row != 0) & (row != 1)][0]}.'
     )
 
 

@@ -1,5 +1,7 @@
 """Some records of a source, as a source."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jaxlab.data.sources.source import InMemory, Record, Source
@@ -46,3 +48,28 @@ def subset(source: Source, indices: np.ndarray) -> Source:
   if isinstance(source, InMemory):
     return InMemory(source.gather(indices), source.num_classes, source.class_names)
   return Subset(source, indices)
+
+
+def class_subset(source: InMemory, classes: Sequence[int]) -> InMemory:
+  """Returns a source of the records of some classes, which are numbered anew in the given order.
+
+  Args:
+    source: in memory.
+    classes: different labels of it.
+
+  Raises:
+    ValueError: for classes that the source does not have, or that occur twice.
+  """
+  chosen = np.asarray(classes, np.int64).reshape(-1)
+  if not len(chosen) or len(set(chosen)) < len(chosen):
+    raise ValueError(f'classes={tuple(classes)}: expected different classes, at least one.')
+  if not 0 <= chosen.min() <= chosen.max() < source.num_classes:
+    raise ValueError(
+      f'classes={tuple(classes)}: the source has the classes 0 to {source.num_classes - 1}.'
+    )
+  number = np.full(source.num_classes, -1)
+  number[chosen] = np.arange(len(chosen))
+  labels = number[source.arrays['label']]
+  rows = np.flatnonzero(labels >= 0)
+  arrays = {**source.gather(rows), 'label': labels[rows].astype(np.int32)}
+  return InMemory(arrays, len(chosen), [source.class_names[label] for label in chosen])

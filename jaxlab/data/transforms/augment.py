@@ -113,6 +113,26 @@ def random_solarize(
   return random_apply(probability, deterministic(solarize, threshold))(key, image)
 
 
+def random_rotation(key: jax.Array, image: jax.Array, limit: float) -> jax.Array:
+  """Returns the image turned around its center by an angle ~ U(-limit, limit), in radians.
+
+  Pixels are mixed bilinearly; beyond the border the nearest one is seen.
+  """
+  check_image(image)
+  if limit < 0:
+    raise ValueError(f'limit is {limit}, expected an angle of at least 0.')
+  angle = jax.random.uniform(key, (), minval=-limit, maxval=limit)
+  return dm_pix.rotate(image, angle).astype(image.dtype)
+
+
+def random_noise(key: jax.Array, image: jax.Array, std: float) -> jax.Array:
+  """Returns the image plus Gaussian noise of deviation `std`, which may leave [0, 1]."""
+  check_image(image)
+  if std < 0:
+    raise ValueError(f'std is {std}, expected at least 0.')
+  return image + std * jax.random.normal(key, image.shape, image.dtype)
+
+
 def gaussian_blur(image: jax.Array, sigma: jax.Array | float, kernel_size: int) -> jax.Array:
   """Returns the image filtered by a Gaussian of `kernel_size` taps and reflected borders.
 

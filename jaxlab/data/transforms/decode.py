@@ -15,12 +15,13 @@ def decode_image(data: bytes, draft: int | None = None) -> np.ndarray:
 
   Args:
     data: the file's bytes. Gray and palette images become RGB; EXIF orientation is ignored, as
-      torchvision does.
+      torchvision does. Gray levels of 16 bits are scaled to 8, `round(v / 257)`.
     draft: let the JPEG decoder shrink by 2, 4 or 8 while both sides stay at least this long: several
       times faster on large photographs, and slightly different pixels.
 
   Raises:
-    ValueError: if the bytes are no complete image.
+    ValueError: if the bytes are no complete image, one of PIL's decompression bombs, or one whose pixels
+      have no known range (32-bit integers, floats); it names the file, where the bytes know theirs.
   """
   return np.array(_open(data, draft))
 
@@ -45,12 +46,14 @@ class DecodeImage:
     draft: faster, and slightly different pixels: JPEGs may be decoded at reduced size when they are much
       larger (see `decode_image`), and what the cut drops is never resized, which moves few pixels by
       a gray level.
+    stretch: resize both sides to `size` instead, whatever the aspect was; excludes `resize`.
   """
 
   size: int
   resize: int | None = None
   draft: bool = False
   interpolation: str = 'bilinear'
+  stretch: bool = False
 
   def __post_init__(self):
     if self.interpolation not in ('bilinear', 'bicubic'):
@@ -59,6 +62,8 @@ class DecodeImage:
       )
     if self.size < 1:
       raise ValueError(f'size is {self.size}, expected a positive number of pixels.')
+    if self.stretch and self.resize is not None:
+      raise ValueError(f'stretch cuts nothing off: expected no resize, got {self.resize}.')
     if self.resize is not None and self.resize < self.size:
       raise ValueError(
         f'the crop of size {self.size} is larger than the resized image of side {self.resize}; '
@@ -70,6 +75,8 @@ class DecodeImage:
     try:
       image = self._convert(record['image'])
     except ValueError as error:
+      if hasattr(record['image'], 'origin'):  # the file is named already
+        raise
       raise ValueError(f'record {record.get("index")}: {error}') from error
     return {**record, 'image': image}
 
@@ -83,6 +90,9 @@ class DecodeImage:
       if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
         raise ValueError(f'image is {image.dtype}{image.shape}, expected bytes or uint8 HWC.')
       picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    if self.stretch:
+      resized = picture.resize((self.size,) * 2, Image.Resampling[self.interpolation.upper()])
+      return np.array(resized).reshape(self.size, self.size, -1)
     width, height = picture.size
     # The longer side is truncated, as torchvision does.
     if width <= height:
@@ -120,12 +130,22 @@ class DecodeImage:
 def _open(data: bytes, draft: int | None) -> Any:
   from PIL import Image
 
+  where = f'{data.origin}: ' if hasattr(data, 'origin') else ''
   try:
     picture = Image.open(io.BytesIO(data))
     if draft:
       # Pillow takes the largest reduction that leaves width and height at least as asked.
       picture.draft('RGB', (draft, draft))
     picture.load()
-    return picture if picture.mode == 'RGB' else picture.convert('RGB')
-  except OSError as error:
-    raise ValueError(f'cannot decode an image of {len(data)} bytes: {error}') from error
+  # Damaged files end in errors of many kinds (SyntaxError, struct.error, DecompressionBombError).
+  except Exception as error:
+    raise ValueError(f'{where}cannot decode an image of {len(data)} bytes: {error}') from error
+  if picture.mode.startswith('I;16') or (picture.mode == 'I' and picture.format == 'PNG'):
+    pixels = np.asarray(picture).astype(np.int64)
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert('RGB')
+  if picture.mode in ('I', 'F'):
+    kind = '32-bit integers' if picture.mode == 'I' else 'floats'
+    raise ValueError(
+      f'{where}the pixels are {kind} of an unknown range: bring them to uint8 in a file of their own.'
+    )
+  return picture if picture.mode == 'RGB' else picture.convert('RGB')

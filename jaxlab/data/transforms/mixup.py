@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 
 def mixup(
-  key: jax.Array, images: ArrayLike, alpha: float
+  key: jax.Array, images: ArrayLike, alpha: float, *, own_half: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Mixes each image of a batch with a partner: `lam * x + (1 - lam) * x[permutation]`.
 
@@ -20,6 +20,7 @@ def mixup(
     key: of the draws.
     images: floats `[batch, ...]`.
     alpha: of the Beta distribution; a Python number. alpha <= 0 leaves the images as they are, lam 1.
+    own_half: takes `max(lam, 1 - lam)`, so that every image is at least half of its mixture.
 
   Returns:
     The mixed images in the dtype of `images`, the permutation int32 `[batch]` (the partner of row i is
@@ -44,6 +45,7 @@ def mixup(
     return images, jnp.arange(len(images), dtype=jnp.int32), jnp.ones((), jnp.float32)
   key_lam, key_permutation = jax.random.split(key)
   lam = jax.random.beta(key_lam, alpha, alpha, dtype=jnp.float32)
+  lam = jnp.maximum(lam, 1 - lam) if own_half else lam
   permutation = jax.random.permutation(key_permutation, jnp.arange(len(images), dtype=jnp.int32))
   return mix_images(images, permutation, lam), permutation, lam
 

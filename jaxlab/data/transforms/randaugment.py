@@ -105,7 +105,7 @@ def rand_augment(
     return jnp.where(coin < probability, changed, codes), None
 
   # One flat draw and a scan: an eighth of the compilation of separate draws and operations in a row.
-  draws = jax.random.uniform(key, (5 * num_ops,)).reshape(num_ops, 5)
+  draws = jax.random.uniform(key, (5 * num_ops,), jnp.float32).reshape(num_ops, 5)
   codes, _ = jax.lax.scan(operate, _to_codes(image), draws)
   return (codes / 255).astype(image.dtype)
 
@@ -200,7 +200,7 @@ def _operate(codes, operation, level, sign, increasing, fill, bicubic) -> jax.Ar
 
 def _table(codes, operation, level, increasing) -> jax.Array:
   """Returns what becomes of each level, `[256, channels]`, by the first six of `OPERATIONS`."""
-  grid = jnp.arange(256.0)[:, None]
+  grid = jnp.arange(256, dtype=jnp.float32)[:, None]
   counts = _histogram(codes)
   low, high = jnp.min(codes, (0, 1)), jnp.max(codes, (0, 1))
   stretched = jnp.floor((grid - low) * 255 / jnp.maximum(high - low, 1))
@@ -310,7 +310,8 @@ def _transform(
   border pixel is repeated.
   """
   height, width, _ = codes.shape
-  y, x = jnp.meshgrid(jnp.arange(height) + 0.5, jnp.arange(width) + 0.5, indexing='ij')
+  centers = (jnp.arange(side, dtype=jnp.float32) + 0.5 for side in (height, width))
+  y, x = jnp.meshgrid(*centers, indexing='ij')
   source_x = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
   source_y = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
   inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)

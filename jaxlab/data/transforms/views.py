@@ -16,6 +16,9 @@ from jaxlab.data.transforms.augment import (
   random_flip,
   random_gaussian_blur,
   random_grayscale,
+  random_noise,
+  random_rotation,
+  random_solarize,
 )
 from jaxlab.data.transforms.color import random_color_jitter, random_contrast_brightness
 from jaxlab.data.transforms.crop import random_resized_crop
@@ -33,7 +36,10 @@ def resized_crop_augment(
   grayscale_probability: float = 0.2,
   blur_probability: float = 0.5,
   blur_kernel: int = 23,
+  solarize_probability: float = 0.0,
   flip_probability: float = 0.5,
+  rotation: float = 0.0,
+  noise: float = 0.0,
   rand_augment: Mapping[str, Any] | None = None,
   mean: Sequence[float] | float = 0.0,
   std: Sequence[float] | float = 1.0,
@@ -42,8 +48,9 @@ def resized_crop_augment(
 ) -> Augment:
   """Returns random resized crops with what is done to them, `(key, image) -> view`.
 
-  Random resized crop; color jitter; grayscale; Gaussian blur with sigma ~ U(0.1, 2); flip; normalization;
-  and, for gray images, a change of contrast and brightness after it. A probability of 0 leaves a step out.
+  Random resized crop; rotation; color jitter; grayscale; Gaussian blur with sigma ~ U(0.1, 2); solarization;
+  flip; noise; normalization; and, for gray images, a change of contrast and brightness after it. A
+  probability or strength of 0 leaves a step out.
   The defaults are the augmentation of MoCo v2, SimSiam and SSQL (Chen et al. 2020).
   With `rand_augment`, and without jitter, grayscale and blur, timm's for supervised training.
 
@@ -57,7 +64,10 @@ def resized_crop_augment(
     grayscale_probability: of turning gray.
     blur_probability: of the blur.
     blur_kernel: taps of the blur, odd.
+    solarize_probability: of inverting what is brighter than 1/2 (BYOL, DINO).
     flip_probability: of the horizontal flip.
+    rotation: largest angle to either side, in radians.
+    noise: standard deviation of Gaussian noise on images in [0, 1].
     rand_augment: options of `jaxlab.data.rand_augment`, applied after the flip; `fill` is by
       default the mean and `interpolation` that of the crop, as in timm's recipes. None: no RandAugment.
     mean: subtracted, of images in [0, 1].
@@ -69,6 +79,8 @@ def resized_crop_augment(
     raise ValueError(f'contrast and brightness go together; got {contrast} and {brightness}.')
   crop = {'size': size, 'scale': scale, 'antialias': antialias, 'interpolation': interpolation}
   steps = [functools.partial(random_resized_crop, **crop)]
+  if rotation:
+    steps.append(functools.partial(random_rotation, limit=rotation))
   if jitter is not None and jitter_probability:
     color = functools.partial(
       random_color_jitter,
@@ -80,8 +92,12 @@ def resized_crop_augment(
   if blur_probability:
     blur = functools.partial(random_gaussian_blur, kernel_size=blur_kernel)
     steps.append(random_apply(blur_probability, blur))
+  if solarize_probability:
+    steps.append(functools.partial(random_solarize, probability=solarize_probability))
   if flip_probability:
     steps.append(functools.partial(random_flip, probability=flip_probability))
+  if noise:
+    steps.append(functools.partial(random_noise, std=noise))
   if rand_augment is not None:
     options = {'fill': np.asarray(mean), 'interpolation': interpolation, **rand_augment}
     steps.append(functools.partial(randaugment.rand_augment, **options))

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,26 @@ def test_bad_lists_are_named(listing):
     (folder / 'bad.txt').write_text(text)
     with pytest.raises(ValueError, match=message):
       read_split_file(folder / 'bad.txt')
+
+
+def test_lists_in_other_encodings_are_read_or_named_with_their_line(tmp_path):
+  path = tmp_path / 'list.txt'
+  path.write_bytes(b'\xef\xbb\xbfa.png 0\nb.png 1\n')
+  assert read_split_file(path)[0] == ('a.png', 'b.png')
+  for content, message in (
+    ('a.png 0\n'.encode('utf-16'), 'list.txt:1 is UTF-16'),
+    ('a.png 0\nüb.png 1\n'.encode('latin-1'), r'list.txt:2 is .* no UTF-8'),
+    (b'a.png 0\nb.png 2147483648\n', 'list.txt:2 has label 2147483648'),
+  ):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+      read_split_file(path)
+
+
+def test_a_damaged_file_is_named_by_its_path_also_in_a_subset_and_in_worker_processes(listing):
+  (listing.parent / 'train/c/2.png').write_bytes(b'no image')
+  view = subset(ListedImages(listing, listing.parent, decode=False), np.array([2, 0]))
+  assert pickle.loads(pickle.dumps(view[0]['image'])).origin.endswith('2.png')
+  with pytest.raises(ValueError, match=r'train/c/2\.png: cannot decode') as error:
+    data.DecodeImage(4)(view[0])
+  assert 'record' not in str(error.value)

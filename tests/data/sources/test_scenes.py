@@ -127,6 +127,38 @@ def test_color_objects_are_opaque():
   np.testing.assert_array_equal(record['image'][y0:y1, x0:x1], images[record['label']])
 
 
+def test_canvases_show_two_objects_by_their_maximum():
+  source = _digits()
+  canvases = data.canvases(source, length=40, seed=1)
+  scenes = data.Scenes(
+    source, num_objects=2, canvas=36, side=(15, 19), places=100, blend='lighter', length=40, seed=1
+  )
+  for i in range(40):
+    record, scene = canvases[i], scenes[i]
+    assert set(record) == {'image', 'label', 'multi_label', 'index'}
+    assert record['image'].shape == (36, 36, 1) and scene['box_mask'].all()
+    np.testing.assert_array_equal(record['image'], scene['image'])
+    expected = np.isin(np.arange(10), scene['box_labels']).astype(np.float32)
+    np.testing.assert_array_equal(record['multi_label'], expected)
+  assert (canvases[0]['image'] != data.canvases(source, length=40, seed=2)[0]['image']).any()
+
+
+def test_the_lighter_of_object_and_canvas_is_seen():
+  images = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 1), np.uint8)
+  glyphs, ground = (
+    data.Scenes(
+      data.InMemory({'image': own, 'label': np.arange(3)}),
+      canvas=9, side=9, texture=1.0, blend='lighter', annotations=False,
+    )
+    for own in (images, np.zeros_like(images))
+  )  # fmt: skip
+  for i in range(3):
+    record = glyphs[i]
+    expected = np.maximum(images[record['label']], ground[i]['image'])
+    np.testing.assert_array_equal(record['image'], expected)
+    assert (expected != images[record['label']]).any()
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
@@ -137,6 +169,9 @@ def test_color_objects_are_opaque():
     ({'imbalance': 0.5}, 'imbalance is 0.5'),
     ({'pastes': 2, 'imbalance': 3.0}, 'without imbalance and length'),
     ({'length': 0}, 'length is 0'),
+    ({'places': 0}, 'places is 0'),
+    ({'blend': 'under'}, 'blend is .under'),
+    ({'annotations': ('boxs',)}, "'boxs'. are none of"),
   ],
 )
 def test_bad_options_are_named(options, message):
@@ -147,3 +182,58 @@ def test_bad_options_are_named(options, message):
 def test_index_beyond_the_end_is_an_error():
   with pytest.raises(IndexError, match='out of range'):
     _scenes(length=5)[5]
+
+
+def test_a_gap_lies_between_the_squares_of_objects():
+  scenes = _scenes(num_objects=3, canvas=64, side=(10, 14), gap=5, boxes='square', length=40)
+  counts = []
+  for i in range(len(scenes)):
+    boxes = scenes[i]['boxes'][scenes[i]['box_mask']]
+    counts.append(len(boxes))
+    for a, b in ((a, b) for k, a in enumerate(boxes) for b in boxes[:k]):
+      between = np.maximum(a[:2], b[:2]) - np.minimum(a[2:], b[2:])
+      assert between.max() >= 5
+  assert np.mean(counts) > 2.5
+
+
+def test_a_box_is_the_pasted_square_where_asked_for():
+  square, glyph = (_scenes(boxes=kind, seed=2) for kind in ('square', 'glyph'))
+  for i in range(20):
+    a, b = square[i], glyph[i]
+    np.testing.assert_array_equal(a['image'], b['image'])
+    sides = a['boxes'][:, 2:] - a['boxes'][:, :2]
+    used = a['box_mask']
+    assert (sides[used, 0] == sides[used, 1]).all() and (sides[used] >= 10).all()
+    assert (a['boxes'][:, :2] <= b['boxes'][:, :2]).all()
+    assert (a['boxes'][:, 2:] >= b['boxes'][:, 2:]).all()
+
+
+def test_noise_is_smooth_but_for_its_pixels_and_objects_are_lighter():
+  options = {'canvas': 64, 'num_objects': 1, 'side': (20, 30), 'ground': 'noise', 'boxes': 'square'}
+  scenes = _scenes(**options, texture=1.0, blend='lighter', seed=1)
+  plain = _scenes(**options, texture=0.0, blend='lighter', seed=1)
+  levels = []
+  for i in range(30):
+    record, alone = scenes[i], plain[i]
+    image, glyph = record['image'].astype(float), alone['image'].astype(float)
+    y0, x0, y1, x1 = record['boxes'][0].astype(int)
+    np.testing.assert_array_equal(record['boxes'], alone['boxes'])
+    assert (image >= glyph).all()
+    light = glyph > 0.46 * 255  # above all that the ground can be
+    np.testing.assert_array_equal(image[light], glyph[light])
+    image[y0:y1, x0:x1] = np.nan
+    levels.append(image)
+  levels = np.stack(levels) / 255
+  # Means of uniform numbers: 0.45 / 2. Far apart, pixels share nothing; side by side, the smooth part.
+  np.testing.assert_allclose(np.nanmean(levels), 0.225, atol=0.01)
+  assert np.nanmax(levels) <= 0.45 + 1 / 255
+  near = np.nanstd(levels[:, :, 1:] - levels[:, :, :-1])
+  far = np.nanstd(levels[:, :, 12:] - levels[:, :, :-12])
+  assert near < 0.6 * far
+
+
+@pytest.mark.parametrize('wrong', [{'ground': 'sea'}, {'blend': 'x'}, {'boxes': 'x'}, {'gap': -1}])
+def test_unknown_grounds_blends_boxes_and_gaps_are_refused(wrong):
+  (name,) = wrong
+  with pytest.raises(ValueError, match=name):
+    _scenes(**wrong)

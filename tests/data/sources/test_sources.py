@@ -109,10 +109,15 @@ class TinyColors(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   def _info(self):
     features = {'image': tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
-                'label': tfds.features.ClassLabel(names=['red', 'green', 'blue'])}
+                'label': (label := tfds.features.ClassLabel(names=['red', 'green', 'blue'])),
+                'labels': tfds.features.Sequence(label), 'area': np.int64,
+                'objects': tfds.features.Sequence({'label': label, 'area': np.int64})}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
   def _split_generators(self, manager):
-    return {'train': ((i, {'image': png(i), 'label': i % 3}) for i in range(7))}
+    return {'train': ((i, self.example(i)) for i in range(7))}
+  def example(self, i):
+    objects = [{'label': c, 'area': 1} for c in range(i % 4)]  # in the first there is none
+    return {'image': png(i), 'label': i % 3, 'labels': [0, 2, 2], 'area': i, 'objects': objects}
   def _generate_examples(self):
     pass
 
@@ -147,6 +152,20 @@ def test_catalogue_reads_array_records_without_tensorflow(catalogue_dir):
   encoded = data.Catalogue('tiny_colors', 'train', catalogue_dir, decode=False)
   np.testing.assert_array_equal(data.decode_image(encoded[2]['image']), records[2]['image'])
   assert 'tensorflow' not in sys.modules
+
+
+def test_catalogue_lists_the_classes_of_an_image(catalogue_dir):
+  objects = data.Catalogue('tiny_colors', 'train', catalogue_dir, labels='objects/label')
+  assert objects.num_classes == 3 and objects.class_names == ('red', 'green', 'blue')
+  for record in (objects[i] for i in range(7)):
+    assert set(record) == {'image', 'multi_label', 'index'}
+    count = int(record['image'][0, 0, 0]) // 20 % 4
+    np.testing.assert_array_equal(record['multi_label'], np.arange(3) < count)
+  listed = data.Catalogue('tiny_colors', 'train', catalogue_dir, labels='labels')
+  np.testing.assert_array_equal(listed[0]['multi_label'], [1, 0, 1])
+  for labels, message in (('objects/box', 'no feature .objects/box'), ('area', 'no class labels')):
+    with pytest.raises(ValueError, match=message):
+      data.Catalogue('tiny_colors', 'train', catalogue_dir, labels=labels)
 
 
 def test_catalogue_names_what_is_missing(catalogue_dir, tmp_path):
@@ -234,3 +253,67 @@ def test_records_of_different_shape_are_named():
     sources.stack_records(records)
   with pytest.raises(ValueError, match='different fields'):
     sources.stack_records([{'a': 1}, {'b': 1}])
+
+
+@pytest.mark.parametrize(
+  'labels, expected',
+  [
+    (np.array([1, 255], np.uint8), [1, 255]),
+    (np.array([1.0, 2.0]), [1, 2]),
+    ([0.9, 1.0], r'1 values of label are no integers of 32 bits, the first at position 0: 0\.9'),
+    ([0.0, np.nan], 'position 1: nan'),
+    (np.array([0, 2**31]), 'position 1: 2147483648'),
+    (np.zeros((2, 1), int), r'shape \(2, 1\), expected \[records\]: take label\[:, 0\]'),
+    (np.eye(2), r'take label\.argmax\(1\)'),
+    (np.array(['a', 'b']), 'dtype <U1, expected integers'),
+    (np.array([0, None], object), 'dtype object'),
+    (np.array([True, False]), 'dtype bool'),
+  ],
+)
+def test_labels_are_looked_at_before_they_are_cast(labels, expected):
+  if isinstance(expected, list):
+    assert data.as_labels(labels).tolist() == expected
+    return
+  with pytest.raises(ValueError, match=expected):
+    data.InMemory({'image': _images(2), 'label': np.asarray(labels)})
+
+
+def test_some_classes_are_numbered_anew_in_the_given_order():
+  whole = data.Digits('test')
+  some = data.class_subset(whole, (7, 2))
+  assert some.num_classes == 2 and some.class_names == ('7', '2')
+  labels = whole.arrays['label']
+  rows = [i for i in range(len(whole)) if labels[i] in (7, 2)]
+  np.testing.assert_array_equal(some.arrays['image'], whole.arrays['image'][rows])
+  np.testing.assert_array_equal(some.arrays['label'], [(7, 2).index(labels[i]) for i in rows])
+  np.testing.assert_array_equal(some.arrays['index'], np.arange(len(rows)))
+  loaded = data.load('digits', 'test', classes=(7, 2))
+  np.testing.assert_array_equal(loaded.arrays['image'], some.arrays['image'])
+  pasted = data.load('pasted_digits', 'test', classes=(7, 2), pastes=3)
+  np.testing.assert_array_equal(pasted.arrays['label'], np.repeat(some.arrays['label'], 3))
+
+
+@pytest.mark.parametrize('classes', [(), (1, 1), (3, 10), (-1, 2)])
+def test_classes_that_cannot_be_are_named(classes):
+  with pytest.raises(ValueError, match=r'classes=\('):
+    data.class_subset(data.Digits('test'), classes)
+
+
+def test_canvases_are_drawn_from_their_own_split_and_seed():
+  train, test = (data.load('digit_canvases', split, length=20) for split in ('train', 'test'))
+  assert isinstance(train, data.InMemory) and train.num_classes == 10
+  assert train.arrays['image'].shape == (20, 36, 36, 1)
+  assert set(train.arrays['multi_label'].sum(1)) <= {1, 2}
+  for split, seed in (('train', 0), ('test', 1)):
+    drawn = data.canvases(data.Digits(split), length=20, seed=seed)
+    found = {'train': train, 'test': test}[split]
+    np.testing.assert_array_equal(found.arrays['image'][7], drawn[7]['image'])
+  other = data.load('digit_canvases', 'train', length=20, seed=1)
+  assert (other.arrays['image'] != train.arrays['image']).any()
+
+
+def test_training_images_are_pasted_as_often_as_asked():
+  once, twice = (data.load('pasted_digits', 'train', pastes=n) for n in (1, 2))
+  assert len(twice) == 2 * len(once)
+  np.testing.assert_array_equal(twice.arrays['label'][::2], once.arrays['label'])
+  assert np.any(twice.arrays['image'][::2] != twice.arrays['image'][1::2])

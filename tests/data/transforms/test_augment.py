@@ -62,6 +62,33 @@ def test_coin_augmentations_change_all_or_nothing(augment, changed):
   assert 0.1 < is_changed.mean() < 0.6
 
 
+def test_rotation_turns_a_picture_around_its_center():
+  image = np.zeros((5, 5, 1), np.float32)
+  image[2, 4] = 1.0  # to the right of the center
+  keys = jax.random.split(jax.random.key(0), 200)
+  turned = jax.jit(jax.vmap(lambda key: data.random_rotation(key, image, np.pi / 2)))(keys)
+  angles = np.asarray(
+    jax.vmap(lambda key: jax.random.uniform(key, (), minval=-np.pi / 2, maxval=np.pi / 2))(keys)
+  )
+  row, column = np.meshgrid(range(5), range(5), indexing='ij')
+  total = np.asarray(turned).sum((1, 2, 3))
+  center = [(np.asarray(turned)[..., 0] * grid).sum((1, 2)) / total for grid in (row, column)]
+  right = np.abs(angles) < 0.9 * np.pi / 2
+  np.testing.assert_array_less(center[0][right & (angles > 0.3)], 2)  # counterclockwise is up
+  assert (center[0][right & (angles < -0.3)] > 2).all()
+  np.testing.assert_array_equal(data.random_rotation(keys[0], image, 0.0), image)
+  with pytest.raises(ValueError, match='limit is -1'):
+    data.random_rotation(keys[0], image, -1)
+
+
+def test_noise_has_the_deviation_that_is_asked_for():
+  image = np.full((100, 100, 1), 0.5, np.float32)
+  noisy = data.random_noise(jax.random.key(0), image, 0.2)
+  assert abs(np.std(noisy) - 0.2) < 0.01 and abs(np.mean(noisy) - 0.5) < 0.01
+  with pytest.raises(ValueError, match='std is -1'):
+    data.random_noise(jax.random.key(0), image, -1)
+
+
 def test_gray_images_stay_as_they_are():
   image = _image((4, 4, 1))
   np.testing.assert_array_equal(data.grayscale(image), image)

@@ -134,3 +134,30 @@ def test_bad_input_is_named():
     data.DecodeImage(32, 28)
   with pytest.raises(ValueError, match='expected bytes or uint8 HWC'):
     data.DecodeImage(8)({'image': np.zeros((9, 9, 3), np.float32)})
+
+
+def test_gray_levels_of_16_bits_are_scaled_and_unknown_ranges_refused():
+  levels = np.array([[0, 128, 129, 257, 32896, 65535]], np.uint16)
+  for kind in ('PNG', 'TIFF'):
+    decoded = data.decode_image(_encode(levels, kind))
+    np.testing.assert_array_equal(decoded[0, :, 0], [0, 0, 1, 1, 128, 255])
+    assert decoded.shape == (1, 6, 3)
+  with pytest.raises(ValueError, match='pixels are floats of an unknown range'):
+    data.decode_image(_encode(np.full((2, 2), 0.5, np.float32), 'TIFF'))
+  with pytest.raises(ValueError, match='pixels are 32-bit integers of an unknown range'):
+    data.decode_image(_encode(np.full((2, 2), 70000, np.int32), 'TIFF'))
+
+
+def test_decompression_bombs_are_a_clear_error(monkeypatch):
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 8)
+  with pytest.raises(ValueError, match=r'record 3: cannot decode an image of .*decompression bomb'):
+    data.DecodeImage(8)({'image': _encode(_photo(16, 16), 'PNG'), 'index': 3})
+
+
+def test_stretching_keeps_no_aspect():
+  image = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
+  found = data.DecodeImage(20, stretch=True)({'image': image})['image']
+  expected = Image.fromarray(image).resize((20, 20), Image.Resampling.BILINEAR)
+  np.testing.assert_array_equal(found, np.asarray(expected))
+  with pytest.raises(ValueError, match='stretch cuts nothing off'):
+    data.DecodeImage(20, resize=30, stretch=True)

@@ -33,6 +33,23 @@ def test_mixed_images_and_loss_agree_with_reference(vectors, x64):
     assert_close(gradient, vectors['grad_logits'], rtol)
 
 
+@golden('s3l', 'mixup')
+def test_partners_and_mixed_loss_agree_with_reference(vectors):
+  with jax.enable_x64(True):
+    permutation, lam = vectors['in_perm'], vectors.param('lambda')
+    images = jnp.asarray(vectors['in_images_nchw'].transpose(0, 2, 3, 1))
+    mixed = jax.jit(mix_images)(images, permutation, lam)
+    assert_close(mixed, vectors['out_mixed'].transpose(0, 2, 3, 1), 1e-9)
+    np.testing.assert_array_equal(vectors['in_labels'][permutation], vectors['out_labels_b'])
+
+    def loss(logits):
+      return jnp.mean(mixup_loss(cross_entropy, logits, vectors['in_labels'], permutation, lam))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(vectors['in_logits'])
+    assert_close(value, vectors['out_loss'], 1e-9)
+    assert_close(gradient, vectors['grad_logits'], 1e-9)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 @functools.partial(jax.vmap, in_axes=(0, None))
 def _draw(key, alpha):
@@ -86,3 +103,13 @@ def test_bad_input_is_named():
       mixup(key, 1.0, alpha)
   with pytest.raises(ValueError, match=r'permutation has shape \(3,\), expected \(2,\)'):
     mix_images(jnp.zeros((2, 4)), jnp.arange(3), 0.5)
+
+
+def test_an_image_can_be_at_least_half_of_its_mixture():
+  images = jnp.arange(4.0)[:, None]
+  for seed in range(8):
+    _, order, lam = mixup(jax.random.key(seed), images, 0.5)
+    mixed, same, share = mixup(jax.random.key(seed), images, 0.5, own_half=True)
+    np.testing.assert_array_equal(order, same)
+    np.testing.assert_allclose(share, max(lam, 1 - lam), rtol=1e-6)
+    np.testing.assert_allclose(mixed, mix_images(images, order, share), rtol=1e-6)

@@ -1,0 +1,43 @@
+"""Records with further fields, computed beforehand."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxlab.data.sources.source import InMemory, Record, Source
+
+
+class WithFields:
+  """A source whose records have further fields, such as a score map of each image.
+
+  Args:
+    source: any source.
+    fields: arrays `[records, ...]` by name.
+
+  Raises:
+    ValueError: for arrays of another length, or names that records have already.
+
+  >>> digits = InMemory({'image': np.zeros((2, 4, 4, 1), np.uint8), 'label': np.arange(2)})
+  >>> int(WithFields(digits, {'score': np.array([3, 4])})[1]['score'])
+  4
+  """
+
+  def __init__(self, source: Source, fields: Mapping[str, np.ndarray]):
+    self._source, self._fields = source, {name: np.asarray(a) for name, a in fields.items()}
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    for name, array in self._fields.items():
+      if len(array) != len(source):
+        raise ValueError(f'field {name!r} has {len(array)} rows for {len(source)} records.')
+    if taken := sorted(self._fields.keys() & source[0].keys()):
+      raise ValueError(f'records have fields {taken} already.')
+    if isinstance(source, InMemory):
+      self.gather = lambda indices: {**source.gather(indices), **self._rows(indices)}
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], **self._rows(index)}
+
+  def _rows(self, indices: int | np.ndarray) -> Record:
+    return {name: array[indices] for name, array in self._fields.items()}
