@@ -208,7 +208,7 @@ def noisy_accuracy(
   chunk_size: int = 256,
   sharding: jax.sharding.Sharding | None = None,
 ) -> Array:
-  """Returns the share of noisy copies that a head classifies correctly, a scalar in [0, 1].
+  """Returns the share of noisy copies that a head classifies correctly, a scalar in [0, 1]; NaN for NaN.
 
   Heads that are given the same key see the same noise. Arguments as in `train_head`; for test features
   give the `sigma` of the training features.
@@ -225,11 +225,13 @@ def noisy_accuracy(
   def correct(rows):
     valid, rows = rows >= 0, jnp.maximum(rows, 0)
     copies = _copies(key, features[rows], rows, sigma, epsilon, num_copies, sharding)
-    predictions = jnp.argmax(head.apply({'params': params}, copies), -1)
-    return jnp.sum((predictions == labels[rows][:, None]) & valid[:, None], dtype=jnp.int32)
+    logits = head.apply({'params': params}, copies)
+    hits = (jnp.argmax(logits, -1) == labels[rows][:, None]) & valid[:, None]
+    return jnp.sum(hits, dtype=jnp.int32), jnp.any(jnp.isnan(logits))
 
-  hits = correct(rows[0]) if len(rows) == 1 else jnp.sum(jax.lax.map(correct, rows))
-  return hits.astype(features.dtype) / (count * num_copies)
+  hits, undefined = correct(rows[0]) if len(rows) == 1 else jax.lax.map(correct, rows)
+  share = jnp.sum(hits).astype(features.dtype) / (count * num_copies)
+  return jnp.where(jnp.any(undefined), jnp.nan, share)
 
 
 def initial_params(key: Array, head: nn.Module, features: ArrayLike) -> PyTree:

@@ -12,10 +12,17 @@ from jaxlab.evaluation.classification import (
   confusion_matrix,
   label_rank,
   per_class_recall,
+  predicted_classes,
   tally_compute,
   tally_init,
   tally_update,
   top_k_accuracy,
+)
+from jaxlab.evaluation.colinearity import (
+  ChannelColinearity,
+  channel_colinearity,
+  channel_gains,
+  colinearity_index,
 )
 from jaxlab.evaluation.diagnostics import (
   effective_rank,
@@ -41,8 +48,20 @@ from jaxlab.evaluation.linear_probe import (
   linear_probe_lars,
   linear_probe_sgd,
   logistic_probe,
+  multi_label_probe,
   probe_accuracy,
   probe_logits,
+)
+from jaxlab.evaluation.multi_label import (
+  average_precision,
+  mean_average_precision,
+  shared_label_precision,
+)
+from jaxlab.evaluation.outliers import (
+  DataIndependence,
+  OutlierStatistics,
+  data_independence,
+  outlier_statistics,
 )
 from jaxlab.evaluation.recalls import (
   confusion_metrics,
@@ -55,12 +74,20 @@ from jaxlab.evaluation.recalls import (
 
 __all__ = [
   'Calibration',
+  'ChannelColinearity',
+  'DataIndependence',
   'Ensemble',
   'Neighbors',
+  'OutlierStatistics',
   'Probe',
   'Tally',
+  'average_precision',
+  'channel_colinearity',
+  'channel_gains',
+  'colinearity_index',
   'confusion_matrix',
   'confusion_metrics',
+  'data_independence',
   'effective_rank',
   'ensemble',
   'episode_metrics',
@@ -74,12 +101,17 @@ __all__ = [
   'linear_probe_sgd',
   'logistic_probe',
   'lowest_recall',
+  'mean_average_precision',
   'mean_cosine',
+  'multi_label_probe',
+  'outlier_statistics',
   'per_class_recall',
   'perplexity',
+  'predicted_classes',
   'probe_accuracy',
   'probe_logits',
   'recall_metrics',
+  'shared_label_precision',
   'tally_compute',
   'tally_init',
   'tally_update',

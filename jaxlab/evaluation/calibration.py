@@ -49,7 +49,7 @@ def expected_calibration_error(
     mask: `[examples]`, false for examples that do not count (padding).
 
   Returns:
-    A `Calibration`, float32 or wider; errors are NaN if no example counts.
+    A `Calibration`, float32 or wider; errors are NaN if no example counts, or one with NaN.
 
   Raises:
     ValueError: lengths that differ, num_bins < 1, confidences outside [0, 1] where they are concrete.
@@ -94,6 +94,10 @@ def expected_calibration_error(
   size = jnp.maximum(counts, 1)
   accuracy, confidence = total(jnp.asarray(correct, bool)) / size, total(confidences) / size
   gaps = jnp.abs(accuracy - confidence)
-  ece = jnp.sum(gaps * counts) / jnp.sum(counts)
-  mce = jnp.where(jnp.sum(counts) > 0, jnp.max(gaps), jnp.nan)
+  unknown = (
+    jnp.isnan(confidences) if mask is None else jnp.isnan(confidences) & jnp.asarray(mask, bool)
+  )
+  defined = (jnp.sum(counts) > 0) & ~jnp.any(unknown)
+  ece = jnp.where(defined, jnp.sum(gaps * counts) / jnp.sum(counts), jnp.nan)
+  mce = jnp.where(defined, jnp.max(gaps), jnp.nan)
   return Calibration(ece, mce, counts, accuracy, confidence)

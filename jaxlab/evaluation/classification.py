@@ -16,34 +16,58 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated
-from jaxlab.losses._labels import require_classes
+from jaxlab.losses._arguments import accumulated, require_no_nan
+from jaxlab.losses._labels import require_classes, wide
+
+
+def predicted_classes(logits: ArrayLike) -> jax.Array:
+  """The class of the largest logit (or probability), of equal ones the first; no class where one is NaN.
+
+  Args:
+    logits: `[..., num_classes]`.
+
+  Returns:
+    int32 `[...]`. Under `jit`, where it cannot raise, -1 for a row with NaN.
+
+  Raises:
+    ValueError: if concrete logits hold NaN; it names the first row.
+  """
+  require_no_nan(logits=logits)
+  if isinstance(logits, np.ndarray):
+    # Compared as they are: float64 values that differ may be one in float32.
+    return jnp.asarray(np.argmax(logits, axis=-1), jnp.int32)
+  logits = jnp.asarray(logits)
+  classes = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, classes)
 
 
 def label_rank(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
   """Rank of the correct class among the logits: 0 is the largest.
 
-  Of equal logits the class with the lower index comes first, as in `argmax` and `jax.lax.top_k`. NaN
-  counts as the smallest value; a NaN at the correct class gives the last rank.
+  Of equal logits the class with the lower index comes first, as in `argmax` and `jax.lax.top_k`.
 
   Args:
     logits: `[..., num_classes]`.
     labels: integers of shape `[...]`, in range.
 
   Returns:
-    int32 of shape `[...]`, in [0, num_classes).
+    int32 of shape `[...]`, in [0, num_classes); `num_classes` where a logit is NaN or the label out of range.
   """
-  logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+  logits, labels = jnp.asarray(logits), wide(labels)
   if logits.shape[:-1] != labels.shape:
     raise ValueError(
       f'Expected logits [..., classes], labels [...]; got {logits.shape}, {labels.shape}.'
     )
+  num_classes = logits.shape[-1]
+  known = _in_range(labels, num_classes) & ~jnp.any(jnp.isnan(logits), axis=-1)
+  labels = jnp.clip(labels, 0, num_classes - 1)
   own = jnp.take_along_axis(logits, labels[..., None], axis=-1)
   earlier = jnp.arange(logits.shape[-1]) < labels[..., None]
   rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=-1, dtype=jnp.int32)
-  return jnp.where(jnp.isnan(own[..., 0]), logits.shape[-1] - 1, rank)
+  return jnp.where(known, rank, num_classes)
 
 
 def top_k_accuracy(
@@ -58,10 +82,11 @@ def top_k_accuracy(
     mask: `[batch]`, false for examples that do not count (padding).
 
   Returns:
-    A float32 scalar in [0, 1]; NaN if no example counts.
+    A float32 scalar in [0, 1]; NaN if no example counts, or one without a rank (see `label_rank`).
 
   Raises:
-    ValueError: if `k` or (where they are concrete) the labels are out of range, or shapes do not fit.
+    ValueError: if `k` or (where they are concrete) the labels are out of range, logits are NaN, or shapes do
+      not fit.
 
   Examples:
     >>> logits = jnp.array([[0.1, 0.9, 0.5], [0.8, 0.1, 0.3]])
@@ -74,10 +99,10 @@ def top_k_accuracy(
   num_classes = jnp.shape(logits)[-1]
   _require_k(k, num_classes)
   require_classes(labels, num_classes, mask)
-  correct = label_rank(logits, labels) < k
-  return jnp.mean(
-    correct, dtype=jnp.float32, where=None if mask is None else jnp.asarray(mask, bool)
-  )
+  ranks = label_rank(logits, labels)
+  require_no_nan(mask, logits=logits)
+  correct = jnp.where(ranks < num_classes, (ranks < k).astype(jnp.float32), jnp.nan)
+  return jnp.mean(correct, where=None if mask is None else jnp.asarray(mask, bool))
 
 
 def confusion_matrix(
@@ -132,11 +157,13 @@ class Tally(NamedTuple):
     confusion: `[num_classes, num_classes]` int32, rows are labels, columns are argmax predictions.
     ranks: `[num_classes]` int32, how often the correct class had rank r.
     count: int32 scalar, number of examples.
+    undefined: int32 scalar, how many of them have NaN logits or a label out of range.
   """
 
   confusion: jax.Array
   ranks: jax.Array
   count: jax.Array
+  undefined: jax.Array
 
 
 def tally_init(num_classes: int) -> Tally:
@@ -146,6 +173,7 @@ def tally_init(num_classes: int) -> Tally:
   return Tally(
     jnp.zeros((num_classes, num_classes), jnp.int32),
     jnp.zeros((num_classes,), jnp.int32),
+    jnp.zeros((), jnp.int32),
     jnp.zeros((), jnp.int32),
   )
 
@@ -162,11 +190,11 @@ def tally_update(
     mask: `[batch]`, false for examples that do not count (padding).
 
   Returns:
-    The new counts. An example with a label out of range raises where it is concrete; under `jit` it
-    counts as an example that is never right.
+    The new counts. An example with NaN logits or a label out of range raises where it is concrete; under
+    `jit` all metrics of the tally are NaN from then on.
 
   Raises:
-    ValueError: if labels are out of range, or shapes do not fit.
+    ValueError: if labels are out of range, logits are NaN, or shapes do not fit.
   """
   num_classes = tally.ranks.size
   logits, labels = jnp.asarray(logits), jnp.asarray(labels)
@@ -176,13 +204,15 @@ def tally_update(
     )
   require_classes(labels, num_classes, mask)
   counts = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
-  known = counts & _in_range(labels, num_classes)
-  predictions = jnp.argmax(jnp.where(jnp.isnan(logits), -jnp.inf, logits), axis=-1)
-  ranks = jnp.where(known, label_rank(logits, jnp.where(known, labels, 0)), num_classes)
+  require_no_nan(mask, logits=logits)
+  ranks = jnp.where(counts, label_rank(logits, labels), num_classes)
+  known = ranks < num_classes
+  predictions = jnp.argmax(logits, axis=-1)
   return Tally(
     tally.confusion + confusion_matrix(predictions, labels, num_classes, known),
     tally.ranks.at[ranks].add(1, mode='drop'),
     tally.count + jnp.sum(counts, dtype=jnp.int32),
+    tally.undefined + jnp.sum(counts & ~known, dtype=jnp.int32),
   )
 
 
@@ -195,15 +225,16 @@ def tally_compute(tally: Tally, top_k: Sequence[int] = (1, 5)) -> dict[str, jax.
 
   Returns:
     `top_<k>_accuracy` scalars, `per_class_recall` `[num_classes]`, and `mean_per_class_recall`, its mean
-    over the classes that occur. NaN where nothing was counted.
+    over the classes that occur. NaN where nothing was counted, or an undefined example.
   """
-  cumulative = jnp.cumsum(tally.ranks).astype(jnp.float32)
+  defined = jnp.where(tally.undefined > 0, jnp.nan, 1.0).astype(jnp.float32)
+  cumulative = jnp.cumsum(tally.ranks).astype(jnp.float32) * defined
   metrics = {}
   for k in top_k:
     _require_k(k, None)
     if k < cumulative.size:
       metrics[f'top_{k}_accuracy'] = cumulative[k - 1] / tally.count
-  recall = per_class_recall(tally.confusion)
+  recall = per_class_recall(tally.confusion) * defined
   return metrics | {'per_class_recall': recall, 'mean_per_class_recall': jnp.nanmean(recall)}
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxlab.evaluation._arguments import require_features
+from jaxlab.evaluation.classification import predicted_classes
 from jaxlab.losses import normalize
 from jaxlab.losses._labels import require_classes
 
@@ -20,7 +21,7 @@ class Neighbors(NamedTuple):
 
   Attributes:
     scores: `[queries, num_classes]`, float32 or wider; not normalized.
-    predictions: `[queries]` int32, the class with the largest score.
+    predictions: `[queries]` int32, the class with the largest score; -1 if a score is NaN.
   """
 
   scores: jax.Array
@@ -56,8 +57,8 @@ def weighted_knn(
     Scores and predictions; similarities are computed in at least float32, at full precision.
 
   Raises:
-    ValueError: if `k` exceeds the bank, labels (where concrete) are out of range, shapes do not fit, or
-      `temperature` is not positive or so small that `k exp(1 / temperature)` overflows.
+    ValueError: if `k` exceeds the bank, labels (where concrete) are out of range, features not finite, shapes
+      do not fit, or `temperature` is not positive or so small that `k exp(1 / temperature)` overflows.
 
   References:
     Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018
@@ -98,6 +99,8 @@ def _weighted_knn(
   bank, bank_labels, queries, temperature, num_classes, k, normalized, chunk_size, dtype
 ) -> Neighbors:
   bank, queries = bank.astype(dtype), queries.astype(dtype)
+  # A NaN may be sorted to either end, by its sign: nothing is said of any query then.
+  whole = jnp.all(jnp.isfinite(bank))
   if not normalized:
     bank, queries = normalize(bank), normalize(queries)
 
@@ -109,4 +112,5 @@ def _weighted_knn(
     return jax.ops.segment_sum(weights, bank_labels[positions], num_classes)
 
   scores = jax.lax.map(vote, queries, batch_size=min(chunk_size, queries.shape[0]))
-  return Neighbors(scores, jnp.argmax(scores, axis=-1).astype(jnp.int32))
+  scores = jnp.where(whole, scores, jnp.nan)
+  return Neighbors(scores, predicted_classes(scores))

@@ -1,14 +1,28 @@
 """Losses: arrays in, a loss out. Pure functions that know no model, no config and no training loop.
 
+Two rules hold for all losses on logits, next to that of `jaxlab` on values that are not finite:
+
+- A logit of -inf masks its class: probability 0, no share in a smoothed or spread target, gradient 0; value
+  and gradient are those of the loss without the class. The loss of a label (or of a target with positive
+  probability) that is masked itself is infinite; only `gml_loss` has a floor under the probability.
+- A label outside `[0, num_classes)` raises ValueError where it is concrete. Under `jit`, where it cannot,
+  the value of its example (and any mean over it) and the gradient are NaN. There is no ignored label: use a
+  mask or weights.
+
 Per-example values where a loss decomposes over examples and no method fixes the reduction, a scalar
 otherwise; sums and exponentials are taken in at least float32. State (a queue, a center) goes in and
 comes out.
 """
 
 from jaxlab.losses.classification import (
+  cross_entropy,
   focal_loss,
   label_smoothing_cross_entropy,
+  sigmoid_focal_loss,
   weighted_cross_entropy,
+)
+from jaxlab.losses.colinearity import (
+  colinearity_loss,
 )
 from jaxlab.losses.collaborative import (
   hard_categories,
@@ -16,16 +30,22 @@ from jaxlab.losses.collaborative import (
 )
 from jaxlab.losses.contrastive import (
   info_nce_queue,
+  multi_view_contrastive_loss,
   normalize,
   nt_xent,
   queue_init,
   queue_push,
+  supervised_contrastive_loss,
 )
 from jaxlab.losses.distillation import (
   distillation_loss,
   dive_loss,
   flatten_distribution,
   virtual_example_counts,
+)
+from jaxlab.losses.feature_distillation import (
+  feature_distillation_loss,
+  qfd_loss,
 )
 from jaxlab.losses.language import (
   next_token_cross_entropy,
@@ -44,8 +64,32 @@ from jaxlab.losses.long_tail import (
   ldam_margins,
   logit_adjusted_loss,
 )
+from jaxlab.losses.memory_bank import (
+  BankLoss,
+  bank_init,
+  bank_update_ema,
+  bank_update_gradient,
+  memory_bank_loss,
+  sample_columns,
+  sqrt_kl,
+)
+from jaxlab.losses.outliers import (
+  tweo_loss,
+)
 from jaxlab.losses.parametric_contrastive import (
   paco_loss,
+)
+from jaxlab.losses.principal_components import (
+  PrincipalComponents,
+  fit_principal_components,
+  num_components,
+  pca_mimicking_loss,
+)
+from jaxlab.losses.pseudo_positives import (
+  multi_label_queue_loss,
+  neighbor_queue_loss,
+  queues_push,
+  top_k_pseudo_labels,
 )
 from jaxlab.losses.reconstruction import (
   mae_loss,
@@ -61,19 +105,29 @@ from jaxlab.losses.self_supervised import (
   simsiam_loss,
   ssql_loss,
 )
+from jaxlab.losses.spectral import (
+  top_singular_loss,
+)
 from jaxlab.losses.stability import (
   acsr_loss,
   stability_loss,
 )
 
 __all__ = [
+  'BankLoss',
+  'PrincipalComponents',
   'acsr_loss',
   'adjust_logits',
   'balanced_softmax_loss',
+  'bank_init',
+  'bank_update_ema',
+  'bank_update_gradient',
   'barlow_twins_loss',
   'byol_loss',
   'class_balanced_weights',
+  'colinearity_loss',
   'cross_correlation',
+  'cross_entropy',
   'deferred_class_weights',
   'dino_center_update',
   'dino_loss',
@@ -81,6 +135,8 @@ __all__ = [
   'distillation_loss',
   'dive_loss',
   'ensemble_probabilities',
+  'feature_distillation_loss',
+  'fit_principal_components',
   'flatten_distribution',
   'focal_loss',
   'gml_loss',
@@ -93,18 +149,33 @@ __all__ = [
   'ldam_margins',
   'logit_adjusted_loss',
   'mae_loss',
+  'memory_bank_loss',
+  'multi_label_queue_loss',
+  'multi_view_contrastive_loss',
   'ncl_loss',
   'negative_cosine_similarity',
+  'neighbor_queue_loss',
   'next_token_cross_entropy',
   'next_token_mask',
   'normalize',
   'nt_xent',
+  'num_components',
   'paco_loss',
+  'pca_mimicking_loss',
+  'qfd_loss',
   'queue_init',
   'queue_push',
+  'queues_push',
+  'sample_columns',
+  'sigmoid_focal_loss',
   'simsiam_loss',
+  'sqrt_kl',
   'ssql_loss',
   'stability_loss',
+  'supervised_contrastive_loss',
+  'top_k_pseudo_labels',
+  'top_singular_loss',
+  'tweo_loss',
   'virtual_example_counts',
   'weighted_cross_entropy',
 ]

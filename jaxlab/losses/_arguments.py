@@ -27,6 +27,34 @@ def require_same_shape(ndim: int | None = None, **arrays: ArrayLike) -> None:
     raise ValueError(f'Expected arrays with {expected}, got {shapes}.')
 
 
+def require_finite(**arrays: ArrayLike) -> None:
+  """Raises ValueError if a named array has a row with NaN or infinity (as jax holds it); traced ones pass."""
+  for name, values in arrays.items():
+    if is_concrete(values):
+      values = np.asarray(values)
+      with np.errstate(over='ignore'):
+        held = values.astype(jnp.result_type(values))
+      _raise_at_first(name, values, ~np.isfinite(held), 'not finite')
+
+
+def require_no_nan(mask: ArrayLike | None = None, **arrays: ArrayLike) -> None:
+  """Raises ValueError if a named array holds NaN in a row that `mask` counts; traced ones pass unchecked."""
+  for name, values in arrays.items():
+    if is_concrete(values) and (mask is None or is_concrete(mask)):
+      wrong = np.isnan(np.asarray(values))
+      if mask is not None:
+        wrong[~np.asarray(mask, bool)] = False
+      _raise_at_first(name, values, wrong, 'NaN')
+
+
+def _raise_at_first(name: str, values: ArrayLike, wrong: np.ndarray, what: str) -> None:
+  if wrong.any():
+    rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1)) if wrong.ndim else np.zeros(1, int)
+    raise ValueError(
+      f'{name} {jnp.shape(values)}: {len(rows)} rows hold values that are {what}, the first is row {rows[0]}.'
+    )
+
+
 def require_positive(**values: ArrayLike) -> None:
   """Raises ValueError unless the named scalars are positive; traced values pass unchecked."""
   for name, value in values.items():

@@ -1,7 +1,8 @@
-"""What the losses and metrics of classifiers check of labels and class counts."""
+"""What the losses and metrics of classifiers check of labels and counts, and how they index by labels."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -33,6 +34,36 @@ def require_classes(
       raise ValueError(
         f'{name} must be in [0, {num_classes}), got values from {values.min()} to {values.max()}.'
       )
+
+
+def wide(labels: ArrayLike) -> jax.Array:
+  """Returns labels in at least int32: 1000 classes cannot be compared with uint8 labels."""
+  return jnp.asarray(labels).astype(jnp.promote_types(jnp.result_type(labels), jnp.int32))
+
+
+def one_or_nan(labels: ArrayLike, num_classes: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Returns 1 for labels in [0, num_classes) and NaN for others, `[...]`: a factor of what they give.
+
+  Under `jit` a label cannot raise, and an index out of range would count from the end or be clipped.
+  """
+  labels = wide(labels)
+  return jnp.where((labels >= 0) & (labels < num_classes), 1, jnp.nan).astype(dtype)
+
+
+def at_labels(values: jax.Array, labels: ArrayLike) -> jax.Array:
+  """Returns `values[..., label]`, `[...]`, NaN for labels out of range.
+
+  Args:
+    values: floats, `[..., num_classes]` with the axes of `labels` in front, or `[num_classes]` for all.
+    labels: integers, `[...]`.
+  """
+  labels, num_classes = wide(labels), values.shape[-1]
+  inside = jnp.clip(labels, 0, num_classes - 1)
+  if values.ndim == 1:
+    found = values[inside]
+  else:
+    found = jnp.take_along_axis(values, inside[..., None], axis=-1)[..., 0]
+  return found * one_or_nan(labels, num_classes, values.dtype)
 
 
 def require_class_counts(class_counts: ArrayLike, num_classes: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Cross-entropies of a classifier: smoothed, weighted by class, focal.
+"""Cross-entropies of a classifier: plain, smoothed, weighted by class, focal.
 
 What depends on the class counts of an imbalanced training set is in `long_tail`.
 """
@@ -11,7 +11,35 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import accumulated, require_not_negative, require_share
-from jaxlab.losses._labels import require_labels
+from jaxlab.losses._labels import at_labels, one_or_nan, require_labels, wide
+
+
+def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+  """Cross-entropy to integer labels, `-log softmax(logits)[label]`.
+
+  That of optax, but for labels out of range: there `optax.softmax_cross_entropy_with_integer_labels` takes
+  -1 for the last class.
+
+  Args:
+    logits: `[..., num_classes]`; -inf masks a class.
+    labels: integers, `[...]`.
+
+  Returns:
+    `[...]`, float32 or wider, in nats.
+
+  Raises:
+    ValueError: if the shapes do not fit, or labels are (where concrete) out of range; NaN where they are not.
+
+  Examples:
+    >>> jnp.exp(-cross_entropy(jnp.log(jnp.array([[1.0, 3.0]])), jnp.array([1]))).tolist()
+    [0.75]
+  """
+  require_labels(logits, labels)
+  (logits,), labels = accumulated(logits), wide(labels)
+  num_classes = logits.shape[-1]
+  inside = jnp.clip(labels, 0, num_classes - 1)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, inside)
+  return losses * one_or_nan(labels, num_classes, losses.dtype)
 
 
 def label_smoothing_cross_entropy(
@@ -21,10 +49,10 @@ def label_smoothing_cross_entropy(
 
     loss = -(1 - smoothing) log p[label] - smoothing mean_c log p[c],  p = softmax(logits)
 
-  The mean is over all classes, the label's included.
+  The mean is over all classes that are not masked, the label's included.
 
   Args:
-    logits: `[..., num_classes]`.
+    logits: `[..., num_classes]`; -inf masks a class.
     labels: integers, `[...]`.
     smoothing: in [0, 1]; a scalar or one value per example, `[...]`.
 
@@ -52,8 +80,10 @@ def label_smoothing_cross_entropy(
     )
   smoothing = jnp.asarray(smoothing, logits.dtype)
   log_probs = jax.nn.log_softmax(logits)
-  own = jnp.take_along_axis(log_probs, jnp.asarray(labels)[..., None], axis=-1)[..., 0]
-  return -(1 - smoothing) * own - smoothing * jnp.mean(log_probs, axis=-1)
+  own = at_labels(log_probs, labels)
+  available = logits != -jnp.inf
+  total = jnp.sum(jnp.where(available, log_probs, 0), axis=-1)
+  return -(1 - smoothing) * own - smoothing * (total / jnp.sum(available, axis=-1))
 
 
 def weighted_cross_entropy(
@@ -85,9 +115,8 @@ def weighted_cross_entropy(
   require_labels(logits, labels)
   (logits,), labels = accumulated(logits), jnp.asarray(labels)
   weights = _weights_of_examples(class_weights, labels, logits)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   total = jnp.sum(weights)
-  return jnp.sum(weights * losses) / jnp.where(total > 0, total, 1)
+  return jnp.sum(_weighted(weights, cross_entropy(logits, labels))) / jnp.where(total > 0, total, 1)
 
 
 def focal_loss(
@@ -124,14 +153,60 @@ def focal_loss(
   require_labels(logits, labels)
   require_not_negative(gamma=gamma)
   (logits,), labels = accumulated(logits), jnp.asarray(labels)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  weighted = losses
+  losses = weighted = cross_entropy(logits, labels)
   if class_weights is not None:
-    weighted = _weights_of_examples(class_weights, labels, logits) * losses
+    weighted = _weighted(_weights_of_examples(class_weights, labels, logits), losses)
   inner = weighted if weight_inside else losses
   # A power below 1 has no gradient at 0, where the loss of a perfect example is flat.
   error = -jnp.expm1(-jnp.where(inner > 0, inner, 1))
   return jnp.where(inner > 0, error**gamma, 1) * weighted
+
+
+def sigmoid_focal_loss(
+  logits: ArrayLike,
+  labels: ArrayLike,
+  gamma: ArrayLike = 2.0,
+  alpha: ArrayLike | None = None,
+) -> jax.Array:
+  """Binary cross-entropies of each class against the rest that fade for what is well classified.
+
+    loss = -sum_c a_c (1 - p_c)^gamma log p_c,
+    p_c = sigmoid(logit_c), a_c = alpha for the label, 1 - sigmoid(logit_c), 1 - alpha otherwise
+
+  The sum of `optax.sigmoid_focal_loss` over the classes. A class with the logit -inf has no share.
+
+  Args:
+    logits: `[..., num_classes]`.
+    labels: integers, `[...]`.
+    gamma: non-negative scalar; 2 in the paper.
+    alpha: in [0, 1], 0.25 in the paper; None: all weights are 1.
+
+  Returns:
+    `[...]`, float32 or wider; NaN for labels out of range that are traced.
+
+  Raises:
+    ValueError: if the shapes do not fit, or (where concrete) labels or `alpha` are out of range or `gamma`
+      negative.
+
+  References:
+    Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 5
+    (https://arxiv.org/abs/1708.02002).
+
+  Examples:
+    >>> print(sigmoid_focal_loss(jnp.zeros((1, 2)), jnp.array([0]), gamma=0.0))
+    [1.3862944]
+  """
+  require_labels(logits, labels)
+  require_not_negative(gamma=gamma)
+  if alpha is not None:
+    require_share(alpha=alpha)
+  (logits,), labels = accumulated(logits), jnp.asarray(labels)
+  num_classes = logits.shape[-1]
+  own = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
+  masked = jnp.isneginf(logits)
+  losses = optax.sigmoid_focal_loss(jnp.where(masked, 0, logits), own, alpha=alpha, gamma=gamma)
+  losses = jnp.where(masked, jnp.where(own > 0, jnp.inf, 0), losses)
+  return jnp.sum(losses, axis=-1) * one_or_nan(labels, num_classes, losses.dtype)
 
 
 def _weights_of_examples(
@@ -144,4 +219,9 @@ def _weights_of_examples(
       f'got {jnp.shape(class_weights)}.'
     )
   require_not_negative(class_weights=class_weights)
-  return jnp.asarray(class_weights, logits.dtype)[labels]
+  return at_labels(jnp.asarray(class_weights, logits.dtype), labels)
+
+
+def _weighted(weights: jax.Array, losses: jax.Array) -> jax.Array:
+  """Returns `weights * losses`, 0 for a weight of 0 also where the loss is infinite."""
+  return jnp.where(weights == 0, 0, weights * losses)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import accumulated, require_not_negative
 from jaxlab.losses._labels import require_class_counts, require_labels
+from jaxlab.losses.classification import cross_entropy
 
 
 def hard_categories(logits: ArrayLike, labels: ArrayLike, num_hard: int) -> jax.Array:
@@ -22,7 +22,8 @@ def hard_categories(logits: ArrayLike, labels: ArrayLike, num_hard: int) -> jax.
     num_hard: between 1 and `num_classes`; static.
 
   Returns:
-    bool `[..., num_classes]` with exactly `num_hard` true values a row.
+    bool `[..., num_classes]` with exactly `num_hard` true values a row; none under `jit` for a label out of
+    range.
 
   Raises:
     ValueError: if the shapes do not fit, or labels (where concrete) or `num_hard` are out of range.
@@ -38,7 +39,8 @@ def hard_categories(logits: ArrayLike, labels: ArrayLike, num_hard: int) -> jax.
     raise ValueError(f'num_hard must be between 1 and {num_classes} classes, got {num_hard}.')
   own = jnp.asarray(labels)[..., None] == jnp.arange(num_classes)
   _, chosen = jax.lax.top_k(jnp.where(own, jnp.inf, logits), num_hard)
-  return jnp.put_along_axis(jnp.zeros_like(own), chosen, True, axis=-1, inplace=False)
+  hard = jnp.put_along_axis(jnp.zeros_like(own), chosen, True, axis=-1, inplace=False)
+  return hard & jnp.any(own, axis=-1, keepdims=True)
 
 
 def ncl_loss(
@@ -55,7 +57,8 @@ def ncl_loss(
   """Nested collaborative learning: balanced experts on all and on hard classes that teach each other.
 
   With `z = logits + log n` and `h = z * hard_categories(logits[0], labels, num_hard)` (classes outside get
-  logit 0, not -inf, as in the authors' code; the mask is expert 0's for all and has no gradient):
+  logit 0, not -inf, as in the authors' code, but for masked ones; the hard classes are expert 0's for all
+  and have no gradient):
 
     loss = sum over experts of mean(ce_ratio CE(z, y) + hard_ratio CE(h, y))
            + diversity_factor D(z) + hard_diversity_factor D(h)
@@ -98,16 +101,15 @@ def ncl_loss(
   )
   mask = hard_categories(logits[0], labels, num_hard)
   logits += jnp.log(jnp.asarray(class_counts, logits.dtype))
-  hard_logits = jnp.where(mask, logits, 0)
+  hard_logits = jnp.where(mask | (logits == -jnp.inf), logits, 0)
 
-  def cross_entropy(logits):
-    labels_of_all = jnp.broadcast_to(labels, logits.shape[:2])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels_of_all)
+  def sum_of_experts(logits):
+    losses = cross_entropy(logits, jnp.broadcast_to(labels, logits.shape[:2]))
     return jnp.sum(jnp.mean(losses, axis=1))
 
   return (
-    ce_ratio * cross_entropy(logits)
-    + hard_ratio * cross_entropy(hard_logits)
+    ce_ratio * sum_of_experts(logits)
+    + hard_ratio * sum_of_experts(hard_logits)
     + diversity_factor * _divergence_of_experts(logits)
     + hard_diversity_factor * _divergence_of_experts(hard_logits)
   )
@@ -118,6 +120,8 @@ def _divergence_of_experts(logits: jax.Array) -> jax.Array:
   experts = logits.shape[0]
   log_probs = jax.nn.log_softmax(logits)
   probs = jnp.exp(log_probs)
+  # A masked class has probability 0; its logarithm would make the product NaN.
+  log_probs = jnp.where(log_probs == -jnp.inf, 0, log_probs)
   # [i, j, batch, num_classes]: expert i follows expert j.
   terms = probs[None] * (log_probs[None] - jnp.log(probs[:, None] + 1e-9))
   divergences = jnp.mean(jnp.sum(terms, axis=-1), axis=-1)

@@ -1,6 +1,8 @@
-"""Losses that tell an example from others: NT-Xent, and InfoNCE against a queue of past keys."""
+"""Losses that tell an example from others: NT-Xent, SupCon, and InfoNCE against a queue of past keys."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +83,112 @@ def nt_xent(
   # Each pair is the positive of both of its ends.
   positives = jnp.sum(z1 * z2, axis=-1) / temperature
   return jnp.mean(jax.nn.logsumexp(logits, axis=-1)) - jnp.mean(positives)
+
+
+def supervised_contrastive_loss(
+  z: ArrayLike, labels: ArrayLike, temperature: ArrayLike = 0.1, *, normalized: bool = False
+) -> jax.Array:
+  """SupCon: each example is drawn to all others of its label.
+
+  With `s = z @ z.T / temperature` and the positives `P(i) = {p != i: label p = label i}`:
+
+    loss = mean_i -1 / |P(i)| sum_{p in P(i)} (s[i, p] - logsumexp_{j != i} s[i, j])
+
+  over the anchors i that have positives; 0 if none has. Several views of an image are rows of their own with
+  its label. With two views of images whose labels all differ it is `nt_xent`.
+
+  Args:
+    z: embeddings, `[batch, dim]`; negatives are those of the whole (global) batch.
+    labels: any integers, `[batch]`: they are only compared.
+    temperature: positive scalar; 0.1 in the paper's experiments.
+    normalized: the rows are used as they are (the caller has normalized them) instead of being
+      brought to unit length here.
+
+  Returns:
+    A scalar, float32 or wider.
+
+  Raises:
+    ValueError: if the shapes do not fit, the labels are no integers, or `temperature <= 0`.
+
+  References:
+    Khosla et al., Supervised Contrastive Learning, NeurIPS 2020, eq. 2 (https://arxiv.org/abs/2004.11362).
+
+  Examples:
+    >>> z = jnp.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> round(float(supervised_contrastive_loss(z, jnp.array([4, 4, 7]), temperature=1.0)), 4)
+    0.3133
+  """
+  require_positive(temperature=temperature)
+  shape = jnp.shape(z)
+  if len(shape) != 2 or jnp.shape(labels) != shape[:1]:
+    raise ValueError(
+      f'Expected z [batch, dim] and labels [batch], got {shape} and {jnp.shape(labels)}.'
+    )
+  if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+    raise ValueError(f'labels must be integers, got {jnp.result_type(labels)}.')
+  (z,), labels = accumulated(z), jnp.asarray(labels)
+  z = z if normalized else normalize(z)
+  logits = z @ z.T / temperature
+  itself = jnp.eye(shape[0], dtype=bool)
+  positive = (labels[:, None] == labels) & ~itself
+  count = jnp.sum(positive, axis=1)
+  others = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, logits), axis=1)
+  total = jnp.sum(jnp.where(positive, logits, 0), axis=1)
+  # An anchor alone in the batch has no other to compare with.
+  losses = jnp.where(count > 0, others - total / jnp.maximum(count, 1), 0)
+  return jnp.sum(losses) / jnp.maximum(jnp.sum(count > 0), 1)
+
+
+def multi_view_contrastive_loss(
+  views: Sequence[ArrayLike],
+  temperature: ArrayLike = 0.1,
+  base_temperature: ArrayLike = 0.07,
+  *,
+  normalized: bool = False,
+) -> jax.Array:
+  """SupCon without labels: each view of an image is drawn to the other views of it.
+
+  `temperature / base_temperature` times `supervised_contrastive_loss` of all views, images being their own
+  classes; with two views, times `nt_xent`. The factor scales the gradient, as a learning rate does:
+  `base_temperature=temperature` gives the loss of the papers, the default that of SupCon's code.
+
+  Args:
+    views: at least two arrays `[batch, dim]`, rows in the same order.
+    temperature: positive scalar.
+    base_temperature: positive scalar.
+    normalized: the rows are used as they are (the caller has normalized them) instead of being
+      brought to unit length here.
+
+  Returns:
+    A scalar, float32 or wider.
+
+  Raises:
+    ValueError: for a single view (there is no positive), a batch of one (there is no negative), shapes that
+      differ, or a temperature that is not positive.
+
+  References:
+    Khosla et al., Supervised Contrastive Learning, NeurIPS 2020 (https://arxiv.org/abs/2004.11362), and its
+    code; Cao & Wu, Rethinking Self-Supervised Learning: Small is Beautiful, 2021
+    (https://arxiv.org/abs/2103.13559), whose SimCLR it is.
+
+  Examples:
+    >>> z = jnp.eye(4)
+    >>> round(float(multi_view_contrastive_loss([z, z], 0.5, 0.5)), 4)
+    0.5944
+  """
+  require_positive(temperature=temperature, base_temperature=base_temperature)
+  if len(views) < 2:
+    raise ValueError(f'A contrastive loss needs at least 2 views for a positive, got {len(views)}.')
+  require_same_shape(2, **{f'views[{index}]': view for index, view in enumerate(views)})
+  batch = jnp.shape(views[0])[0]
+  if batch < 2:
+    raise ValueError(
+      f'A contrastive loss needs at least 2 images for a negative, got a batch of {batch}.'
+    )
+  z = jnp.concatenate([jnp.asarray(view) for view in views])
+  images = jnp.tile(jnp.arange(batch), len(views))
+  value = supervised_contrastive_loss(z, images, temperature, normalized=normalized)
+  return value * (temperature / base_temperature)
 
 
 def info_nce_queue(

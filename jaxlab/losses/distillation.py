@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import (
@@ -24,11 +23,12 @@ def distillation_loss(
     loss = T^2 KL(softmax(sg(teacher) / T) || softmax(student / T))
 
   with sg the stop-gradient. The factor keeps the gradient's size when T changes. The teacher's entropy is
-  part of the value, so that it is 0 where student and teacher agree.
+  part of the value, so that it is 0 where student and teacher agree. Classes that the teacher masks add
+  nothing; the loss is infinite if the student masks one that the teacher does not.
 
   Args:
-    student_logits: `[..., num_classes]`.
-    teacher_logits: `[..., num_classes]`; no gradient.
+    student_logits: `[..., num_classes]`; -inf masks a class.
+    teacher_logits: `[..., num_classes]`; -inf masks a class; no gradient.
     temperature: positive scalar T.
 
   Returns:
@@ -48,11 +48,11 @@ def distillation_loss(
   require_positive(temperature=temperature)
   student_logits, teacher_logits = accumulated(student_logits, teacher_logits)
   teacher_logits = jax.lax.stop_gradient(teacher_logits)
-  divergence = optax.losses.kl_divergence_with_log_targets(
-    jax.nn.log_softmax(student_logits / temperature),
-    jax.nn.log_softmax(teacher_logits / temperature),
-  )
-  return temperature**2 * divergence
+  log_targets = jax.nn.log_softmax(teacher_logits / temperature)
+  targets = jnp.exp(log_targets)
+  terms = targets * (log_targets - jax.nn.log_softmax(student_logits / temperature))
+  # Without it a class that is masked in both gives 0 * (inf - inf).
+  return temperature**2 * jnp.sum(jnp.where(targets == 0, 0, terms), axis=-1)
 
 
 def flatten_distribution(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import accumulated
+from jaxlab.losses._labels import require_classes
+from jaxlab.losses.classification import cross_entropy
 
 
 def next_token_cross_entropy(
@@ -27,7 +28,7 @@ def next_token_cross_entropy(
     are those of `next_token_mask`).
 
   Raises:
-    ValueError: if the shapes do not fit, or tokens are no integers.
+    ValueError: if the shapes do not fit, or tokens are no integers or (where concrete) out of the vocabulary.
 
   >>> next_token_cross_entropy(jnp.zeros((1, 2, 4)), jnp.array([[3, 0, 1]])).round(3).tolist()
   [[1.3860000371932983, 1.3860000371932983]]
@@ -41,14 +42,14 @@ def next_token_cross_entropy(
       f'{tokens.shape}. Feed the decoder tokens[:, :-1].'
     )
   if mask is None:
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return cross_entropy(logits, tokens[:, 1:])
   if jnp.shape(mask) != tokens.shape:
     raise ValueError(f'mask {jnp.shape(mask)} must have the shape of tokens, {tokens.shape}.')
   counts = next_token_mask(mask)
+  require_classes(tokens[:, 1:], logits.shape[-1], counts, 'tokens')
   # The logits are masked, too: those of padding may overflow, and 0 * inf would reach the gradient.
   logits = jnp.where(counts[..., None], logits, 0)
-  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-  return jnp.where(counts, losses, 0)
+  return jnp.where(counts, cross_entropy(logits, jnp.where(counts, tokens[:, 1:], 0)), 0)
 
 
 def next_token_mask(mask: ArrayLike) -> jax.Array:

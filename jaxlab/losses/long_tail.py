@@ -9,7 +9,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import (
@@ -18,8 +17,12 @@ from jaxlab.losses._arguments import (
   require_same_shape,
   require_share,
 )
-from jaxlab.losses._labels import require_class_counts, require_labels
-from jaxlab.losses.classification import label_smoothing_cross_entropy, weighted_cross_entropy
+from jaxlab.losses._labels import at_labels, one_or_nan, require_class_counts, require_labels
+from jaxlab.losses.classification import (
+  cross_entropy,
+  label_smoothing_cross_entropy,
+  weighted_cross_entropy,
+)
 from jaxlab.tracing import is_concrete
 
 
@@ -176,7 +179,7 @@ def balanced_softmax_loss(
   require_class_counts(class_counts, jnp.shape(logits)[-1])
   (logits,) = accumulated(logits)
   logits += jnp.log(jnp.asarray(class_counts, logits.dtype))
-  return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+  return cross_entropy(logits, labels)
 
 
 def logit_adjusted_loss(
@@ -204,7 +207,7 @@ def logit_adjusted_loss(
   """
   require_labels(logits, labels)
   logits = adjust_logits(logits, class_counts, -jnp.asarray(tau))
-  return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+  return cross_entropy(logits, labels)
 
 
 def adjust_logits(logits: ArrayLike, class_counts: ArrayLike, tau: ArrayLike = 1.0) -> jax.Array:
@@ -307,7 +310,8 @@ def label_aware_smoothing_loss(
       f'got {jnp.shape(smoothing)}.'
     )
   require_share(smoothing=smoothing)
-  return label_smoothing_cross_entropy(logits, labels, jnp.asarray(smoothing)[jnp.asarray(labels)])
+  (smoothing,) = accumulated(smoothing)
+  return label_smoothing_cross_entropy(logits, labels, at_labels(smoothing, labels))
 
 
 def gml_loss(
@@ -378,7 +382,8 @@ def gml_loss(
   unit = jnp.where(unit > 0, unit, 1)
   mean = jnp.sum((surprise / unit) ** power) / jnp.maximum(jnp.sum(present), 1)
   # A root has no gradient at 0.
-  return jnp.where(mean == 0, 0, jnp.where(mean == 0, 1, mean) ** (1 / power)) * unit
+  loss = jnp.where(mean == 0, 0, jnp.where(mean == 0, 1, mean) ** (1 / power)) * unit
+  return loss * jnp.prod(one_or_nan(labels, logits.shape[-1], loss.dtype))
 
 
 def ensemble_probabilities(

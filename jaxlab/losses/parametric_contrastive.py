@@ -12,7 +12,7 @@ from jaxlab.losses._arguments import (
   require_positive,
   require_share,
 )
-from jaxlab.losses._labels import require_class_counts, require_classes
+from jaxlab.losses._labels import one_or_nan, require_class_counts, require_classes
 
 
 def paco_loss(
@@ -38,7 +38,8 @@ def paco_loss(
     candidates V = [1, gamma * 1(j != i)]
     loss = mean_i sum_j W (log(sum_k V exp(A) + 1e-12) - A) / sum_j W
 
-  where `smoothed_onehot` has `1 - smoothing` at the label and `smoothing / (num_classes - 1)` elsewhere.
+  where `smoothed_onehot` has `1 - smoothing` at the label and `smoothing / (num_classes - 1)` elsewhere;
+  masked classes count in neither.
 
   GPaCo: `features` are the queries, then a queue of momentum keys. PaCo: the queries, the batch's keys,
   then the queue, without smoothing. The gradient reaches every row; stop it in keys and queue.
@@ -46,7 +47,7 @@ def paco_loss(
   Args:
     features: unit vectors, `[batch + others, dim]` (see `normalize`).
     labels: integers, `[batch + others]`, of the rows of `features`.
-    classifier_logits: `[batch, num_classes]`, of the queries.
+    classifier_logits: `[batch, num_classes]`, of the queries; -inf masks a class.
     class_counts: positive integers n, `[num_classes]`; None: no prior.
     alpha: non-negative weight of a positive feature.
     beta: positive weight of the class center.
@@ -102,10 +103,13 @@ def paco_loss(
   all_logits -= jax.lax.stop_gradient(jnp.max(all_logits, axis=1, keepdims=True))
   others = ~jnp.eye(batch, rows, dtype=bool)
   own = jax.nn.one_hot(labels[:batch], num_classes, dtype=logits.dtype)
-  centers = beta * ((1 - smoothing) * own + smoothing / (num_classes - 1) * (1 - own))
+  available = logits != -jnp.inf
+  spread = smoothing / jnp.maximum(jnp.sum(available, axis=1, keepdims=True) - 1, 1)
+  centers = beta * ((1 - smoothing) * own + spread * (available * (1 - own)))
   same = alpha * (others & (labels[:batch, None] == labels[None, :]))
   positives = jnp.concatenate([centers, same], axis=1)
   candidates = jnp.concatenate([jnp.ones_like(logits), gamma * others], axis=1)
   log_normalizer = jnp.log(jnp.sum(candidates * jnp.exp(all_logits), axis=1, keepdims=True) + 1e-12)
-  losses = positives * (log_normalizer - all_logits)
-  return jnp.mean(jnp.sum(losses, axis=1) / jnp.sum(positives, axis=1))
+  losses = positives * jnp.where(positives == 0, 0, log_normalizer - all_logits)
+  loss = jnp.mean(jnp.sum(losses, axis=1) / jnp.sum(positives, axis=1))
+  return loss * jnp.prod(one_or_nan(labels, num_classes, loss.dtype))

@@ -12,7 +12,9 @@ from jax.typing import ArrayLike
 from jaxlab.losses._arguments import accumulated, require_positive, require_same_shape
 
 
-def negative_cosine_similarity(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
+def negative_cosine_similarity(
+  prediction: ArrayLike, target: ArrayLike, *, bound_each: bool = False
+) -> jax.Array:
   """Negative cosine of the angle between predictions and fixed targets.
 
     -sum(prediction * sg(target)) / max(|prediction| |sg(target)|, 1e-8)
@@ -22,6 +24,9 @@ def negative_cosine_similarity(prediction: ArrayLike, target: ArrayLike) -> jax.
   Args:
     prediction: `[..., dim]`.
     target: `[..., dim]`.
+    bound_each: bound each norm, `max(|p|, 1e-8) max(|t|, 1e-8)`, as PyTorch does since 1.12 (its pull
+      request 31378), and not their product, as earlier ones and the methods' reference values do. The two
+      differ where a norm is below 1e-8, or where the product is.
 
   Returns:
     Values in [-1, 1] of shape `[...]`, float32 or wider.
@@ -41,7 +46,11 @@ def negative_cosine_similarity(prediction: ArrayLike, target: ArrayLike) -> jax.
   prediction, target = accumulated(prediction, target)
   target = jax.lax.stop_gradient(target)
   dot = jnp.sum(prediction * target, axis=-1)
-  squares = jnp.sum(prediction**2, axis=-1) * jnp.sum(target**2, axis=-1)
+  squares = jnp.sum(prediction**2, axis=-1), jnp.sum(target**2, axis=-1)
+  if bound_each:
+    bounded = (jax.lax.rsqrt(jnp.maximum(s, 1e-16)) for s in squares)
+    return -dot * next(bounded) * next(bounded)
+  squares = squares[0] * squares[1]
   return -dot * jax.lax.rsqrt(jnp.maximum(squares, 1e-16))
 
 
@@ -180,9 +189,13 @@ def dino_loss(
       f'center must be [{student[1]}] or [1, {student[1]}], got {jnp.shape(center)}.'
     )
   student_logits, teacher_logits, center = accumulated(student_logits, teacher_logits, center)
-  targets = jax.nn.softmax((teacher_logits - center) / teacher_temperature, axis=-1)
+  masked = teacher_logits == -jnp.inf
+  centered = jnp.where(masked, -jnp.inf, teacher_logits - jnp.where(center == -jnp.inf, 0, center))
+  targets = jax.nn.softmax(centered / teacher_temperature, axis=-1)
   targets = jax.lax.stop_gradient(targets).reshape(2, batch, -1)
   log_probs = jax.nn.log_softmax(student_logits / student_temperature, axis=-1)
+  # A masked prototype's -inf times its target of 0 would be NaN.
+  log_probs = jnp.maximum(log_probs, jnp.finfo(log_probs.dtype).min)
   pairs = -jnp.einsum('ink,vnk->iv', targets, log_probs.reshape(num_crops, batch, -1)) / batch
   return jnp.sum(jnp.where(jnp.eye(2, num_crops, dtype=bool), 0, pairs)) / (2 * (num_crops - 1))
 

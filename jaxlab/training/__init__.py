@@ -5,21 +5,30 @@ nothing is lost, and goes on where it was left.
 """
 
 from jaxlab.training.accumulate import accumulate_gradients
-from jaxlab.training.averaging import average_pytrees, running_average
+from jaxlab.training.averaging import average_pytrees, running_average, warm_decay
 from jaxlab.training.batch_statistics import recompute_batch_stats
 from jaxlab.training.checkpoints import Checkpoints
+from jaxlab.training.colinearity_decay import (
+  ColinearityDecayState,
+  colinearity_decay,
+  colinearity_penalty,
+)
 from jaxlab.training.feed import DataIterator
 from jaxlab.training.fit import fit
+from jaxlab.training.group_regularizer import group_decays, group_regularizer, group_slope
 from jaxlab.training.inference import map_batches
+from jaxlab.training.lock import locked
 from jaxlab.training.metrics import MetricWriter, Progress, read_metrics
-from jaxlab.training.optimizers import by_path, make_optimizer
+from jaxlab.training.optimizers import by_path, held, make_optimizer, replace_by_gradient
 from jaxlab.training.precision import cast_floating
 from jaxlab.training.schedules import make_schedule
 from jaxlab.training.state import Program, TrainState
 from jaxlab.training.step import Initial, LossState, Out, apply_gradients, make_program, step_keys
+from jaxlab.training.stopping import Stopping, catch_signals
 
 __all__ = [
   'Checkpoints',
+  'ColinearityDecayState',
   'DataIterator',
   'Initial',
   'LossState',
@@ -27,19 +36,30 @@ __all__ = [
   'Out',
   'Program',
   'Progress',
+  'Stopping',
   'TrainState',
   'accumulate_gradients',
   'apply_gradients',
   'average_pytrees',
   'by_path',
   'cast_floating',
+  'catch_signals',
+  'colinearity_decay',
+  'colinearity_penalty',
   'fit',
+  'group_decays',
+  'group_regularizer',
+  'group_slope',
+  'held',
+  'locked',
   'make_optimizer',
   'make_program',
   'make_schedule',
   'map_batches',
   'read_metrics',
   'recompute_batch_stats',
+  'replace_by_gradient',
   'running_average',
   'step_keys',
+  'warm_decay',
 ]

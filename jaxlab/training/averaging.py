@@ -79,6 +79,23 @@ def running_average(average: PyTree, new: PyTree, count: ArrayLike) -> PyTree:
   return jax.tree.map(move, average, new)
 
 
+def warm_decay(decay: ArrayLike, count: ArrayLike) -> jax.Array:
+  """Returns the share of a moving average that its `count`-th update keeps: `min(decay, (1 + n) / (10 + n))`.
+
+  Early updates move it faster: `average <- average - (1 - share) (average - new)`
+  (`optax.incremental_update(new, average, 1 - share)`).
+
+  Args:
+    decay: the share that it comes to, in [0, 1].
+    count: number of the update, from 1; may be traced.
+
+  >>> [round(float(warm_decay(0.999, n)), 4) for n in (1, 100, 100_000)]
+  [0.1818, 0.9182, 0.999]
+  """
+  count = jnp.asarray(count, jnp.result_type(float))
+  return jnp.minimum(decay, (1 + count) / (10 + count))
+
+
 def _averaged(leaf: ArrayLike) -> bool:
   return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 

@@ -93,26 +93,34 @@ class Checkpoints:
     pick = max if self._best_mode == 'max' else min
     return pick(scores, key=scores.get) if scores else None
 
+  def scores(self, step: int) -> dict[str, float]:
+    """The evaluation's metrics that were saved with a step; empty if there are none."""
+    return dict(self._manager.metrics(step) or {})
+
   def save(
     self, step: int, state: PyTree, position: Any, metrics: Mapping[str, float] | None = None
   ) -> None:
     """Starts to write a checkpoint. Waits for the step to finish, not for the disk.
 
     Args:
-      step: the number of finished steps; nothing is done if it was saved already.
-      state: the train state, whose `params` must be finite.
+      step: the number of finished steps; if it was saved already, nothing is done but to add `metrics` where
+        there were none.
+      state: the train state, whose `params` and `model_state` must be finite.
       position: the data iterator's state, JSON-able and the same in all processes.
       metrics: the evaluation's, if there was one at this step.
 
     Raises:
-      FloatingPointError: if a parameter is not finite; nothing is written.
+      FloatingPointError: if a parameter or a statistic of the model is not finite; nothing is written.
     """
     import orbax.checkpoint as ocp
 
     if step in self._manager.all_steps():
-      return
-    if not _finite(state.params):
-      raise FloatingPointError(f'A parameter is not finite after step {step}. {self.last_good()}')
+      self.wait()
+      if not metrics or self.scores(step):
+        return
+      self._manager.delete(step)
+    if problem := not_finite(state):
+      raise FloatingPointError(f'{problem} after step {step}. {self.last_good()}')
     run = {'position': position, 'config': self._config, 'format': FORMAT}
     run |= {'checksums': checksums(state), 'frozen': self._frozen}
     self._manager.save(
@@ -322,9 +330,17 @@ def checksums(tree: PyTree) -> list[int]:
   return found.tolist()
 
 
-def _finite(params: PyTree) -> bool:
-  floating = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
-  return _all_processes(all(np.isfinite(s).all() for leaf in floating for s in _shards(leaf)))
+def not_finite(state: PyTree) -> str:
+  """Returns what of a train state's `params` and `model_state` is not finite, in words; '' if nothing is."""
+  parts = {
+    'A parameter': state.params,
+    'A statistic of the model (`model_state`)': state.model_state,
+  }
+  for what, tree in parts.items():
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    if not _all_processes(all(np.isfinite(s).all() for leaf in floating for s in _shards(leaf))):
+      return f'{what} is not finite'
+  return ''
 
 
 def _shards(leaf: jax.Array) -> Iterator[np.ndarray]:
@@ -339,7 +355,7 @@ def _all_processes(success: bool) -> bool:
 
 
 def _number(value: float | None, otherwise: float) -> float:
-  return otherwise if value is None or math.isnan(value) else value
+  return value if value is not None and math.isfinite(value) else otherwise
 
 
 def _one_line(error: Exception) -> str:

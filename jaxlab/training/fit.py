@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlab.data.pipeline import prefetch_to_device
 from jaxlab.parallel import batch_sharding, is_primary, make_mesh, place, shard_program
-from jaxlab.training.checkpoints import Checkpoints
+from jaxlab.training.checkpoints import Checkpoints, not_finite
 from jaxlab.training.feed import DataIterator, Declared
+from jaxlab.training.lock import locked
 from jaxlab.training.metrics import MetricWriter, Progress
 from jaxlab.training.state import Program, TrainState
+from jaxlab.training.stopping import catch_signals
 
 PyTree = Any
 
@@ -55,7 +55,9 @@ def fit(
   where it logs, evaluates or saves.
 
   Killed at any moment and called again with the same arguments, it ends with the same parameters, bit for
-  bit; on another mesh it goes on from the same state. SIGTERM and Ctrl-C save and exit with status 0.
+  bit; on another mesh it goes on from the same state. SIGTERM and Ctrl-C save and exit with status 0, at once
+  while `evaluate` runs. An `evaluate` that raises loses no step: what was trained is saved, and judged when
+  the run goes on.
 
   Args:
     program: the pure functions, see `Program`.
@@ -83,41 +85,54 @@ def fit(
 
   Raises:
     ValueError: before the first step, if config, mesh, batch, rules, `frozen` or `workdir` do not fit
-      together.
-    FloatingPointError: if the loss (the metric `loss`) or a parameter is not finite; names the step and
-      the last good checkpoint. Such a state is never saved.
+      together, if another process runs in `workdir`, or if the run there is beyond `num_steps`.
+    FloatingPointError: if the loss (the metric `loss`), a parameter or a statistic of the model is not
+      finite, or `best_metric` never was; names the step and the last good checkpoint. Such a state is
+      neither saved nor returned.
     SystemExit: with status 0, after SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
   """
   for name, every in {'log_every': log_every, 'checkpoint_every': checkpoint_every}.items():
     if every < 1:
       raise ValueError(f'{name}={every}, expected a positive number of steps.')
+  if eval_every is not None and eval_every < 1:
+    raise ValueError(f'eval_every={eval_every}, expected a positive number of steps, or None.')
   if best_metric and not evaluate:
     raise ValueError(f'best_metric={best_metric!r} needs evaluate=, which returns it.')
   if best_metric and workdir is None:
     raise ValueError(f'best_metric={best_metric!r} needs a workdir, where the best state is kept.')
+  if num_steps < 0:
+    raise ValueError(f'num_steps={num_steps}, expected a number >= 0.')
   mesh = make_mesh() if mesh is None else mesh
   sharded = shard_program(program, mesh)
   frozen = place({} if frozen is None else frozen, sharded.frozen, 'frozen arrays')
   with contextlib.ExitStack() as stack:
-    checkpoints, start, state = None, 0, None
-    if workdir is not None:
-      checkpoints = Checkpoints(
-        workdir,
-        config=config,
-        frozen=frozen,
-        keep=keep,
-        best_metric=best_metric,
-        best_mode=best_mode,
-      )
-      stack.callback(checkpoints.close)
-      if (restored := checkpoints.restore(sharded.state)) is not None:
-        start, state, position = restored
-        data.set_state(position)
-    if state is None:
-      state = sharded.init(key)
-      if begin is not None:
-        # Steps donate their state: whoever gave these arrays keeps his own.
-        state = jax.tree.map(jnp.copy, place(begin(state), sharded.state, 'initial state'))
+    stopping = stack.enter_context(catch_signals(workdir is not None))
+    checkpoints, start, state, position = None, 0, None, None
+    with stopping.at_once():
+      if workdir is not None:
+        stack.enter_context(locked(workdir))
+        checkpoints = Checkpoints(
+          workdir,
+          config=config,
+          frozen=frozen,
+          keep=keep,
+          best_metric=best_metric,
+          best_mode=best_mode,
+        )
+        stack.callback(checkpoints.close)
+        if checkpoints.steps and checkpoints.steps[-1] > num_steps:
+          raise ValueError(
+            f'num_steps={num_steps}, but workdir={str(workdir)!r} holds a run at step '
+            f'{checkpoints.steps[-1]}: choose another workdir to end earlier.'
+          )
+        if (restored := checkpoints.restore(sharded.state)) is not None:
+          start, state, position = restored
+          data.set_state(position)
+      if state is None:
+        state = sharded.init(key)
+        if begin is not None:
+          # Steps donate their state: whoever gave these arrays keeps his own.
+          state = jax.tree.map(jnp.copy, place(begin(state), sharded.state, 'initial state'))
     writer = MetricWriter(workdir if is_primary() else None, start)
     stack.callback(writer.close)
     progress = stack.enter_context(Progress(description, start, num_steps, visible=is_primary()))
@@ -125,7 +140,28 @@ def fit(
       progress.say(f'{description}: finished before, at step {start}, in {workdir}')
     elif start:
       progress.say(f'{description}: going on from step {start} in {workdir}')
-    terminated = stack.enter_context(_termination(checkpoints is not None))
+
+    def due(step: int) -> bool:
+      return bool(evaluate and (step == num_steps or (eval_every and step % eval_every == 0)))
+
+    def judge(step: int, state: TrainState, position: Any) -> dict[str, float]:
+      """Evaluates; if an error or a signal ends that, the step is saved, and judged when the run goes on."""
+      began = time.perf_counter()
+      try:
+        with stopping.at_once():
+          scores = dict(evaluate(state))
+        if best_metric and best_metric not in scores:
+          raise ValueError(f'best_metric={best_metric!r} is not in evaluate(): {list(scores)}.')
+      except BaseException:
+        if checkpoints:
+          checkpoints.save(step, state, position)
+        raise
+      progress.show(step, writer.write(step, scores))
+      progress.pause(time.perf_counter() - began)
+      return scores
+
+    if start and due(start) and not checkpoints.scores(start):
+      checkpoints.save(start, state, position, judge(start, state, position))
 
     window: list[dict[str, jax.Array]] = []
     ahead = collections.deque(maxlen=_STEPS_AHEAD)
@@ -141,34 +177,34 @@ def fit(
       ahead.append(metrics)
       progress.advance(step)
 
-      last, stop = step == num_steps, terminated(step)
-      evaluates = evaluate and (last or (eval_every and step % eval_every == 0))
+      last, stop, evaluates = step == num_steps, stopping.after(step), due(step)
       saves = checkpoints and (last or stop or step % checkpoint_every == 0)
       saves = saves or (checkpoints and evaluates and best_metric)
       if saves or evaluates or step % log_every == 0:
         means = _means(window, step, checkpoints)
         window.clear()
         progress.show(step, writer.write(step, {**means, **progress.rate(step)}))
-      scores = None
-      if evaluates:
-        began = time.perf_counter()
-        scores = dict(evaluate(state))
-        if best_metric and best_metric not in scores:
-          raise ValueError(f'best_metric={best_metric!r} is not in evaluate(): {list(scores)}.')
-        progress.show(step, writer.write(step, scores))
-        progress.pause(time.perf_counter() - began)
+      if saves and stop and not last:
+        checkpoints.save(step, state, position)
+        checkpoints.wait()
+        progress.say(f'{description}: stopped, saved step {step}; the same call goes on from it')
+        raise SystemExit(0)
+      scores = judge(step, state, position) if evaluates else None
       if saves:
         checkpoints.save(step, state, position, scores)
         writer.flush()
-      if stop and not last:
-        checkpoints.wait()
-        progress.say(f'{description}: stopped, saved step {step}; the same command goes on from it')
-        raise SystemExit(0)
     jax.block_until_ready(state)
+    if checkpoints is None and (problem := not_finite(state)):
+      raise FloatingPointError(f'{problem} after step {num_steps}.')
     if best_metric:
       checkpoints.wait()
+      if checkpoints.best_step is None:
+        raise FloatingPointError(
+          f'best_metric={best_metric!r} was finite in no evaluation. {checkpoints.last_good()}'
+        )
       state = checkpoints.restore(sharded.state, checkpoints.best_step)[1]
-    return state, writer.rows
+  stopping.finish()
+  return state, writer.rows
 
 
 def _next(batches: Iterator[Any], step: int, num_steps: int) -> tuple[Any, Any]:
@@ -191,32 +227,3 @@ def _means(
       good = checkpoints.last_good() if checkpoints else 'Without a workdir nothing was saved.'
       raise FloatingPointError(f'The loss is {float(row["loss"])} at step {at}. {good}')
   return {name: float(np.mean([row[name] for row in rows], dtype=np.float64)) for name in rows[-1]}
-
-
-@contextlib.contextmanager
-def _termination(catch: bool) -> Iterator[Callable[[int], bool]]:
-  """Yields `step -> whether to save and stop after it`, true once SIGTERM or Ctrl-C has come.
-
-  Several processes must stop after the same step: there, jax's preemption service listens to SIGTERM
-  and agrees on one. A single process catches the signals itself, if they are the main thread's.
-  """
-  if catch and jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  received: list[int] = []
-  previous = {}
-
-  def receive(number: int, _: Any) -> None:
-    if received and number == signal.SIGINT:
-      raise KeyboardInterrupt
-    received.append(number)
-
-  if catch:
-    with contextlib.suppress(ValueError):  # not in the main thread: signals are not ours
-      for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, receive)
-  try:
-    yield lambda step: bool(received)
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

@@ -9,6 +9,7 @@ the whole path, and one that matches no parameter raises when the state is made.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +34,10 @@ def make_optimizer(
   lr_overrides: Sequence[tuple[str, Rate]] = (),
   lr_multipliers: Sequence[tuple[str, float]] = (),
   frozen: Sequence[str] = (),
+  decoupled: optax.GradientTransformation | None = None,
   clip_global_norm: float | None = None,
   clip_per_tensor: float | None = None,
+  elsewhere: Sequence[str] = (),
   **options: Any,
 ) -> optax.GradientTransformation:
   """Builds an optimizer.
@@ -48,23 +51,29 @@ def make_optimizer(
     (patterns of parameters with q = 1, default `('ndim<=1',)`).
   - 'adamw': `w = w - lr (m / (sqrt(n) + eps) + wd w)` with the bias-corrected moments m, n. Options:
     `betas` ((0.9, 0.999)), `eps` (1e-8).
+  - 'lamb': `u = m / (sqrt(n) + eps) + wd w;  w = w - lr q u`, `q = |w| / |u|`, or 1 where a norm is zero.
+    Options: `betas` ((0.9, 0.999)), `eps` (1e-6), `no_trust_ratio` (patterns of parameters with q = 1,
+    default none).
 
   Every list of patterns may hold `'ndim<=1'`, which stands for all parameters with at most one axis:
   biases and the scales of normalization layers. (Layers stacked by `nn.scan` have one more axis: name
   them by path.) Of several patterns with a value, the first that matches a parameter counts.
 
   Args:
-    name: 'sgd', 'lars' or 'adamw'.
+    name: 'sgd', 'lars', 'adamw' or 'lamb'.
     learning_rate: a number or a schedule `step -> value`.
     weight_decay: a number or a schedule.
-    no_decay: patterns of parameters without weight decay. Default: none for 'sgd' and 'adamw' (as
-      PyTorch), `('ndim<=1',)` for 'lars'.
+    no_decay: patterns of parameters without weight decay. Default: `('ndim<=1',)` for 'lars', none for the
+      others (as PyTorch and optax).
     lr_overrides: pairs (pattern, learning rate or schedule) in place of `learning_rate`, e.g.
       `[('predictor/.*', 0.1)]` for one that does not decay.
     lr_multipliers: pairs (pattern, factor) on the learning rate, overridden ones included.
     frozen: patterns of parameters that stay as they are: no decay, no state, no share in the global norm.
+    decoupled: applied to the updates behind the update rule and its weight decay, before the learning rate
+      multiplies them; e.g. `colinearity_decay`.
     clip_global_norm: scales all gradients by `min(1, clip / (norm + 1e-6))`, their joint norm.
     clip_per_tensor: scales each gradient by its own `min(1, clip / (norm + 1e-6))`.
+    elsewhere: paths of parameters that another optimizer of `by_path` holds: patterns may name these alone.
     **options: of the update rule, above.
 
   Returns:
@@ -77,7 +86,9 @@ def make_optimizer(
   References:
     LARS: You et al., Large Batch Training of Convolutional Networks (https://arxiv.org/abs/1708.03888),
     momentum and exclusions as in the code of Barlow Twins. AdamW: Loshchilov & Hutter, Decoupled Weight
-    Decay Regularization, ICLR 2019 (https://arxiv.org/abs/1711.05101), wd multiplied by lr.
+    Decay Regularization, ICLR 2019 (https://arxiv.org/abs/1711.05101), wd multiplied by lr. LAMB: You et
+    al., Large Batch Optimization for Deep Learning, ICLR 2020 (https://arxiv.org/abs/1904.00962), as in
+    optax.
 
   Examples:
     >>> optimizer = make_optimizer('sgd', 0.1, weight_decay=0.5, no_decay=['bias'])
@@ -86,7 +97,7 @@ def make_optimizer(
     >>> print(updates['kernel'], updates['bias'])
     [-0.15 -0.15] [-0.1 -0.1]
   """
-  rules = {'sgd': _sgd, 'lars': _lars, 'adamw': _adamw}
+  rules = {'sgd': _sgd, 'lars': _lars, 'adamw': _adamw, 'lamb': _lamb}
   if name not in rules:
     raise ValueError(f'Unknown optimizer {name!r}: choose {", ".join(rules)}.')
   known = [p for p in inspect.signature(rules[name]).parameters if p != 'decay']
@@ -111,6 +122,8 @@ def make_optimizer(
     optax.add_decayed_weights(weight_decay, _outside(no_decay)) if decays else optax.identity()
   )
   steps += rules[name](decay, **options)
+  if decoupled is not None:
+    steps.append(decoupled)
   steps.append(scale_by_learning_rates(learning_rate, lr_overrides, lr_multipliers))
   optimizer = optax.chain(*steps)
   if frozen:
@@ -130,7 +143,8 @@ def make_optimizer(
 
   def init(params: PyTree) -> optax.OptState:
     for argument, chosen in patterns.items():
-      _require_matches(argument, chosen, params)
+      own = [p for p in chosen if not any(re.fullmatch(p, path) for path in elsewhere)]
+      _require_matches(argument, chosen if isinstance(chosen, str) else own, params)
     return optimizer.init(params)
 
   return optax.GradientTransformation(init, optimizer.update)
@@ -175,6 +189,47 @@ def by_path(
   return optax.GradientTransformation(init, chosen.update)
 
 
+def replace_by_gradient() -> optax.GradientTransformation:
+  """Returns the optimizer that writes gradients in place of parameters: `update = gradient - parameter`.
+
+  For values that come out of the backward pass as gradients (`quantizers.init_float8`), as a group of
+  `by_path`. Added to the parameter the update gives the gradient, up to rounding at the size of the larger
+  of the two. A gradient that is not finite leaves the value as it was: it would be NaN ever after.
+  """
+
+  def update(updates: PyTree, params: PyTree | None) -> PyTree:
+    if params is None:
+      raise ValueError('replace_by_gradient needs the parameters.')
+    return jax.tree.map(lambda g, p: jnp.where(jnp.isfinite(g), g - p, 0), updates, params)
+
+  return optax.stateless(update)
+
+
+def held(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+  """Returns the optimizer that leaves parameters and its own state as they are for the first `steps` updates.
+
+  As a group of `by_path`: DINO's last layer in the first epoch. Behind them it starts as if it were new, its
+  count of steps from 0: give it schedules that are `steps` ahead.
+
+  Raises:
+    ValueError: for a negative number of steps.
+  """
+  if steps < 0:
+    raise ValueError(f'steps must not be negative, got {steps}.')
+
+  def init(params: PyTree) -> tuple[jax.Array, optax.OptState]:
+    return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+  def update(updates: PyTree, state: tuple[jax.Array, optax.OptState], params: PyTree = None):
+    count, own = state
+    moved, new = optimizer.update(updates, own, params)
+    pick = functools.partial(jnp.where, count >= steps)
+    moved = jax.tree.map(lambda u: pick(u, jnp.zeros_like(u)), moved)
+    return moved, (count + 1, jax.tree.map(pick, new, own))
+
+  return optax.GradientTransformation(init, update)
+
+
 def _sgd(decay, momentum: float = 0.9, nesterov: bool = False):
   return [decay, _trace(momentum, nesterov)]
 
@@ -192,6 +247,16 @@ def _lars(
 
 def _adamw(decay, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
   return [optax.scale_by_adam(betas[0], betas[1], eps), decay]
+
+
+def _lamb(
+  decay,
+  betas: tuple[float, float] = (0.9, 0.999),
+  eps: float = 1e-6,
+  no_trust_ratio: Sequence[str] = (),
+):
+  adapt = optax.masked(optax.scale_by_trust_ratio(), _outside(no_trust_ratio))
+  return [optax.scale_by_adam(betas[0], betas[1], eps), decay, adapt]
 
 
 def _trace(momentum: float, nesterov: bool) -> optax.GradientTransformation:

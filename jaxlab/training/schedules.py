@@ -113,6 +113,45 @@ def cosine_per_epoch(base: float, epochs: int, steps_per_epoch: int, end: float 
   return per_epoch(cosine(base, epochs, end), steps_per_epoch)
 
 
+def displaced_cosine(
+  base: float, epochs: float, steps_per_epoch: int, warmup_epochs: int = 0
+) -> Schedule:
+  """The cosine of IDMM's official code, whose phase a misplaced parenthesis shifts.
+
+  With `c` the epoch as a fraction, `w` epochs of warm-up and `E` in all:
+  `base * (1 + cos((pi c - w) / (E - w))) / 2` in place of `cos(pi (c - w) / (E - w))`; `base * c / w` before.
+  So the cosine starts below its maximum, and rises again at the end: visibly in short trainings.
+
+  Args:
+    base: the learning rate.
+    epochs: of the training, warm-up included.
+    steps_per_epoch: optimizer steps in an epoch.
+    warmup_epochs: whole epochs of the linear start; 0: none.
+
+  Raises:
+    ValueError: if there is no epoch after the warm-up, or it is not whole.
+
+  References:
+    Cao et al., Training Vision Transformers with Only 2040 Images, ECCV 2022.
+  """
+  if warmup_epochs != int(warmup_epochs) or not 0 <= warmup_epochs < epochs:
+    raise ValueError(
+      f'displaced_cosine takes whole warmup_epochs below epochs={epochs}, got {warmup_epochs}.'
+    )
+
+  def schedule(step: ArrayLike) -> jax.Array:
+    step = jnp.asarray(step)
+    place = _float(step) / steps_per_epoch
+    phase = (math.pi * place - warmup_epochs) / (epochs - warmup_epochs)
+    value = base * (1 + jnp.cos(phase)) / 2
+    if not warmup_epochs:
+      return value
+    early = step // steps_per_epoch < warmup_epochs
+    return jnp.where(early, base * place / warmup_epochs, value)
+
+  return schedule
+
+
 def multistep(base: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
   """`base`, multiplied by `factor` at every milestone: from step `milestones[i]` on, `factor ** (i + 1)`.
 
@@ -141,7 +180,8 @@ def make_schedule(
   """Builds a schedule over steps from lengths in epochs.
 
   Args:
-    name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch) or 'multistep'.
+    name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch), 'displaced_cosine' or
+      'multistep'.
     base: the value after the warm-up.
     epochs: length of the training, warm-up included; may be a fraction.
     steps_per_epoch: optimizer steps in an epoch.
@@ -163,10 +203,9 @@ def make_schedule(
     >>> [round(float(schedule(step)), 4) for step in (0, 25, 50, 275)]
     [0.0, 0.05, 0.1, 0.05]
   """
-  if name not in ('constant', 'cosine', 'cosine_per_epoch', 'multistep'):
-    raise ValueError(
-      f'Unknown schedule {name!r}: choose constant, cosine, cosine_per_epoch or multistep.'
-    )
+  known = ('constant', 'cosine', 'cosine_per_epoch', 'displaced_cosine', 'multistep')
+  if name not in known:
+    raise ValueError(f'Unknown schedule {name!r}: choose {", ".join(known[:-1])} or {known[-1]}.')
   if end and not name.startswith('cosine'):
     raise ValueError(f'end={end} belongs to the cosine schedules, not to {name!r}.')
   if bool(milestones) != (name == 'multistep'):
@@ -177,6 +216,14 @@ def make_schedule(
     raise ValueError(
       f'epochs and steps_per_epoch must be positive, got {epochs} and {steps_per_epoch}.'
     )
+  if warmup_epochs > epochs:
+    raise ValueError(f'warmup_epochs={warmup_epochs} is longer than the training, epochs={epochs}.')
+  if name == 'displaced_cosine':
+    if warmup_start or warmup_inclusive:
+      raise ValueError(
+        'displaced_cosine has a warm-up from 0: no warmup_start, no warmup_inclusive.'
+      )
+    return displaced_cosine(base, epochs, steps_per_epoch, warmup_epochs)
   warmup_steps = round(warmup_epochs * steps_per_epoch)
   if name == 'constant':
     schedule = constant(base)

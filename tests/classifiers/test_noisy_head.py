@@ -193,6 +193,15 @@ def test_noisy_accuracy_counts_all_copies_whatever_the_chunks():
   assert 0 <= float(found['one']) <= 1
 
 
+@pytest.mark.parametrize('chunk_size', [3, 256])
+def test_noisy_accuracy_of_a_head_that_is_not_finite_is_nan(chunk_size):
+  params = HEAD.init(jax.random.key(0), X)['params']
+  broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), params)
+  options = {'num_copies': 2, 'epsilon': 1.0, 'chunk_size': chunk_size}
+  found = [noisy_accuracy(jax.random.key(1), HEAD, p, X, Y, **options) for p in (params, broken)]
+  assert 0 <= found[0] <= 1 and np.isnan(found[1])
+
+
 def test_constant_channels_get_no_noise_and_bfloat16_features_compute_in_float32():
   x = X.copy()
   x[:, 2] = 0.25

@@ -79,3 +79,10 @@ def test_result_does_not_depend_on_the_mesh_and_bfloat16_is_close():
 def test_bad_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_nan_confidence_under_jit_makes_the_errors_nan_unless_it_is_masked():
+  confidences, correct = np.array([0.5, np.nan]), np.array([True, True])
+  found = jax.jit(expected_calibration_error)(confidences, correct)
+  assert np.isnan(found.ece) and np.isnan(found.mce)
+  assert expected_calibration_error(confidences, correct, mask=np.array([1, 0])).ece == 0.5

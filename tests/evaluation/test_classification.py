@@ -33,11 +33,39 @@ def test_equal_logits_are_right_only_for_the_first_class():
   assert float(top_k_accuracy(np.zeros((4, 4)), np.arange(4), 1)) == 0.25
 
 
-def test_nan_logits_are_wrong():
-  logits = np.array([[np.nan, 1.0, 0.0], [np.nan, 1.0, 0.0], [np.nan] * 3])
-  assert_close(top_k_accuracy(logits, np.array([0, 1, 1]), 1), 1 / 3, 1e-6)
-  state = update(evaluation.tally_init(3), logits, np.array([0, 1, 1]))
-  assert_close(evaluation.tally_compute(state)['top_1_accuracy'], 1 / 3, 1e-6)
+def test_nan_logits_are_an_error_or_make_every_metric_nan():
+  logits, labels = np.zeros((3, 4), np.float32), np.array([0, 1, 1])
+  logits[1, 2] = np.nan
+  start = evaluation.tally_init(4)
+  for call in (
+    lambda: evaluation.top_k_accuracy(logits, labels),
+    lambda: evaluation.tally_update(start, logits, labels),
+    lambda: evaluation.predicted_classes(logits),
+  ):
+    with pytest.raises(
+      ValueError, match=r'logits \(3, 4\): 1 rows hold .* NaN, the first is row 1'
+    ):
+      call()
+  assert np.isnan(top_k_accuracy(logits, labels, 1))
+  assert jax.jit(evaluation.predicted_classes)(logits).tolist() == [0, -1, 0]
+  metrics = evaluation.tally_compute(update(start, logits, labels), top_k=(1, 3))
+  assert all(np.isnan(value).all() for value in metrics.values())
+  counted = np.array([True, False, True])
+  assert top_k_accuracy(logits, labels, 1, counted) == 0.5
+  state = evaluation.tally_update(start, logits, labels, counted)
+  assert evaluation.tally_compute(state, top_k=(1,))['top_1_accuracy'] == 0.5
+
+
+def test_masked_classes_are_the_last_ranks():
+  logits = np.array([[-np.inf, 1.0, 0.0]], np.float32)
+  assert evaluation.label_rank(logits, np.array([0])) == 2
+  assert evaluation.predicted_classes(logits) == 1
+
+
+def test_classes_of_float64_logits_are_told_apart_where_float32_cannot():
+  logits = np.array([[1.0, 1.0 + 1e-12, 0.0]])
+  assert evaluation.predicted_classes(logits).tolist() == [1]
+  assert evaluation.predicted_classes(logits.astype(np.float32)).tolist() == [0]
 
 
 def test_confusion_matrix_has_labels_as_rows():
@@ -82,7 +110,7 @@ def test_padding_does_not_count_whatever_its_labels():
   assert_close(accuracy, top_k_accuracy(logits, labels, 1), 1e-6)
 
 
-def test_labels_out_of_range_count_as_wrong_under_jit():
+def test_labels_out_of_range_make_metrics_nan_under_jit():
   logits, labels = batch(2)
   wrong = labels.copy()
   wrong[:2] = [-1, 7]
@@ -90,6 +118,8 @@ def test_labels_out_of_range_count_as_wrong_under_jit():
   assert int(state.count) == 16
   assert int(jnp.sum(state.confusion)) == 14
   assert int(jnp.sum(state.ranks)) == 14
+  assert np.isnan(evaluation.tally_compute(state)['top_1_accuracy'])
+  assert np.isnan(top_k_accuracy(logits, wrong, 1))
 
 
 def test_tally_of_sharded_batches_is_equal():

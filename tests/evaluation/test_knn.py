@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,3 +97,19 @@ def test_bad_arguments_raise(change, message):
   arguments = {'bank': BANK, 'bank_labels': LABELS, 'queries': QUERIES, 'num_classes': 4, 'k': 6}
   with pytest.raises(ValueError, match=message):
     weighted_knn(**(arguments | change))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_features_that_are_not_finite_are_an_error_or_no_class(value):
+  bank, queries = BANK.copy(), QUERIES.copy()
+  bank[3, 1] = queries[4, 0] = value
+  knn = functools.partial(weighted_knn, num_classes=4, k=3)
+  with pytest.raises(ValueError, match=r'bank \(30, 5\): 1 rows .* not finite, the first is row 3'):
+    knn(bank, LABELS, QUERIES)
+  with pytest.raises(ValueError, match=r'queries .* row 4'):
+    knn(BANK, LABELS, queries)
+  with pytest.raises(ValueError, match='row 0'):
+    knn(BANK, LABELS, np.full((2, 5), 1e300))
+  predictions = jax.jit(knn)(BANK, LABELS, queries).predictions
+  np.testing.assert_array_equal(np.asarray(predictions) == -1, np.arange(10) == 4)
+  assert set(jax.jit(knn)(bank, LABELS, QUERIES).predictions.tolist()) == {-1}

@@ -1,5 +1,6 @@
 import functools
 
+import compilations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from golden_vectors import assert_close
 from sklearn.linear_model import LogisticRegression
 
-from jaxlab import evaluation
+from jaxlab import data, evaluation
 from jaxlab.evaluation import linear_probe
 
 
@@ -66,14 +67,14 @@ def test_logistic_probe_ignores_scales_shifts_and_constant_dimensions():
 
 
 def test_calls_of_equal_shape_share_one_compilation():
-  logistic(BANK, LABELS)
-  compiled = linear_probe._logistic._cache_size()
-  logistic(QUERIES, QUERY_LABELS, l2=1e-3, learning_rate=0.1)
-  assert linear_probe._logistic._cache_size() == compiled
-  sgd(KEY, BANK, LABELS)
-  compiled = linear_probe._minibatch._cache_size()
-  sgd(jax.random.key(1), QUERIES, QUERY_LABELS, learning_rate=0.5)
-  assert linear_probe._minibatch._cache_size() == compiled
+  linear_probe._logistic.clear_cache()
+  linear_probe._minibatch.clear_cache()
+  with compilations.counted() as count:
+    logistic(BANK, LABELS)
+    logistic(QUERIES, QUERY_LABELS, l2=1e-3, learning_rate=0.1)
+    sgd(KEY, BANK, LABELS)
+    sgd(jax.random.key(1), QUERIES, QUERY_LABELS, learning_rate=0.5)
+  assert (count['_logistic'], count['_minibatch']) == (1, 1)
 
 
 def test_logistic_probe_maps_over_feature_sets():
@@ -190,3 +191,31 @@ PROBE = evaluation.Probe(np.ones((6, 3)), np.zeros(3), np.zeros(6), np.ones(6))
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_features_that_are_not_finite_are_an_error_or_nan():
+  spoiled = BANK.copy()
+  spoiled[5, 2] = np.nan
+  for fit in (logistic, functools.partial(sgd, KEY), functools.partial(lars, KEY)):
+    with pytest.raises(ValueError, match=r'features .* not finite, the first is row 5'):
+      fit(spoiled, LABELS)
+    probe = jax.jit(fit)(spoiled, LABELS)
+    assert np.isnan(jax.jit(evaluation.probe_accuracy)(probe, BANK, LABELS))
+
+
+def test_logistic_probe_converges_by_default_and_says_where_it_did_not():
+  train, test = (data.Digits(split).arrays for split in ('train', 'test'))
+  (x, y), (queries, labels) = (
+    (split['image'].reshape(len(split['image']), -1).astype(np.float32), split['label'])
+    for split in (train, test)
+  )
+  probe = evaluation.logistic_probe(x, y, num_classes=10)
+  assert probe.converged
+  deviation = np.where(x.std(0) > 0, x.std(0), 1)
+  reference = LogisticRegression(C=1 / (2 * 1e-4 * len(y)), tol=1e-6, max_iter=10000)
+  reference.fit((x - x.mean(0)) / deviation, y)
+  expected = reference.score((queries - x.mean(0)) / deviation, labels)
+  assert abs(evaluation.probe_accuracy(probe, queries, labels) - expected) <= 0.002
+  assert not evaluation.logistic_probe(x, y, num_classes=10, steps=20).converged
+  with pytest.raises(ValueError, match='recipe of fixed length'):
+    sgd(KEY, BANK, LABELS).converged  # noqa: B018

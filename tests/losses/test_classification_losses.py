@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxlab.losses.classification import (
   focal_loss,
   label_smoothing_cross_entropy,
+  sigmoid_focal_loss,
   weighted_cross_entropy,
 )
 
@@ -161,3 +162,42 @@ def test_values_are_not_checked_under_tracing():
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call(*batch())
+
+
+@pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (0.0, None), (0.5, 0.75)])
+def test_sigmoid_focal_loss_is_the_sum_over_classes_in_float64(gamma, alpha):
+  logits, labels = batch()
+  logits[0, 1] = -40
+  expected = []
+  for row, label in zip(np.float64(logits), labels):
+    total = 0
+    for c, logit in enumerate(row):
+      p = 1 / (1 + np.exp(-logit if c == label else logit))
+      weight = 1 if alpha is None else alpha if c == label else 1 - alpha
+      total -= weight * (1 - p) ** gamma * np.log(p)
+    expected.append(total)
+  loss = functools.partial(sigmoid_focal_loss, gamma=gamma, alpha=alpha)
+  assert_close(jax.jit(loss)(logits, labels), np.stack(expected), 1e-5)
+  gradient = jax.grad(lambda x: jnp.sum(loss(x, labels)))(logits)
+  step = 1e-3 * np.float32(np.arange(30).reshape(6, 5) == 13)
+  slope = (jnp.sum(loss(logits + step, labels)) - jnp.sum(loss(logits - step, labels))) / 2e-3
+  assert_close(gradient.ravel()[13], slope, 1e-2, 1e-3)
+
+
+def test_sigmoid_focal_loss_of_masked_classes_and_unknown_labels():
+  logits, labels = batch()
+  masked = logits.copy()
+  masked[:, 2] = -np.inf
+  labels = np.where(labels == 2, 0, labels)
+  rest, order = np.delete(logits, 2, axis=1), np.array([0, 1, -1, 2, 3])
+  expected = sigmoid_focal_loss(rest, order[labels])
+  assert_close(sigmoid_focal_loss(masked, labels), expected, 1e-6)
+  gradient = jax.grad(lambda x: jnp.sum(sigmoid_focal_loss(x, labels)))(masked)
+  assert np.isfinite(gradient).all() and not gradient[:, 2].any()
+  assert np.isposinf(sigmoid_focal_loss(masked, np.full(6, 2))).all()
+  traced = jax.jit(sigmoid_focal_loss)(logits, np.array([0, -1, 5, 1, 2, 3]))
+  np.testing.assert_array_equal(np.isnan(traced), [False, True, True, False, False, False])
+  with pytest.raises(ValueError, match=r'alpha must be in \[0, 1\]'):
+    sigmoid_focal_loss(logits, labels, alpha=2.0)
+  with pytest.raises(ValueError, match='gamma must not be negative'):
+    sigmoid_focal_loss(logits, labels, gamma=-1.0)

@@ -51,15 +51,19 @@ def test_nt_xent_of_unit_rows_agrees_with_reference(vectors, rtol):
 
 
 @golden('s3l', 'simclr_supcon_loss')
-def test_nt_xent_times_temperature_ratio_is_the_supervised_form_without_labels(vectors):
-  def loss(z1, z2):
-    ratio = vectors.param('temperature') / vectors.param('base_temperature')
-    return ratio * losses.nt_xent(z1, z2, vectors.param('temperature'), normalized=True)
+def test_two_views_drawn_to_each_other_agree_with_reference(vectors):
+  def loss(z1, z2, multi_view):
+    temperature, base = vectors.param('temperature'), vectors.param('base_temperature')
+    if multi_view:
+      return losses.multi_view_contrastive_loss([z1, z2], temperature, base, normalized=True)
+    return temperature / base * losses.nt_xent(z1, z2, temperature, normalized=True)
 
-  value, grads = value_and_grad(loss, (0, 1))(vectors['in_z1'], vectors['in_z2'])
-  assert_close(value, vectors['out_loss'], 1e-5)
-  assert_close(grads[0], vectors['grad_z1'], 1e-5)
-  assert_close(grads[1], vectors['grad_z2'], 1e-5)
+  for multi_view in (True, False):
+    step = value_and_grad(loss, (0, 1), multi_view=multi_view)
+    value, grads = step(vectors['in_z1'], vectors['in_z2'])
+    assert_close(value, vectors['out_loss'], 1e-5)
+    assert_close(grads[0], vectors['grad_z1'], 1e-5)
+    assert_close(grads[1], vectors['grad_z2'], 1e-5)
 
 
 @golden('s3l', 'moco_v2_step')
@@ -113,6 +117,34 @@ def test_nt_xent_ignores_lengths_and_the_order_of_pairs(seed, factor):
   assert_close(nt_xent(np.float32(factor) * z1, z2), value, 1e-5)
   assert_close(nt_xent(z1[order], z2[order]), value, 1e-5)
   assert_close(nt_xent(z2, z1), value, 1e-5)
+
+
+def test_every_view_is_drawn_to_all_others_of_its_image(rtol):
+  views, temperature, base = [features(seed, 4, 3) for seed in range(3)], 0.5, 0.2
+  z = unit(np.concatenate(views).astype(np.float64))
+  image, s = np.tile(np.arange(4), 3), z @ z.T / temperature
+  terms = []
+  for i in range(12):
+    others = np.arange(12) != i
+    log_p = s[i] - np.log(np.exp(s[i][others]).sum())
+    terms.append(-log_p[others & (image == image[i])].mean())
+  value = losses.multi_view_contrastive_loss(views, temperature, base)
+  assert_close(value, temperature / base * np.mean(terms), max(rtol, 1e-6))
+
+
+@pytest.mark.parametrize(
+  ('shapes', 'temperatures', 'message'),
+  [
+    ([(4, 3)], (0.1,), 'at least 2 views for a positive, got 1'),
+    ([(1, 3), (1, 3)], (0.1,), 'at least 2 images for a negative, got a batch of 1'),
+    ([(4, 3), (5, 3)], (0.1,), 'one shape'),
+    ([(4, 3), (4, 3)], (0.1, 0.0), 'base_temperature'),
+    ([(4, 3), (4, 3)], (0.0,), 'temperature'),
+  ],
+)
+def test_views_without_positives_or_negatives_are_refused(shapes, temperatures, message):
+  with pytest.raises(ValueError, match=message):
+    losses.multi_view_contrastive_loss([np.ones(shape) for shape in shapes], *temperatures)
 
 
 def test_nt_xent_falls_when_pairs_are_matched():
@@ -209,3 +241,50 @@ def test_queue_holds_the_last_keys_after_any_number_of_pushes(start):
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_supcon_is_that_of_float64_over_anchors_with_positives():
+  z, labels = features(3, 7, 4), np.array([5, 2, 5, 9, 2, 2, -1])
+  rows = np.float64(unit(z)) @ np.float64(unit(z)).T / 0.2
+  anchors = []
+  for i, label in enumerate(labels):
+    others = [j for j in range(7) if j != i]
+    own = [p for p in others if labels[p] == label]
+    if own:
+      total = np.log(sum(np.exp(rows[i, j]) for j in others))
+      anchors.append(-np.mean([rows[i, p] - total for p in own]))
+  assert len(anchors) == 5
+  value, grad = value_and_grad(losses.supervised_contrastive_loss, temperature=0.2)(z, labels)
+  assert_close(value, np.mean(anchors), 1e-5)
+  assert np.isfinite(grad).all() and np.abs(grad).max(axis=1).min() > 1e-3
+  normalized = losses.supervised_contrastive_loss(unit(z), labels, 0.2, normalized=True)
+  assert_close(normalized, value, 1e-6)
+
+
+def test_supcon_of_two_views_of_different_images_is_nt_xent():
+  z1, z2 = features(4, 5, 3), features(5, 5, 3)
+  labels = np.tile(np.arange(5), 2)
+  supcon = losses.supervised_contrastive_loss(np.concatenate([z1, z2]), labels, 0.5)
+  assert_close(supcon, losses.nt_xent(z1, z2, 0.5), 1e-6)
+
+
+@pytest.mark.parametrize('batch', [1, 4])
+def test_supcon_without_positives_is_zero_and_has_no_gradient(batch):
+  z = features(6, batch, 3)
+  value, grad = value_and_grad(losses.supervised_contrastive_loss)(z, np.arange(batch))
+  assert value == 0
+  np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize(
+  'z, labels, temperature, message',
+  [
+    (np.zeros((3, 2)), np.zeros(2, int), 0.1, r'Expected z \[batch, dim\] and labels \[batch\]'),
+    (np.zeros(3), np.zeros(3, int), 0.1, r'got \(3,\) and \(3,\)'),
+    (np.zeros((3, 2)), np.zeros(3), 0.1, 'labels must be integers, got float'),
+    (np.zeros((3, 2)), np.zeros(3, int), 0.0, 'temperature must be positive'),
+  ],
+)
+def test_supcon_refuses_what_does_not_fit(z, labels, temperature, message):
+  with pytest.raises(ValueError, match=message):
+    losses.supervised_contrastive_loss(z, labels, temperature)

@@ -221,3 +221,15 @@ ONES = np.ones((4, 3), np.float32)
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_either_bound_of_the_denominator_is_as_written():
+  # Norms 3e-9 and 5, and 3e-5 and 4e-5: one is below the bound, or the product alone.
+  p, t = np.array([[3e-9, 0], [3e-5, 0]]), np.array([[3.0, 4.0], [1e-5, 4e-5]])
+  norms = np.linalg.norm(p, axis=1), np.linalg.norm(t, axis=1)
+  dot = (p * t).sum(1)
+  product = losses.negative_cosine_similarity(p, t)
+  assert_close(product, -dot / np.maximum(norms[0] * norms[1], 1e-8), 1e-5)
+  each = losses.negative_cosine_similarity(p, t, bound_each=True)
+  assert_close(each, -dot / (np.maximum(norms[0], 1e-8) * np.maximum(norms[1], 1e-8)), 1e-5)
+  assert abs(product[0] / each[0]) > 1.5 and abs(product[1] / each[1]) < 0.5

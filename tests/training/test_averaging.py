@@ -1,16 +1,27 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from golden_vectors import assert_close, golden
 
-from jaxlab.training.averaging import average_pytrees, running_average
+from jaxlab.training.averaging import average_pytrees, running_average, warm_decay
 
 
 def unstacked(vectors, dtype):
   stacked = {name: jnp.asarray(vectors[f'in_stacked_{name}'], dtype) for name in ('kernel', 'bias')}
   count = len(stacked['kernel'])
   return [{'params': jax.tree.map(lambda a, k=k: a[k], stacked)} for k in range(count)]
+
+
+@golden('idmm', 'ema_warmup')
+def test_a_moving_average_with_warm_decay_agrees_with_official_code(vectors):
+  average, found = jnp.asarray(vectors['in_initial']), []
+  for count, new in enumerate(vectors['in_param_sequence'], 1):
+    share = warm_decay(vectors.param('decay'), count)
+    average = optax.incremental_update(new, average, 1 - share)
+    found.append(average)
+  assert_close(jnp.stack(found), vectors['out_shadow_sequence'], 5e-6)
 
 
 @golden('btm', 'merge_weights')

@@ -137,7 +137,28 @@ def test_learning_rates_are_overridden_and_multiplied_by_path():
   assert moved['head']['bias'] == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize('name', ['sgd', 'lars', 'adamw'])
+def test_lamb_is_that_of_float64_and_of_optax():
+  options = {'weight_decay': 0.1, 'betas': (0.8, 0.95), 'eps': 1e-3}
+  history = trajectory(make_optimizer('lamb', 0.1, **options), PARAMS, GRADS)
+  theirs = optax.lamb(0.1, 0.8, 0.95, 1e-3, weight_decay=0.1)
+  jax.tree.map(
+    lambda a, b: assert_close(a, b, 1e-6), history[-1], trajectory(theirs, PARAMS, GRADS)[-1]
+  )
+  excluded = make_optimizer('lamb', 0.1, no_trust_ratio=['ndim<=1'], no_decay=['.*bias'], **options)
+  plain = trajectory(excluded, PARAMS, GRADS)
+  for layer, leaf in (('head', 'kernel'), ('head', 'bias')):
+    for run, adapts, decay in ((history, True, 0.1), (plain, leaf == 'kernel', 0.1)):
+      decay = 0 if run is plain and leaf == 'bias' else decay
+      w, m, n = np.float64(PARAMS[layer][leaf]), 0, 0
+      for step, grads in enumerate(GRADS, 1):
+        g = np.float64(grads[layer][leaf])
+        m, n = 0.8 * m + 0.2 * g, 0.95 * n + 0.05 * g**2
+        u = m / (1 - 0.8**step) / (np.sqrt(n / (1 - 0.95**step)) + 1e-3) + decay * w
+        w = w - 0.1 * u * (np.linalg.norm(w) / np.linalg.norm(u) if adapts else 1)
+      assert_close(run[-1][layer][leaf], w, 1e-5)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'lars', 'adamw', 'lamb'])
 def test_frozen_parameters_stay_and_cost_no_state_and_no_share_of_the_norm(name):
   options = {'weight_decay': 0.1, 'clip_global_norm': 0.5}
   frozen = make_optimizer(name, 0.1, frozen=['encoder/.*'], **options)
@@ -206,7 +227,10 @@ def test_a_pattern_that_matches_nothing_raises_with_paths(options):
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
-    (lambda: make_optimizer('adam', 0.1), "Unknown optimizer 'adam': choose sgd, lars, adamw"),
+    (
+      lambda: make_optimizer('adam', 0.1),
+      "Unknown optimizer 'adam': choose sgd, lars, adamw, lamb",
+    ),
     (lambda: make_optimizer('sgd', 0.1, betas=(0.9, 0.95)), "'sgd' has no option betas"),
     (lambda: make_optimizer('sgd', 0.1, decay=0.1), 'no option decay'),
     (lambda: make_optimizer('sgd', -0.1), 'learning_rate must not be negative'),
@@ -220,3 +244,29 @@ def test_a_pattern_that_matches_nothing_raises_with_paths(options):
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_gradients_take_the_place_of_parameters_but_for_those_that_are_not_finite():
+  optimizer = optimizers.replace_by_gradient()
+  value, state = jnp.array([5.0, 6.0]), optimizer.init(jnp.zeros(2))
+  expected = ([1, 2], [1, 3], [1, 3], [4, 0])
+  for gradient, new in zip(([1, 2], [np.inf, 3], [np.nan, -np.inf], [4, 0]), expected):
+    updates, state = optimizer.update(jnp.array(gradient, jnp.float32), state, value)
+    value = optax.apply_updates(value, updates)
+    np.testing.assert_array_equal(value, new)
+
+
+def test_a_held_optimizer_does_nothing_and_then_starts_as_if_it_were_new():
+  inner = optimizers.make_optimizer('adamw', 0.1, weight_decay=0.5)
+  held = optimizers.held(inner, 2)
+  params, gradient = {'w': jnp.ones(3)}, {'w': jnp.array([1.0, -2.0, 0.5])}
+  state, fresh = held.init(params), inner.init(params)
+  for _ in range(2):
+    updates, state = held.update({'w': jnp.full(3, 7.0)}, state, params)
+    np.testing.assert_array_equal(updates['w'], 0)
+  for _ in range(2):
+    updates, state = held.update(gradient, state, params)
+    expected, fresh = inner.update(gradient, fresh, params)
+    np.testing.assert_array_equal(updates['w'], expected['w'])
+  with pytest.raises(ValueError, match='steps must not be negative, got -1'):
+    optimizers.held(inner, -1)

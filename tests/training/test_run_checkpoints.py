@@ -148,6 +148,11 @@ def test_state_that_is_not_finite_is_not_written(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   with pytest.raises(FloatingPointError, match=r'after step 7.*No checkpoint was written'):
     checkpoints.save(7, state, None)
+  statistics = {'batch_stats': {'bn': {'var': jnp.array([1.0, jnp.inf])}}}
+  with pytest.raises(
+    FloatingPointError, match=r'statistic of the model .* not finite after step 8'
+  ):
+    checkpoints.save(8, make_state().replace(model_state=statistics), None)
   assert checkpoints.steps == []
 
 

@@ -17,6 +17,28 @@ def values(schedule, steps):
   return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps)))
 
 
+@golden('idmm', 'lr_schedule')
+def test_a_displaced_cosine_agrees_with_official_code(vectors, rtol):
+  epochs, steps, warmup = (
+    vectors.param(name) for name in ('epochs', 'steps_per_epoch', 'warmup_epochs')
+  )
+  rate = schedules.make_schedule(
+    'displaced_cosine', vectors.param('lr'), epochs=epochs, steps_per_epoch=steps,
+    warmup_epochs=warmup,
+  )  # fmt: skip
+  assert_close(values(rate, epochs * steps), vectors['out_lr'], rtol)
+
+
+def test_a_displaced_cosine_without_warmup_is_the_cosine():
+  found = values(schedules.displaced_cosine(0.3, 5, 4), 20)
+  assert_close(found, values(schedules.cosine(0.3, 20), 20), 1e-5)
+  for warmup, message in ((0.5, 'whole warmup_epochs'), (5, 'below epochs=5')):
+    with pytest.raises(ValueError, match=message):
+      schedules.displaced_cosine(0.3, 5, 4, warmup)
+  with pytest.raises(ValueError, match='no warmup_start'):
+    schedules.make_schedule('displaced_cosine', 0.1, epochs=5, steps_per_epoch=2, warmup_start=0.01)
+
+
 @golden('ssl_baselines', 'dino_schedules')
 def test_cosine_with_inclusive_warmup_agrees_with_reference(vectors, rtol):
   epochs, steps_per_epoch = vectors.param('epochs'), vectors.param('steps_per_epoch')
@@ -35,6 +57,18 @@ def test_cosine_with_inclusive_warmup_agrees_with_reference(vectors, rtol):
   assert_close(values(decay, steps), vectors['out_weight_decay'], rtol)
   momentum = schedules.cosine(0.996, steps, 1.0)
   assert_close(values(momentum, steps), vectors['out_teacher_momentum'], rtol)
+
+
+@golden('s3l', 'lr_schedules')
+def test_cosines_over_epochs_and_over_steps_agree_with_reference(vectors, rtol):
+  base, each = vectors.param('lr'), vectors.param('steps_per_epoch')
+  options = {'epochs': vectors.param('epochs'), 'steps_per_epoch': each}
+  steps = options['epochs'] * each
+  by_epoch = schedules.make_schedule('cosine_per_epoch', base, **options)
+  expected = np.repeat(vectors['out_pretrain_lr_per_epoch'], each)
+  assert_close(values(by_epoch, steps), expected, rtol)
+  by_step = schedules.make_schedule('cosine', base, **options)
+  assert_close(values(by_step, steps), vectors['out_finetune_lr_per_step'], rtol)
 
 
 def test_cosine_starts_at_base_halves_in_the_middle_and_stays_at_the_end():
@@ -118,3 +152,9 @@ def test_bad_arguments_raise(call, message):
 
 def make(name, steps_per_epoch=2, **options):
   return schedules.make_schedule(name, 1.0, epochs=4, steps_per_epoch=steps_per_epoch, **options)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused():
+  for name, options in {'constant': {}, 'multistep': {'milestones': (7,)}, 'cosine': {}}.items():
+    with pytest.raises(ValueError, match=r'warmup_epochs=6 is longer than the training, epochs=5'):
+      schedules.make_schedule(name, 0.1, epochs=5, steps_per_epoch=3, warmup_epochs=6, **options)
