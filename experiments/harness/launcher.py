@@ -28,8 +28,10 @@ from experiments.harness import machine, results, seeds, sources
 from experiments.harness import settings as sections
 from experiments.harness.results import Results
 from experiments.harness.runs import say
+from jaxlab import training
 from jaxlab.parallel import hosts
 
+STOPPED = 'stopped; the same command goes on from what is saved'
 CONFIGS = pathlib.Path(importlib.util.find_spec('mlcollections_configs').origin).parent
 
 
@@ -159,7 +161,7 @@ def launch(config: Any, workdir: str | pathlib.Path | None = None) -> Results:
 
   Raises:
     ValueError: for settings that cannot be, data that are not what they say, a work directory of another
-      experiment. Nothing is trained before that is known.
+      experiment or in use by another process. Nothing is trained before that is known.
     FileNotFoundError: for data that are not there; the message says what the setting needs.
   """
   hosts.initialize()
@@ -169,24 +171,25 @@ def launch(config: Any, workdir: str | pathlib.Path | None = None) -> Results:
   if (held := _finished(file, config)) is not None:
     say(f'Finished before: {file} (without this file everything is evaluated again).')
     return held
-  start = time.perf_counter()
-  try:
-    outcome = importlib.import_module(f'experiments.{config.paper}').run(config, workdir)
-  except FileNotFoundError as error:
-    needed = '\n  '.join(sources.needed(config))
-    raise FileNotFoundError(
-      f'{error}\n{config.paper}/{config.setting} needs\n  {needed}'
-    ) from error
-  outcome |= {
-    'seconds': round(time.perf_counter() - start, 1),
-    'config': sections.plain(config),
-    'versions': {
-      name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'jaxlab')
-    },
-    'machine': machine.describe(),
-  }
-  if jax.process_index() == 0:
-    results.save_json(file, outcome)
+  with training.locked(workdir):
+    start = time.perf_counter()
+    try:
+      outcome = importlib.import_module(f'experiments.{config.paper}').run(config, workdir)
+    except FileNotFoundError as error:
+      needed = '\n  '.join(sources.needed(config))
+      raise FileNotFoundError(
+        f'{error}\n{config.paper}/{config.setting} needs\n  {needed}'
+      ) from error
+    outcome |= {
+      'seconds': round(time.perf_counter() - start, 1),
+      'config': sections.plain(config),
+      'versions': {
+        name: importlib.metadata.version(name) for name in ('jax', 'flax', 'optax', 'jaxlab')
+      },
+      'machine': machine.describe(),
+    }
+    if jax.process_index() == 0:
+      results.save_json(file, outcome)
   return Results(outcome, workdir)
 
 
@@ -286,7 +289,8 @@ def main(paper: str, arguments: Sequence[str] | None = None) -> Results | None:
   """Runs an experiment from the command line and prints its results; returns them.
 
   What is wrong with settings, data or folders ends the program with status 2 and without a traceback, a loss
-  that is not finite with status 1, Ctrl-C between trainings with 130; during a training it saves (status 0).
+  that is not finite with status 1. SIGTERM and Ctrl-C end it with status 0, after a training has saved; a
+  second Ctrl-C ends it at once (130).
   """
   options, changes = _parse(paper, sys.argv[1:] if arguments is None else list(arguments))
   with errors_without_traceback():
@@ -300,14 +304,19 @@ def main(paper: str, arguments: Sequence[str] | None = None) -> Results | None:
       check(config)
       return None
     hosts.initialize()
-    config = load_checked(paper, options.config, changes)
-    if options.seeds is None:
-      found = launch(config, options.workdir)
-    else:
-      if any(change.startswith('seed=') for change in changes):
-        raise ValueError('--seeds and --config.seed: expected one of the two.')
-      found = series(config, options.workdir, sections.parse(options.seeds, tuple[int, ...]))
-    say(f'\n{found}')
+    try:
+      with training.catch_signals() as stopping, stopping.at_once():
+        config = load_checked(paper, options.config, changes)
+        if options.seeds is None:
+          found = launch(config, options.workdir)
+        else:
+          if any(change.startswith('seed=') for change in changes):
+            raise ValueError('--seeds and --config.seed: expected one of the two.')
+          found = series(config, options.workdir, sections.parse(options.seeds, tuple[int, ...]))
+        say(f'\n{found}')
+    except SystemExit:
+      print(STOPPED, file=sys.stderr)
+      raise
     return found
 
 
@@ -363,5 +372,5 @@ def errors_without_traceback() -> Iterator[None]:
     print(f'error: {error}', file=sys.stderr)
     raise SystemExit(1) from error
   except KeyboardInterrupt as error:
-    print('stopped; the same command goes on from what is saved', file=sys.stderr)
+    print(STOPPED, file=sys.stderr)
     raise SystemExit(130) from error

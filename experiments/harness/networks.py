@@ -9,15 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.harness import data as harness_data
-from experiments.harness import runs, supervised
-from experiments.harness.data import Augment, Images, Tokens
+from experiments.harness import runs, sources, supervised
+from experiments.harness.data import Augment, Images, Sentences, Tokens
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Experiment, Recipe
-from experiments.harness.tasks import ImageTask, Task, TokenTask
+from experiments.harness.settings import free
+from experiments.harness.tasks import ImageTask, SentenceTask, Task, TokenTask, is_correct
 from jaxlab import data, models, parallel
 from jaxlab.models.classifier_heads import (
   Classifier,
@@ -31,7 +33,12 @@ from jaxlab.training import map_batches
 Array = jax.Array
 
 HEADS = ('linear', 'scaled', 'cosine')
-KERNELS = {'torch': torch_default, 'kaiming': kaiming_normal_fan_in}
+# Kernel and bias of linear heads; None: PyTorch's.
+KERNELS = {
+  'torch': (torch_default, None),
+  'kaiming': (kaiming_normal_fan_in, None),
+  'normal': (nn.initializers.normal(0.01), nn.initializers.zeros),
+}
 
 
 def create(model: Mapping[str, Any], **changes: Any) -> nn.Module:
@@ -48,7 +55,7 @@ def classifier(
     model: see `create`.
     num_classes: number of logits.
     head: 'linear', 'scaled' (learnable weight scaling) or 'cosine'.
-    kernel_init: of a linear head, 'torch' or 'kaiming'.
+    kernel_init: of a linear head, 'torch', 'kaiming' or 'normal' (deviation 0.01, without bias at first).
 
   Raises:
     ValueError: for a head or an initializer that does not exist.
@@ -63,7 +70,8 @@ def classifier(
       f'head={head!r} with kernel_init={kernel_init!r}: expected one of {", ".join(HEADS)} and of '
       f'{", ".join(KERNELS)}.'
     )
-  return Classifier(backbone, Linear(num_classes, KERNELS[kernel_init]))
+  kernel, bias = KERNELS[kernel_init]
+  return Classifier(backbone, Linear(num_classes, kernel, bias_init=bias))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,32 +80,50 @@ class Network:
 
   Attributes:
     model: name and fields of `jaxlab.models.create`.
-    data: images that it classifies, or tokens whose next one it predicts.
+    data: images that it classifies, tokens whose next one it predicts, or sentences that it encodes.
     augment: of training images.
     pretrained: name of public weights (`jaxlab.models.load_pretrained`), or
     recipe: of its training here.
+    weights: file with the public weights; empty: they are downloaded.
     massive: (token, channel, value) of the position embedding before training: entries of some 15 grow into
       the massive activations of large transformers.
+    fan_in_scaled: patterns of kernels that are drawn with PyTorch's default deviation, 1 / sqrt(3 fan in), in
+      place of the model's own: narrow transformers stand higher learning rates with it than with 0.02.
   """
 
   model: Mapping[str, Any]
-  data: Images | Tokens
+  data: Images | Tokens | Sentences
   augment: Augment = dataclasses.field(default_factory=Augment)
   pretrained: str = ''
+  weights: str = free('')
   recipe: Recipe | None = None
   massive: tuple[tuple[int, int, float], ...] = ()
+  fan_in_scaled: tuple[str, ...] = ()
+
+  @property
+  def measure(self) -> str:
+    """The metric that says how good the network is; without labels, how close to the float network."""
+    if isinstance(self.data, Tokens):
+      return 'perplexity'
+    if isinstance(self.data, Sentences):
+      return 'rank_correlation'
+    return 'accuracy' if self.data.labeled else 'agreement'
 
   @property
   def task(self) -> Task:
     """What the network is asked."""
     if isinstance(self.data, Tokens):
       return TokenTask.of(self.data)
+    if isinstance(self.data, Sentences):
+      return SentenceTask(self.data.length)
     return ImageTask.of(self.data, self.augment)
 
   def check(self) -> Any:
     """Yields what is wrong with the values."""
     if bool(self.pretrained) == (self.recipe is not None):
       yield 'pretrained: expected public weights or a recipe, one of the two.'
+    if self.weights and not self.pretrained:
+      yield f'weights={self.weights!r}: give the name of the weights, pretrained, too.'
     try:
       create(self.model)
     except (ValueError, TypeError) as error:
@@ -119,21 +145,40 @@ def training(
     network: with a recipe.
     title: of the run.
     decides: what else decides what it ends with, such as the settings of a loss.
-    **options: of `supervised.program`: `loss`, `captured`, `teacher`, ...
+    **options: of `supervised.program`: `loss`, `captured`, `teacher`, ...; `prepare` is given the parameters
+      as the network's section changes them.
   """
   steps = network.data.train_size // network.recipe.batch_size
-
-  def plant(params: Any) -> Any:
-    for token, channel, value in network.massive:
-      params = {**params, 'pos_embed': params['pos_embed'].at[0, token, channel].set(value)}
-    return params
-
   model = create(network.model)
-  options = {'prepare': plant, **options}
-  program = supervised.program(model, network.task, network.recipe, steps, **options)
-  own = {name: getattr(network, name) for name in ('model', 'augment', 'massive')}
+  further = options.pop('prepare', lambda params: params)
+  prepare = lambda params: further(prepared(network, params))  # noqa: E731
+  program = supervised.program(
+    model, network.task, network.recipe, steps, prepare=prepare, **options
+  )
   num_steps = network.recipe.epochs * steps
-  return Run(config, network.data, network.recipe, program, num_steps, {**own, **decides}, title)
+  own = {**drawn_by(network), **decides}
+  return Run(config, network.data, network.recipe, program, num_steps, own, title)
+
+
+def drawn_by(network: Network) -> dict[str, Any]:
+  """Returns what decides a network's training besides seed, data and recipe."""
+  return {name: getattr(network, name) for name in ('model', 'augment', 'massive', 'fan_in_scaled')}
+
+
+def prepared(network: Network, params: Any) -> Any:
+  """Returns drawn parameters as training starts from them: with `massive` and `fan_in_scaled` applied."""
+  for token, channel, value in network.massive:
+    params = {**params, 'pos_embed': params['pos_embed'].at[0, token, channel].set(value)}
+  for pattern in network.fan_in_scaled:
+    params = models.map_matching(_fan_in_scaled, params, pattern)
+  return params
+
+
+def _fan_in_scaled(path: str, kernel: Array) -> Array:
+  """Returns a kernel as drawn, scaled to the deviation 1 / sqrt(3 fan in)."""
+  del path
+  deviation = (3 * kernel.size / kernel.shape[-1]) ** -0.5
+  return kernel * (deviation / jnp.sqrt(jnp.mean(jnp.square(kernel))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +227,11 @@ class Loaded:
     """Returns how good variables under hooks are on the test records.
 
     `accuracy` in percent or, of tokens, `perplexity`; and `logit_mse`, the mean squared difference of the
-    outputs from those of the float network.
+    outputs from those of the float network. Without labels in place of the accuracy `agreement`, the
+    percentage of images whose largest logit is that of the float network, and `relative_error`, the norm of
+    the difference of all outputs over the norm of the float ones. Of sentences `relative_error` of their
+    embeddings, and `rank_correlation`, Spearman's between the cosine similarities of all pairs of sentences
+    and those of the float network.
     """
     fn = functools.partial(
       judge, self.variables, variables, model=self.model, hooks=tuple(hooks), task=self.network.task
@@ -194,10 +243,17 @@ class Loaded:
       mesh=self.config.mesh.make(),
       **harness_data.reading(self.network.data, 'test'),
     )
-    metrics = {'logit_mse': float(found['logit_mse'].mean())}
-    if isinstance(self.network.data, Tokens):
-      return {'perplexity': float(jnp.exp(found['loss'].mean())), **metrics}
-    return {'accuracy': 100 * float(found['correct'].mean()), **metrics}
+    measure = self.network.measure
+    if measure == 'rank_correlation':
+      return similarity(**found)
+    mse, size = found['logit_mse'].mean(), found['logit_square'].mean()
+    metrics = {'logit_mse': float(mse)}
+    if measure == 'perplexity':
+      return {measure: float(jnp.exp(found['loss'].mean())), **metrics}
+    if measure == 'agreement':
+      relative = {'relative_error': float(np.sqrt(mse / size))}
+      return {measure: 100 * float(found['agrees'].mean()), **relative, **metrics}
+    return {measure: 100 * float(found['correct'].mean()), **metrics}
 
 
 def load(config: Experiment, network: Network, folder: Any, run: Run | None = None) -> Loaded:
@@ -209,9 +265,11 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
     folder: of its training.
     run: its training; None: `training(config, network)`.
   """
-  sources = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
+  records = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
   if network.pretrained:
     fields = {name: value for name, value in network.model.items() if name != 'name'}
+    if network.weights:
+      fields['file'] = sources.file(network.weights)
     model, variables = models.load_pretrained(network.pretrained, **fields)
     shardings = parallel.fsdp_shardings(variables, config.mesh.make())
     variables = jax.tree.map(
@@ -222,8 +280,8 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
   else:
     model = create(network.model)
     run = run or training(config, network, 'in float')
-    variables = runs.train(run, sources['train'], folder).variables
-  return Loaded(config, network, model, variables, sources['train'], sources['test'])
+    variables = runs.train(run, records['train'], folder).variables
+  return Loaded(config, network, model, variables, records['train'], records['test'])
 
 
 def calibration_sharding(mesh: jax.sharding.Mesh, size: int) -> NamedSharding:
@@ -237,7 +295,37 @@ def calibration_sharding(mesh: jax.sharding.Mesh, size: int) -> NamedSharding:
 def judge(float_variables, variables, batch, *, model, hooks, task) -> dict[str, Array]:
   """Returns scores of each record; networks with equal hooks share a compilation."""
   x, y = task.inputs(batch), task.targets(batch)
-  reference = model.apply(float_variables, x).astype(jnp.float32)
-  outputs = models.apply(model, variables, x, hooks=hooks).astype(jnp.float32)
-  error = jnp.mean(jnp.square(outputs - reference), tuple(range(1, outputs.ndim)))
-  return {'logit_mse': error, **task.score(outputs, y)}
+  args, kwargs = ((), x) if isinstance(x, Mapping) else ((x,), {})
+  reference = model.apply(float_variables, *args, **kwargs).astype(jnp.float32)
+  outputs = models.apply(model, variables, *args, hooks=hooks, **kwargs).astype(jnp.float32)
+  if isinstance(task, SentenceTask):
+    return {'reference': task.embed(reference, y), 'embedding': task.embed(outputs, y)}
+  axes = tuple(range(1, outputs.ndim))
+  agrees = is_correct(outputs, jnp.argmax(reference, -1))
+  agrees = jnp.where(jnp.any(jnp.isnan(reference), -1), jnp.nan, agrees)
+  return {
+    'logit_mse': jnp.mean(jnp.square(outputs - reference), axes),
+    'logit_square': jnp.mean(jnp.square(reference), axes),
+    'agrees': jnp.mean(agrees, axes[:-1]),
+    **task.score(outputs, y),
+  }
+
+
+def similarity(reference: np.ndarray, embedding: np.ndarray) -> dict[str, float]:
+  """Returns how close embeddings `[sentences, width]` are to those of the float network.
+
+  `relative_error`, the norm of the difference over that of the reference; `rank_correlation`, Spearman's
+  between the cosine similarities of all pairs; `logit_mse`, the mean squared difference.
+  """
+  from scipy import stats
+
+  def cosines(vectors):
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+
+  difference = embedding - reference
+  return {
+    'rank_correlation': float(stats.spearmanr(cosines(reference), cosines(embedding)).statistic),
+    'relative_error': float(np.linalg.norm(difference) / np.linalg.norm(reference)),
+    'logit_mse': float(np.mean(np.square(difference))),
+  }

@@ -1,10 +1,11 @@
 """Pictures of results."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.harness.sections import Experiment
 
@@ -28,6 +29,41 @@ def drawn(path: Any, *shape: int, size: tuple[float, float], **options: Any) -> 
       figure.savefig(str(path), dpi=120)
   finally:
     plt.close(figure)
+
+
+def bars(
+  path: Any,
+  config: Experiment,
+  rows: Sequence[Mapping[str, Any]],
+  panels: Mapping[str, Mapping[str, str]],
+) -> None:
+  """Draws metrics of rows as bars, side by side in panels.
+
+  Args:
+    path: of the picture.
+    config: the experiment; its `pictured` rows are drawn.
+    rows: see `results.row`; one that lacks a metric has no bar.
+    panels: by title, in each the metrics by what the legend calls them.
+  """
+  rows = [item for item in rows if not config.pictured or item['name'] in config.pictured]
+  places = np.arange(len(rows))
+  with drawn(path, 1, len(panels), size=(4.5 * len(panels), 3.8), squeeze=False) as axes:
+    for axis, (name, series) in zip(axes[0], panels.items(), strict=True):
+      values = [
+        [item['metrics'].get(metric, np.nan) for item in rows] for metric in series.values()
+      ]
+      width = 0.8 / len(series)
+      for index, (label, own) in enumerate(zip(series, values, strict=True)):
+        axis.barh(places + index * width, own, width, label=label)
+      if np.any(np.isfinite(values)):
+        axis.set_xlim(max(0, np.nanmin(values) - 5), np.nanmax(values) + 2)
+      axis.set_yticks(places + 0.4 - width / 2, [item['name'] for item in rows], fontsize=7)
+      axis.invert_yaxis()
+      axis.set_xlabel(name)
+      axis.grid(alpha=0.3, axis='x')
+    if max(map(len, panels.values())) > 1:
+      axes[0, -1].legend(frameon=False, fontsize=8)
+    axes[0, 0].figure.suptitle(title(config))
 
 
 def title(config: Experiment) -> str:

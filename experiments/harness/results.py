@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,7 +214,7 @@ def judged(found: Mapping[str, Any]) -> list[Verdict]:
 
 def save_json(path: Any, value: Any) -> None:
   """Writes `value` as JSON to an `epath` or `pathlib` path, at once or not at all."""
-  partial = path.parent / f'{path.name}.partial'
+  partial = path.parent / f'{path.name}.{os.getpid()}.partial'
   partial.write_text(json.dumps(value, indent=2) + '\n')
   partial.replace(path)
 

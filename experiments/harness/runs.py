@@ -163,7 +163,20 @@ def train(
     )
   finally:
     feed.close()
+  if problem := not_falling(history):
+    say(f'WARNING, {name}: {problem}')
   return Trained(variables_of(state), state, history)
+
+
+def not_falling(history: Sequence[Mapping[str, Any]]) -> str:
+  """Returns what there is to say of a loss that never fell below its first row by 1 in 1000; '' if it did."""
+  losses = [row['loss'] for row in history if 'loss' in row]
+  if len(losses) < 3 or min(losses[1:]) < losses[0] - 1e-3 * abs(losses[0]):
+    return ''
+  return (
+    f'the loss did not fall: {losses[0]:.4g} at first, {losses[-1]:.4g} at the end. Look at the learning '
+    'rate and at the scale of the inputs.'
+  )
 
 
 def variables_of(state: TrainState) -> Variables:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from experiments.harness.settings import entries, found_by, free, section
 from jaxlab import parallel
+from jaxlab.quantizers import parse_bits
 from jaxlab.training import make_optimizer, make_schedule
 from jaxlab.training.schedules import per_epoch
 
@@ -93,6 +94,31 @@ def check_batch(mesh: Mesh, size: int, name: str) -> Iterator[str]:
     yield str(error)
 
 
+def check_bits(
+  bits: Sequence[str], low: int, high: int, in_float: int | None = None
+) -> Iterator[str]:
+  """Yields what is wrong with bit-widths such as '4w4a', or with there being none.
+
+  Args:
+    bits: of weights and activations.
+    low: fewest bits of either.
+    high: most.
+    in_float: a further number of activation bits, which stands for float.
+  """
+  if not bits:
+    yield 'bits: expected at least one.'
+  for name in dict.fromkeys(bits):
+    if problems := list(found_by('bits', parse_bits, name)):
+      yield from problems
+      continue
+    weights, inputs = parse_bits(name)
+    if not (low <= weights <= high and (low <= inputs <= high or inputs == in_float)):
+      other = '' if in_float is None else f', and {in_float} of activations for float'
+      yield f'bits: {name!r} is outside of {low} to {high} bits{other}.'
+  if len(set(bits)) < len(bits):
+    yield f'bits={tuple(bits)}: expected each once.'
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
   """Options of `jaxlab.training.make_optimizer`; None: its default."""
@@ -110,12 +136,20 @@ class Optimizer:
   clip_per_tensor: float | None = None
 
   def make(
-    self, learning_rate: float | optax.Schedule, frozen: Sequence[str] = ()
+    self,
+    learning_rate: float | optax.Schedule,
+    frozen: Sequence[str] = (),
+    decoupled: optax.GradientTransformation | None = None,
+    **others: Any,
   ) -> optax.GradientTransformation:
-    """Returns the optimizer; `frozen` are patterns of parameters that stay."""
+    """Returns the optimizer; `frozen` are patterns of parameters that stay, `decoupled` as there.
+
+    `others` are options in place of the section's, such as a schedule of the weight decay.
+    """
     options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     given = {name: value for name, value in options.items() if value is not None}
-    return make_optimizer(learning_rate=learning_rate, frozen=tuple(frozen), **given)
+    given |= {'frozen': tuple(frozen), 'decoupled': decoupled, **others}
+    return make_optimizer(learning_rate=learning_rate, **given)
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -155,6 +189,7 @@ class Recipe:
     schedule: of the learning rate.
     optimizer: with its own options.
     mixup: alpha; 0: none.
+    cutmix: alpha; 0: none. With both, each step takes one of them with equal chances.
     microbatches: parts of a batch that gradients are accumulated over.
     precision: type of the computation; parameters stay in float32.
     partition: partition rules of parameters, pairs (pattern, axes of the mesh).
@@ -167,6 +202,7 @@ class Recipe:
   schedule: Schedule
   optimizer: Optimizer = section(Optimizer)
   mixup: float = 0.0
+  cutmix: float = 0.0
   microbatches: int = 1
   precision: Literal['float32', 'bfloat16'] = 'float32'
   partition: tuple[tuple[str, tuple[str | None, ...]], ...] = free(())
@@ -189,6 +225,11 @@ class Recipe:
         yield f'{name}={getattr(self, name)}: expected at least 1.'
     if self.microbatches > 0 and self.batch_size % self.microbatches:
       yield f'microbatches={self.microbatches} does not divide batch_size={self.batch_size}.'
+    for name in ('mixup', 'cutmix'):
+      if getattr(self, name) < 0:
+        yield f'{name}={getattr(self, name)}: expected alpha, or 0 for none.'
+    if self.eval_every < 0:
+      yield f'eval_every={self.eval_every}: expected a number of steps, or 0 for none.'
     if self.best_metric and not self.eval_every:
       yield f'best_metric={self.best_metric!r} needs eval_every, now 0.'
     if self.epochs > 0:

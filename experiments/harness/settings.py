@@ -125,7 +125,7 @@ def overridden(
         text = text if texts else changes[key]
         text = os.fspath(text) if isinstance(text, os.PathLike) else text
         value = parse(text, kind) if isinstance(text, str) else text
-        _put(values, key.split('.'), value)
+        _put(values, key.split('.'), _opened(value))
       except ValueError as error:
         problems.append(f'--config.{key}={text}: {error}')
   return values, problems
@@ -264,6 +264,13 @@ def _written(value: Any) -> str:
 
 def _copied(values: Any) -> Any:
   return {k: _copied(v) for k, v in values.items()} if isinstance(values, Mapping) else values
+
+
+def _opened(value: Any) -> Any:
+  """Returns a section as a mapping, so that later changes find its fields."""
+  if dataclasses.is_dataclass(value):
+    return {f.name: _opened(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  return _copied(value)
 
 
 def _hints(cls: type) -> dict[str, Any]:

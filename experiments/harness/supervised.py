@@ -1,6 +1,7 @@
 """The supervised training of a model on a task: one program for all."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from flax import linen as nn
 from experiments.harness.sections import Recipe
 from experiments.harness.tasks import Task
 from jaxlab import data, models
+from jaxlab.quantizers import Quantized
 from jaxlab.training import Initial, LossState, Out, Program, cast_floating, make_program
 
 Array = jax.Array
@@ -25,12 +27,14 @@ class Seen(NamedTuple):
     teacher: the teacher's outputs for the same inputs; None: there is none.
     captured: what the modules named by `program(captured=...)` hand on, by path.
     taught: likewise of the teacher.
+    constants: the values of `program(constants=...)`.
   """
 
   step: Array
   teacher: Array | None
   captured: Mapping[str, Any] = {}
   taught: Mapping[str, Any] = {}
+  constants: PyTree = None
 
 
 Loss = Callable[[Array, Array, Seen], Array]
@@ -59,12 +63,20 @@ def program(
   steps_per_epoch: int,
   *,
   loss: Loss = cross_entropy,
-  teacher: nn.Module | None = None,
+  teacher: nn.Module | Quantized | None = None,
+  constants: PyTree = None,
   prepare: Callable[[PyTree], PyTree] = lambda params: params,
+  collections: Mapping[str, PyTree] | None = None,
+  unbind: Callable[[PyTree], Mapping[str, PyTree]] = lambda params: {'params': params},
+  before_call: Callable[[dict[str, PyTree]], dict[str, PyTree]] = lambda variables: variables,
+  options: Mapping[str, Any] | None = None,
+  optimizer: Callable[[optax.Schedule], optax.GradientTransformation] | None = None,
   frozen: Sequence[str] = (),
   hooks: Sequence[models.Hook] = (),
   captured: Sequence[str] = (),
   taught: Sequence[str] = (),
+  watched: Mapping[str, Callable[[Seen], Array]] = MappingProxyType({}),
+  mix: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None,
   repeats: bool = False,
   draw: Callable[[Array], tuple[Array, dict[str, Array]]] = streams,
 ) -> Program:
@@ -79,27 +91,53 @@ def program(
     recipe: of the training.
     steps_per_epoch: optimizer steps of an epoch.
     loss: `(outputs, targets, seen) -> values`, which are averaged; outputs are in float32.
-    teacher: a model that the loss learns from.
+    teacher: a model that the loss learns from; or a quantized network, of which shapes are enough.
+    constants: shapes of arrays that the loss reads (`Seen.constants`); their values are
+      `frozen['constants']`.
     prepare: applied to the parameters as they were drawn.
+    collections: variables that steps carry along besides those that the model makes itself.
+    unbind: the model's variables as a function of what is trained, which is more than the parameters where
+      steps or ranges of quantizers are learned: `lambda trained: network.update(**trained).unbind()[0]`, with
+      `prepare=lambda _: {'params': ..., 'lsq': ...}` and the network's `hooks`.
+    before_call: applied to all variables before every call of the model, carried ones included: what
+      `Quantized.prepare` is.
+    options: keyword arguments of the model, in place of the task's.
+    optimizer: made of the learning rate's schedule, in place of the recipe's own: groups of parameters
+      (`training.by_path`), a decoupled transformation (`recipe.optimizer.make(schedule, decoupled=...)`).
     frozen: patterns of parameters that stay.
     hooks: around the model's modules in training.
     captured: patterns of modules whose outputs the loss reads (`Seen.captured`): penalties on features,
       distillation from block to block.
     taught: likewise of the teacher.
+    watched: scalars of every step, by name, which become metrics; `state.extra` holds the largest value that
+      each had in any step.
+    mix: `(key, inputs, step) -> (inputs, partners, share)`, in place of the recipe's mixup and CutMix; the
+      loss is that of both targets, `share` of a record's own.
     repeats: whether a batch may hold a record twice: its copies are told apart by their place.
     draw: `key -> (key of the parameters, streams)`, see `streams`.
   """
   schedule = recipe.schedule.make(recipe.epochs, steps_per_epoch)
-  optimizer = recipe.optimizer.make(schedule, frozen)
+  if optimizer is None:
+    made = recipe.optimizer.make(schedule, frozen)
+  elif frozen:
+    raise ValueError(f'frozen={tuple(frozen)} belongs to the optimizer that is given.')
+  else:
+    made = optimizer(schedule)
+  mixes = mix
+  if mix is None and (recipe.mixup > 0 or recipe.cutmix > 0):
+    mixes = lambda key, x, step: mixed(key, x, recipe)  # noqa: E731
   batch = task.batch(recipe.batch_size)
-  options = recipe.program_options
-  dtype = options['compute_dtype'] or 'float32'
+  program_options = recipe.program_options
+  dtype = program_options['compute_dtype'] or 'float32'
+  options = task.options if options is None else options
 
   def init(key: Array) -> Initial:
     init_key, keys = draw(key)
     blank = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape[1:]), leaf.dtype), task.batch(2))
     variables = dict(model.init(init_key, task.augmented(jax.random.split(init_key, 2), blank)))
-    return Initial(prepare(variables.pop('params')), variables, {}, keys)
+    params = prepare(variables.pop('params'))
+    largest = {name: jnp.float32(-jnp.inf) for name in watched}
+    return Initial(params, {**variables, **(collections or {})}, largest, keys)
 
   def own_loss(
     params: PyTree, state: LossState, batch: PyTree, keys: dict[str, Array]
@@ -107,43 +145,84 @@ def program(
     index = jnp.arange(len(batch['index'])) if repeats else batch['index']
     each = jax.vmap(lambda i: jax.random.fold_in(keys['augment'], i))(index)
     x, y = cast_floating(task.augmented(each, batch), dtype), task.targets(batch)
-    if recipe.mixup > 0:
-      x, partner, share = data.mixup(keys['mixup'], x, recipe.mixup)
+    if mixes is not None:
+      x, partner, share = mixes(keys['mixup'], x, state.step)
     told, teacher_parts = None, {}
     if teacher is not None:
-      told, teacher_parts = models.capture(teacher, state.frozen['teacher'], taught, x)
+      told, teacher_parts = _teach(teacher, state.frozen['teacher'], taught, x)
     (outputs, changed), parts = models.capture(
       model,
-      {'params': params, **state.model_state},
+      before_call({**unbind(params), **state.model_state}),
       captured,
       x,
       mutable=list(state.model_state),
       hooks=hooks,
       rngs={'dropout': keys['dropout'], 'drop_path': jax.random.fold_in(keys['dropout'], 1)},
-      **task.options,
+      **options,
     )
     outputs = cast_floating(outputs, jnp.promote_types(outputs.dtype, jnp.float32))
+    held = state.frozen['constants'] if constants is not None else None
+    seen = Seen(state.step, told, parts, teacher_parts, held)
 
     def mean_loss(outputs: Array, targets: Array) -> Array:
-      return jnp.mean(loss(outputs, targets, Seen(state.step, told, parts, teacher_parts)))
+      return jnp.mean(loss(outputs, targets, seen))
 
-    if recipe.mixup > 0:
+    if mixes is not None:
       value = data.mixup_loss(mean_loss, outputs, y, partner, share)
     else:
       value = mean_loss(outputs, y)
+    values = {name: fn(seen).astype(jnp.float32) for name, fn in watched.items()}
+    largest = {name: jnp.maximum(state.extra[name], value) for name, value in values.items()}
     metrics = {
       'accuracy': jnp.mean(task.score(outputs, y)['correct']),
       'learning_rate': schedule(state.step),
+      **values,
     }
-    return value, Out(model_state=dict(changed), metrics=metrics)
+    kept = {**state.model_state, **changed}
+    return value, Out(model_state=kept, extra=largest, metrics=metrics)
 
-  given = None
-  if teacher is not None:
-    given = {'teacher': abstract_variables(teacher, task)}
-  return make_program(init, own_loss, optimizer, batch, frozen=given, **options)
+  given = {}
+  if isinstance(teacher, Quantized):
+    given['teacher'] = jax.eval_shape(lambda: teacher.variables.tree)
+  elif teacher is not None:
+    given['teacher'] = abstract_variables(teacher, task)
+  if constants is not None:
+    given['constants'] = constants
+  return make_program(init, own_loss, made, batch, frozen=given or None, **program_options)
+
+
+def mixed(key: Array, images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
+  """Returns a batch that is mixed as a recipe says: images, partners and the share of the first."""
+  if not recipe.cutmix:
+    return data.mixup(key, images, recipe.mixup)
+  if not recipe.mixup:
+    return data.cutmix(key, images, recipe.cutmix)
+  choice, key = jax.random.split(key)
+  return jax.lax.cond(
+    jax.random.bernoulli(choice),
+    lambda: data.cutmix(key, images, recipe.cutmix),
+    lambda: data.mixup(key, images, recipe.mixup),
+  )
+
+
+def _teach(
+  teacher: nn.Module | Quantized, variables: PyTree, taught: Sequence[str], x: Any
+) -> tuple[Any, dict[str, Any]]:
+  """Returns the teacher's outputs, and what its modules `taught` hand on, in evaluation mode."""
+  if not isinstance(teacher, Quantized):
+    return models.capture(teacher, variables, taught, x)
+  variables = teacher.prepare(variables) if teacher.prepare else variables
+  return models.capture(
+    teacher.model, variables, taught, x, hooks=teacher.hooks, **{**teacher.kwargs, 'train': False}
+  )
+
+
+def abstract_inputs(task: Task) -> Any:
+  """Returns the shapes of what a model reads of two records in training."""
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+  return jax.eval_shape(task.augmented, keys, task.batch(2))
 
 
 def abstract_variables(model: nn.Module, task: Task) -> dict[str, PyTree]:
   """Returns the shapes of a model's variables."""
-  inputs = jax.eval_shape(task.inputs, task.batch(2))
-  return dict(jax.eval_shape(model.init, jax.random.key(0), inputs))
+  return dict(jax.eval_shape(model.init, jax.random.key(0), abstract_inputs(task)))

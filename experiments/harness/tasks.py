@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.harness.data import Augment, Images, Tokens
-from jaxlab import data
+from jaxlab import data, models
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -60,7 +60,8 @@ class ImageTask:
   def of(cls, own: Images, augment: Augment | None = None) -> 'ImageTask':
     """Returns the task of a data set."""
     augment = Augment() if augment is None else augment
-    return cls(own.stored_image, own.view, own.dtype, own.mean, own.std, augment)
+    parts = own.stored_image, own.view, own.dtype, own.mean, own.std, augment
+    return MultiLabelTask(*parts, own.num_classes) if own.multi_label else cls(*parts)
 
   @property
   def options(self) -> dict[str, Any]:
@@ -87,7 +88,8 @@ class ImageTask:
         self.view[0], **own.crop_options(), mean=self.mean, std=self.std
       )
       return data.draw_views(crop, keys, batch['image'], 1)[0]
-    steps = [functools.partial(data.random_crop, padding=own.padding)]
+    crop = functools.partial(data.random_crop, size=self.view[:2], padding=own.padding)
+    steps = [crop]
     if own.flip:
       steps.append(data.random_flip)
     images = jax.vmap(data.compose(*steps))(keys, data.to_float(batch['image']))
@@ -101,7 +103,30 @@ class ImageTask:
     """Returns `loss` and `correct` of each image."""
     outputs = outputs.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    return {'loss': loss, 'correct': (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)}
+    return {'loss': loss, 'correct': is_correct(outputs, targets)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiLabelTask(ImageTask):
+  """Which classes an image shows: records `image`, `multi_label` float `[num_classes]`, `index`."""
+
+  num_classes: int = 0
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    shapes = super().batch(size)
+    del shapes['label']
+    present = jax.ShapeDtypeStruct((size, self.num_classes), jnp.float32)
+    return {**shapes, 'multi_label': present}
+
+  def targets(self, batch: Batch) -> Array:
+    """Returns 1 for each class that is there, else 0."""
+    return batch['multi_label']
+
+  def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
+    """Returns `loss` of each image, its binary cross-entropies' mean over classes."""
+    terms = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), targets)
+    return {'loss': jnp.mean(terms, -1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +169,54 @@ class TokenTask:
     """Returns `loss` and `correct`, means over the positions of each window."""
     outputs = outputs.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    correct = (jnp.argmax(outputs, -1) == targets).astype(jnp.float32)
+    correct = is_correct(outputs, targets)
     return {'loss': jnp.mean(loss, -1), 'correct': jnp.mean(correct, -1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SentenceTask:
+  """A vector for every sentence: records `tokens` `[length]`, `valid` bool `[length]`, `index`.
+
+  The model reads both, as keywords `tokens` and `mask`; what is padded counts nowhere. There is nothing to
+  say: sentences are encoded, and encoders compared.
+  """
+
+  length: int
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {'train': True}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    return {
+      'tokens': jax.ShapeDtypeStruct((size, self.length), jnp.int32),
+      'valid': jax.ShapeDtypeStruct((size, self.length), jnp.bool_),
+      'index': jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+
+  def inputs(self, batch: Batch) -> Batch:
+    """Returns the model's keywords."""
+    return {'tokens': batch['tokens'], 'mask': batch['valid']}
+
+  def augmented(self, keys: Array, batch: Batch) -> Batch:
+    """Returns the model's keywords."""
+    del keys
+    return self.inputs(batch)
+
+  def targets(self, batch: Batch) -> Array:
+    """Returns which tokens count."""
+    return batch['valid']
+
+  def embed(self, outputs: Array, mask: Array) -> Array:
+    """Returns the mean of each sentence's tokens `[batch, width]`, of length 1."""
+    return models.mean_embedding(outputs, mask)
+
+  def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
+    """Returns nothing: one sentence alone is neither right nor wrong."""
+    del outputs, targets
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +264,7 @@ class SequenceTask:
     labels, valid = targets
     outputs = outputs.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.where(valid, labels, 0))
-    correct = (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
+    correct = is_correct(outputs, labels)
     present = jnp.maximum(jnp.sum(valid, -1), 1)
     return {
       'loss': jnp.sum(jnp.where(valid, loss, 0), -1) / present,
@@ -246,3 +317,9 @@ class BoxTask:
   def score(self, outputs: Any, targets: Batch) -> dict[str, Array]:
     """Returns what the detector's own function says of each image."""
     return self.scorer(outputs, targets)
+
+
+def is_correct(outputs: Array, labels: Array) -> Array:
+  """Returns 1.0 where the largest output is the label's, 0.0 where it is not, and NaN where one is NaN."""
+  hits = (jnp.argmax(outputs, -1) == labels).astype(jnp.float32)
+  return jnp.where(jnp.any(jnp.isnan(outputs), -1), jnp.nan, hits)

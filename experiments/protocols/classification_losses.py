@@ -41,6 +41,11 @@ def focal(*, gamma: float = 1.0) -> Loss:
   return lambda logits, labels, seen: losses.focal_loss(logits, labels, gamma)
 
 
+def sigmoid_focal(*, gamma: float = 2.0, alpha: float | None = None) -> Loss:
+  """Focal loss of each class against the rest."""
+  return lambda logits, labels, seen: losses.sigmoid_focal_loss(logits, labels, gamma, alpha)
+
+
 def class_balanced(
   counts: np.ndarray, steps_per_epoch: int, *, beta: float = 0.9999, start: int = 0
 ) -> Loss:
@@ -81,6 +86,7 @@ BASELINES: dict[str, tuple[Callable[..., Loss], int]] = {
   'cross_entropy': (lambda: cross_entropy, 0),
   'label_smoothing': (label_smoothing, 0),
   'focal': (focal, 0),
+  'sigmoid_focal': (sigmoid_focal, 0),
   'balanced_softmax': (balanced_softmax, 1),
   'logit_adjusted': (logit_adjusted, 1),
   'label_aware_smoothing': (label_aware_smoothing, 1),

@@ -57,8 +57,9 @@ class FineTuning:
     """Yields what is wrong with the values."""
     if not 0 <= self.label_smoothing < 1:
       yield f'label_smoothing={self.label_smoothing}: expected a share in [0, 1).'
-    if self.recipe.mixup:
-      yield f'recipe.mixup={self.recipe.mixup}: images are not mixed here; set it to 0.'
+    for name in ('mixup', 'cutmix'):
+      if getattr(self.recipe, name):
+        yield f'recipe.{name}={getattr(self.recipe, name)}: images are not mixed here; set it to 0.'
 
 
 def tuned(own: FineTuning, config: Settings, name: str) -> tuple[str, ...]:

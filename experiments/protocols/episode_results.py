@@ -21,7 +21,7 @@ from experiments.protocols import episodes
 from experiments.protocols.episode_settings import Settings
 from experiments.protocols.episodes import BATCH_AXES, Method, Pools
 from experiments.protocols.few_shot_data import Sources
-from jaxlab.evaluation import episode_metrics
+from jaxlab.evaluation import episode_metrics, predicted_classes
 from jaxlab.training.checkpoints import config_difference
 
 PyTree = Any
@@ -103,8 +103,13 @@ class Comparison:
     return found | {'cosine': cosine, 'drift': 1 - cosine}
 
   def judge(self, probabilities: np.ndarray) -> np.ndarray:
-    """Returns the accuracies `[episodes]` of probabilities `[episodes, queries, num_ways]`."""
-    return np.mean(np.argmax(probabilities, -1) == self.drawn.query_labels, axis=-1)
+    """Returns the accuracies `[episodes]` of probabilities `[episodes, queries, num_ways]`.
+
+    Raises:
+      ValueError: if a probability is NaN.
+    """
+    predictions = np.asarray(predicted_classes(probabilities))
+    return np.mean(predictions == self.drawn.query_labels, axis=-1)
 
   def add(self, name: str, role: str, probabilities: np.ndarray, cosines: ArrayLike) -> None:
     """Adds the row of some predicted probabilities, and of `fine_tune`'s cosines."""

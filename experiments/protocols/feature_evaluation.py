@@ -6,6 +6,7 @@ too and fits the classifier on them; *transfer* keeps that of the float features
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ Array = jax.Array
 BitRules = Callable[[Any, Any], Sequence[quantizers.Rule]]
 
 RECIPES = {
-  'logistic': evaluation.logistic_probe,
+  # Ended before the optimum, as a regularization: on digits' pixels 95.2 % in place of 95.8 %.
+  'logistic': functools.partial(evaluation.logistic_probe, steps=400, learning_rate=0.05),
   'sgd': evaluation.linear_probe_sgd,
   'lars': evaluation.linear_probe_lars,
 }
@@ -46,6 +48,17 @@ class Probe:
     fit = RECIPES[self.name]
     drawn = (key,) if 'key' in inspect.signature(fit).parameters else ()
     return fit(*drawn, features, labels, num_classes=num_classes, **self.options)
+
+  def accuracy(
+    self,
+    key: Array,
+    bank: tuple[Array, Array],
+    queries: tuple[Array, Array],
+    num_classes: int,
+  ) -> float:
+    """Returns in percent how good the classifier of a bank's features and labels is on others."""
+    fitted = self.fit(key, *bank, num_classes)
+    return 100 * float(evaluation.probe_accuracy(fitted, *queries))
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -104,6 +117,16 @@ def check(own: Evaluation, train_size: int | None, rules: BitRules | None = None
     yield f'eval.temperature={own.temperature}: expected a positive number.'
 
 
+def apply_quantized(
+  backbone: Any, variables: Variables, ranges: Any, x: Array, rules: Sequence[quantizers.Rule]
+) -> Array:
+  """Returns features under rules; as in training, a tensor with a scale of 0 stays in float."""
+  params = quantizers.quantize_weights(variables['params'], rules, degenerate='tensor')
+  own = {**variables, 'params': params, 'ranges': ranges}
+  hooks = quantizers.fake_quantize_hooks(rules, degenerate='tensor')
+  return models.apply(backbone, own, x, train=False, hooks=hooks)
+
+
 def evaluator(
   config: Experiment,
   backbone: nn.Module,
@@ -134,14 +157,7 @@ def evaluator(
     variables: Variables, ranges: Any, batch: Any, weight_bits: Array, output_bits: Array
   ) -> Array:
     drawn = rules(weight_bits, output_bits)
-    params = quantizers.quantize_weights(variables['params'], drawn)
-    return models.apply(
-      backbone,
-      {**variables, 'params': params, 'ranges': ranges},
-      task.inputs(batch),
-      train=False,
-      hooks=quantizers.fake_quantize_hooks(drawn),
-    )
+    return apply_quantized(backbone, variables, ranges, task.inputs(batch), drawn)
 
   def features(fn: Callable[[Any], Array], split: str) -> tuple[Array, Array]:
     return map_batches(
@@ -157,8 +173,8 @@ def evaluator(
     queries, labels = features(lambda batch: float_features(variables, batch), 'test')
 
     def probe(bank: Array, queries: Array) -> float:
-      fitted = own.probe.fit(jax.random.key(config.seed), bank, bank_labels, num_classes)
-      return 100 * float(evaluation.probe_accuracy(fitted, queries, labels))
+      key = jax.random.key(config.seed)
+      return own.probe.accuracy(key, (bank, bank_labels), (queries, labels), num_classes)
 
     def knn(bank: Array, queries: Array) -> float:
       found = evaluation.weighted_knn(

@@ -36,16 +36,31 @@ def read_features(path: str, complete: Sequence[str] = ('train', 'test')) -> dic
     raise ValueError(f'features={path} lacks {missing}; it holds {held}.')
   for split in ('train', 'test'):
     features, labels = arrays[f'{split}_features'], arrays[f'{split}_labels']
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
+    if features.ndim != 2 or labels.shape[:1] != features.shape[:1]:
       raise ValueError(
         f'features={path}: {split}_features {features.shape} and {split}_labels {labels.shape}; expected '
         '[records, dim] and [records].'
       )
-    if not np.isfinite(features).all():
-      raise ValueError(f'features={path}: {split}_features holds values that are not finite.')
-    if not np.issubdtype(labels.dtype, np.integer):
-      raise ValueError(f'features={path}: {split}_labels must be integers, got {labels.dtype}.')
-    arrays[f'{split}_features'] = features.astype(np.float32)
+    if not any(np.issubdtype(features.dtype, kind) for kind in (np.floating, np.integer)):
+      raise ValueError(
+        f'features={path}: {split}_features has dtype {features.dtype}, expected numbers'
+        + (
+          ' (bfloat16 is not written to npz: save float32).' if features.dtype.kind == 'V' else '.'
+        )
+      )
+    with np.errstate(over='ignore'):
+      arrays[f'{split}_features'] = narrow = features.astype(np.float32)
+    wrong = np.argwhere(~np.isfinite(narrow))
+    if wrong.size:
+      row, column = wrong[0]
+      raise ValueError(
+        f'features={path}: {split}_features holds values that are not finite in float32, the first in '
+        f'row {row}, column {column}: {features[row, column]}.'
+      )
+    try:
+      arrays[f'{split}_labels'] = data.as_labels(labels, f'{split}_labels')
+    except ValueError as error:
+      raise ValueError(f'features={path}: {error}') from None
   if arrays['train_features'].shape[1] != arrays['test_features'].shape[1]:
     raise ValueError(f'features={path}: training and test features differ in their dimension.')
   classes = int(arrays['train_labels'].max(initial=-1)) + 1

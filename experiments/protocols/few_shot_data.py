@@ -144,7 +144,10 @@ def load(own: BaseAndNovel) -> Sources:
 def _load(own: BaseAndNovel, split: str, classes: tuple[int, ...] | None) -> data.Source:
   name = 'image_folder' if own.name in PUBLISHED else own.name
   try:
-    source = data.load(name, getattr(own, f'{split}_split'), **getattr(own, f'{split}_options'))
+    options = dict(getattr(own, f'{split}_options'))
+    if name == 'image_folder':  # novel classes are others than those of the base
+      options.setdefault('classes_of', None)
+    source = data.load(name, getattr(own, f'{split}_split'), **options)
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{error} {own.name} needs {own.needs}.') from error
   if classes is None:

@@ -167,7 +167,7 @@ class Comparison:
     A group without classes is left out.
     """
     probabilities, labels = np.asarray(probabilities), self.sources.labels
-    predictions = probabilities.argmax(-1)
+    predictions = np.asarray(evaluation.predicted_classes(probabilities))
     groups = self.config.groups.of(self.sources.facts.counts)
     found = recall_metrics(predictions, labels, self.config.data.num_classes, groups=groups)
     confidence = np.minimum(
@@ -191,7 +191,7 @@ class Comparison:
       return
     with pictures.drawn(path, size=(7.5, 4.2)) as axis:
       for position, name in enumerate(shown):
-        predictions = self.probabilities[name].argmax(-1)
+        predictions = evaluation.predicted_classes(self.probabilities[name])
         confusion = evaluation.confusion_matrix(predictions, self.sources.labels, classes)
         recall = 100 * np.asarray(evaluation.per_class_recall(confusion))[order]
         if classes <= 30:

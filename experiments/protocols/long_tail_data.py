@@ -118,10 +118,14 @@ class Imbalanced(Staged):
   Attributes:
     data: the images.
     features: an npz file of a user's own features, which take the place of the images; see `with_features`.
+    standardize_features: bring each of their dimensions to mean 0 and variance 1 over the training records.
+      On pixels as they are, a loss with a floor below probabilities gives most examples no gradient: digits
+      of values up to 16 or 255 end at a mean recall of 15 or 13 % in place of 93 % (3 seeds).
   """
 
   data: LongTailed
   features: str = ''
+  standardize_features: bool = True
 
 
 class Facts(NamedTuple):
@@ -226,9 +230,9 @@ def pooled_split(
 def with_features(config: Imbalanced) -> Imbalanced:
   """Returns the settings that run on `config.features` in place of images, if there are some.
 
-  The backbone is the identity, so that every stage trains a linear classifier on the features as they are
-  (bring them to a sensible scale); nothing is augmented, and the claims, whose margins belong to the
-  setting's own data, are dropped.
+  The backbone is the identity, so that every stage trains a linear classifier on the features, standardized
+  or as they are; nothing is augmented, and the claims, whose margins belong to the setting's own data, are
+  dropped.
   """
   if not config.features:
     return config
@@ -240,7 +244,7 @@ def with_features(config: Imbalanced) -> Imbalanced:
     train_size=records,
     stored_image=(1, 1, dim),
     dtype='float32',
-    train_options={'sha1': digest(arrays)},
+    train_options={'sha1': digest(arrays), 'standardized': config.standardize_features},
     imbalance=Imbalance('features', *_extremes(arrays['train_labels'])),
   )
   return dataclasses.replace(
@@ -264,6 +268,8 @@ def _extremes(labels: np.ndarray) -> tuple[int, float]:
 def features_of(config: Imbalanced) -> tuple[data.Source, data.Source]:
   """Returns the training and test records of `config.features`."""
   arrays = read_features(config.features)
+  if config.standardize_features:
+    arrays |= standardized(arrays['train_features'], arrays['test_features'])
   return tuple(
     data.InMemory(
       {'image': arrays[f'{split}_features'][:, None, None], 'label': arrays[f'{split}_labels']},
@@ -271,6 +277,16 @@ def features_of(config: Imbalanced) -> tuple[data.Source, data.Source]:
     )
     for split in ('train', 'test')
   )
+
+
+def standardized(train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
+  """Returns `{train,test}_features` of mean 0 and variance 1 over `train`; a constant dimension becomes 0."""
+  mean, deviation = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+  # What varies by rounding alone is constant.
+  varies = deviation > 1e-6 * np.abs(train).max(0)
+  scale = np.where(varies, 1 / np.where(varies, deviation, 1), 0)
+  given = {'train_features': train, 'test_features': test}
+  return {name: ((x - mean) * scale).astype(np.float32) for name, x in given.items()}
 
 
 def held_out_counts(counts: np.ndarray, share: float) -> np.ndarray:

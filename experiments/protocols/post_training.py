@@ -25,12 +25,15 @@ from experiments.protocols.quantized_networks import (
   compensate,
   megabytes,
   quantize,
+  quantize_by_gptq,
 )
 from jaxlab import models, quantizers
 from jaxlab.quantizers import compensation
 
+MEASURES = ('accuracy', 'agreement', 'perplexity', 'rank_correlation', 'relative_error')
 METRICS = (
-  'accuracy', 'perplexity', 'megabytes', 'logit_mse', 'logit_mse_ratio', 'block_error_ratio',
+  *MEASURES, *(f'integer_{name}' for name in MEASURES),
+  'megabytes', 'logit_mse', 'logit_mse_ratio', 'block_error_ratio',
 )  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def check(
   metrics = (
     rf'({known})_\d+w\d+a_({"|".join(METRICS)})', rf'({known})_extra_(parameters|multiply_adds)'
   )  # fmt: skip
-  rows = map(re.escape, ('float', 'PTQ', *methods, *further))
+  rows = map(re.escape, ('float', 'PTQ', *_searched(config), *methods, *further))
   yield from results.check_claims(config, list(rows), metrics)
 
 
@@ -97,13 +100,18 @@ def compare(
 ) -> dict[str, Any]:
   """Returns the results of a run: rows for the float network, quantization alone, methods and what goes on.
 
-  Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent) or `perplexity`, `megabytes` (see
-  there), `logit_mse` against the float network, `logit_mse_ratio` to that of quantization alone,
-  `block_error_ratio`, the sum over compensated modules of the mean squared error on calibration data over
-  that before; and per network `extra_parameters` and `extra_multiply_adds` (of one example).
+  Metrics are named `<network>_<bits>_<metric>`: `accuracy` (percent), `perplexity` or, without labels,
+  `agreement` (percent) and `relative_error` (see `Loaded.score`), the same in integers as `integer_...`,
+  `megabytes` (see there), `logit_mse` against the float network, `logit_mse_ratio` to that of quantization
+  alone, `block_error_ratio`, the sum over compensated modules of the mean squared error on calibration data
+  over that before; and per network `extra_parameters` and `extra_multiply_adds` (of one example). Sentences
+  have `rank_correlation` and `relative_error`.
   """
   folder = type(workdir)(config.networks_dir or workdir / 'networks')
-  rows: dict[str, dict[str, float]] = {title: {} for title in ('float', 'PTQ', *methods, *further)}
+  searched = _searched(config)
+  rows: dict[str, dict[str, float]] = {
+    title: {} for title in ('float', 'PTQ', *searched, *methods, *further)
+  }
   reports = {}
   _look_at_data(config)
   for name in config.networks:
@@ -121,12 +129,23 @@ def compare(
       at = _At(rows, name, bits, alone['logit_mse'])
       at.add('float', reference, network.variables)
       at.add('PTQ', alone, quantized.unbind()[0])
+      at.say_exceptions('PTQ', quantized)
       finished = {'PTQ': quantized}
+      for title in searched:
+        found = quantize_by_gptq(own, network.model, network.variables, batches, bits)
+        at.add(title, network.score(*found.unbind()), found.unbind()[0])
+        at.say_exceptions(title, found)
+        finished[title] = found
       for title, method in methods.items():
-        found = compensate(quantized, batches, method, programs)
+        found = compensate(own, quantized, batches, method, programs)
         at.add(title, network.score(*found.unbind()), found.unbind()[0])
         at.add_report(title, found.report)
         finished[title], reports[name, bits, title] = found, found.report
+      for title, found in finished.items() if config.integers else ():
+        integers = quantizers.integer_network(found)
+        at.add_integers(title, network.score(*integers.unbind()))
+        if title == 'PTQ':
+          at.say_exceptions('PTQ in integers', integers)
       for title, item in further.items():
         base = finished[item.base]
         variables = item.make(Point(name, bits, network, quantized, base, workdir))
@@ -134,17 +153,24 @@ def compare(
           at.add(title, network.score(variables, base.hooks), variables)
           extra = f'{name}_extra_'
           rows[title] |= {k: v for k, v in rows[item.base].items() if k.startswith(extra)}
-  roles = {'float': 'reference', 'PTQ': 'baseline'}
+  roles = {'float': 'reference', 'PTQ': 'baseline', 'GPTQ': 'baseline'}
   roles |= {title: item.role for title, item in (*methods.items(), *further.items())}
   listed = [row(title, roles[title], found) for title, found in rows.items() if found]
   draw(config, listed, reports, workdir)
-  kinds = kinds_of(config)
+  kinds = {name: config.network[name].measure for name in config.networks}
   shown = [f'{name}_{bits}_{kind}' for name, kind in kinds.items() for bits in config.bits]
+  for what in ('relative_error', *(f'integer_{name}' for name in MEASURES)):
+    shown += [f'{name}_{bits}_{what}' for name in kinds for bits in config.bits]
   for what in ('logit_mse_ratio', 'megabytes'):
     shown += [f'{name}_{config.bits[-1]}_{what}' for name in kinds]
   for what in ('parameters', 'multiply_adds'):
     shown += [f'{name}_extra_{what}' for name in kinds]
   return results.results(config, listed, shown)
+
+
+def _searched(config: Settings) -> tuple[str, ...]:
+  """Returns the rows whose kernels are searched."""
+  return ('GPTQ',) if config.gptq else ()
 
 
 class _At(NamedTuple):
@@ -162,6 +188,22 @@ class _At(NamedTuple):
       scored['logit_mse_ratio'] = scored['logit_mse'] / self.logit_mse
       say(f'{self.name} {self.bits} {title}: {_text(scored)}')
     self._put(title, scored)
+
+  def say_exceptions(self, title: str, network: quantizers.Quantized) -> None:
+    """Says what is quantized, and which layers are not as the rules ask, and why."""
+    say(f'{self.name} {self.bits} {title}: {network.summary().splitlines()[0]}')
+    kinds = {'stay in float': network.skipped, 'are rounded to nearest': network.rounded}
+    for what, reasons in kinds.items():
+      listed = [f'{path} ({reason})' for path, reason in reasons.items()]
+      rest = [f'{len(listed) - 5} more'] if len(listed) > 5 else []
+      if listed:
+        say(f'{self.name} {self.bits} {title}: {what}: {", ".join(listed[:5] + rest)}')
+
+  def add_integers(self, title: str, scored: Mapping[str, float]) -> None:
+    """Adds how good the same network is with integers for kernels."""
+    found = {f'integer_{key}': value for key, value in scored.items() if key in MEASURES}
+    say(f'{self.name} {self.bits} {title}: {_text(found)}')
+    self._put(title, found)
 
   def add_report(self, title: str, report: compensation.Report) -> None:
     """Adds what a compensation did and costs."""
@@ -189,24 +231,16 @@ def _text(metrics: Mapping[str, float]) -> str:
   return ', '.join(f'{name} {value:.4g}' for name, value in metrics.items())
 
 
-def kinds_of(config: Settings) -> dict[str, str]:
-  """Returns the metric that says how good each network is."""
-  tokens = harness_data.Tokens
-  return {
-    name: 'perplexity' if isinstance(config.network[name].data, tokens) else 'accuracy'
-    for name in config.networks
-  }
-
-
 def draw(
   config: Settings, rows: list[dict[str, Any]], reports: Mapping[tuple, Any], workdir: Any
 ) -> None:
   """Draws accuracy over bits and the errors of all blocks at the lowest bit-width."""
-  kinds, title = kinds_of(config), pictures.title(config)
+  kinds = {name: config.network[name].measure for name in config.networks}
+  title = pictures.title(config)
   rows = [item for item in rows if not config.pictured or item['name'] in config.pictured]
   size = {'size': (4.5 * len(kinds), 3.6), 'squeeze': False}
   with pictures.drawn(workdir / 'accuracy_over_bits.png', 1, len(kinds), **size) as axes:
-    axes[0, 0].set_ylabel('accuracy (%) or perplexity')
+    axes[0, 0].set_ylabel(' or '.join(dict.fromkeys(kinds.values())))
     width = 0.8 / len(rows)
     for axis, (name, kind) in zip(axes[0], kinds.items(), strict=True):
       for i, item in enumerate(rows):

@@ -6,13 +6,15 @@ are in `siamese`; frozen backbones are judged by `feature_evaluation`.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments.harness.data import Augment, Images
-from experiments.harness.runs import Run
+from experiments.harness.runs import Run, say
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import found_by, free
 from experiments.harness.tasks import ImageTask
@@ -49,19 +51,44 @@ class Settings(Experiment):
     return ImageTask.of(self.data, self.augment)
 
 
-Loss = Callable[[PyTree, LossState, Views, dict[str, Array]], tuple[Array, Out]]
+class Length(NamedTuple):
+  """Of a training, in optimizer steps: all of them, and those of an epoch."""
+
+  num_steps: int
+  steps_per_epoch: int
+
+
+def length(config: Settings, epochs: int | None = None) -> Length:
+  """Returns the length of a pretraining of `epochs`, by default the recipe's."""
+  steps = max((config.data.train_size or 0) // config.recipe.batch_size, 1)
+  return Length((epochs or config.recipe.epochs) * steps, steps)
+
+
+COLLAPSED = 0.3  # below this spread of unit-length features images hardly differ
+
+
+def say_collapse(title: str, history: Sequence[Mapping[str, Any]]) -> float:
+  """Returns the last `z_std` of a training's metrics, and says so if all images have one feature by then."""
+  z_std = [line['z_std'] for line in history if 'z_std' in line][-1]
+  if z_std < COLLAPSED:
+    say(f'WARNING: {title} has collapsed: z_std={z_std:.3f}, all images have one feature.')
+  return z_std
 
 
 def training(
   config: Settings,
   title: str,
   init: Callable[[Array], Initial],
-  loss: Loss,
+  loss: Callable[..., tuple[Array, Out]],
   *,
   epochs: int | None = None,
   views: Callable[[Array, Array], Any] | None = None,
   after: Callable[[TrainState], TrainState] | None = None,
   frozen: Sequence[str] = (),
+  optimizer: Callable[[optax.Schedule], optax.GradientTransformation] | None = None,
+  cast_views: bool = True,
+  fields: Sequence[str] = (),
+  view_fields: Mapping[str, Sequence[int]] = MappingProxyType({}),
   decides: Mapping[str, Any] | None = None,
 ) -> Run:
   """Returns the pretraining that minimizes `loss`.
@@ -70,16 +97,21 @@ def training(
     config: the settings.
     title: name of the run's row.
     init: `key -> Initial`; its `key` holds the stream `'views'`, and those that `loss` draws from.
-    loss: `(params, state, views, keys) -> (value, Out)`; keys are those of the step.
+    loss: `(params, state, views, keys, *fields) -> (value, Out)`; keys are those of the step.
     epochs: in place of the recipe's.
-    views: `(keys, images) -> views` with one key an image; default: two of `config.augment`.
+    views: `(keys, images, **view_fields) -> views` with one key an image; default: two of `config.augment`.
     after: see `make_program`; moves momentum encoders.
     frozen: patterns of parameters that stay.
+    optimizer: of the schedule of the learning rate, in place of the recipe's.
+    cast_views: whether the loss sees views in the type of the computation; otherwise in float32.
+    fields: of a batch, which the loss is given besides the views, such as `'index'`, or labels that a metric
+      is measured by.
+    view_fields: shapes of further fields of a record, float32, that `views` is given by their names.
     decides: what else decides what the run ends with, see `Run`.
   """
   recipe = dataclasses.replace(config.recipe, epochs=epochs or config.recipe.epochs)
-  steps = config.data.train_size // recipe.batch_size
-  schedule = recipe.schedule.make(recipe.epochs, steps)
+  num_steps, steps_per_epoch = length(config, epochs)
+  schedule = recipe.schedule.make(recipe.epochs, steps_per_epoch)
   options = recipe.program_options
   views = two_views(config) if views is None else views
 
@@ -87,21 +119,27 @@ def training(
     params: PyTree, state: LossState, batch: PyTree, keys: dict[str, Array]
   ) -> tuple[Array, Out]:
     each = jax.vmap(lambda index: jax.random.fold_in(keys['views'], index))(batch['index'])
-    seen = cast_floating(views(each, batch['image']), options['compute_dtype'] or jnp.float32)
-    value, out = loss(params, state, seen, keys)
+    dtype = options['compute_dtype'] if cast_views else None
+    given = {name: batch[name] for name in view_fields}
+    seen = cast_floating(views(each, batch['image'], **given), dtype or jnp.float32)
+    value, out = loss(params, state, seen, keys, *(batch[name] for name in fields))
     return value, out._replace(metrics={**out.metrics, 'learning_rate': schedule(state.step)})
 
   batch = config.task.batch(recipe.batch_size)
+  further = {
+    name: jax.ShapeDtypeStruct((recipe.batch_size, *shape), jnp.float32)
+    for name, shape in view_fields.items()
+  }
   program = make_program(
     init,
     own_loss,
-    recipe.optimizer.make(schedule, frozen),
-    {name: batch[name] for name in ('image', 'index')},
+    optimizer(schedule) if optimizer else recipe.optimizer.make(schedule, frozen),
+    {**{name: batch[name] for name in ('image', 'index', *fields)}, **further},
     after=after,
     **options,
   )
   own = {'model': config.model, 'augment': config.augment, **(decides or {})}
-  return Run(config, config.data, recipe, program, recipe.epochs * steps, own, title)
+  return Run(config, config.data, recipe, program, num_steps, own, title)
 
 
 def two_views(config: Settings) -> Callable[[Array, Array], Views]:
@@ -126,5 +164,6 @@ def check(config: Settings) -> Iterator[str]:
     yield f"augment.kind={config.augment.kind!r}: expected 'resized_crop', which draws the views."
   else:
     yield from found_by('augment', two_views, config)
-  if recipe.mixup:
-    yield f'recipe.mixup={recipe.mixup}: expected 0, there are no labels to mix.'
+  for name in ('mixup', 'cutmix'):
+    if getattr(recipe, name):
+      yield f'recipe.{name}={getattr(recipe, name)}: expected 0, there are no labels to mix.'

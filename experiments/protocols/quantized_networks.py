@@ -12,10 +12,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from experiments.harness import networks
-from experiments.harness.data import Tokens
+from experiments.harness.data import Images, Sentences, Tokens
 from experiments.harness.runs import Call, Run, Variables
-from experiments.harness.sections import Experiment
-from experiments.harness.settings import found_by, free, section
+from experiments.harness.sections import Experiment, check_bits
+from experiments.harness.settings import free, section
 from jaxlab import models, parallel, quantizers
 from jaxlab.models import blockwise
 from jaxlab.quantizers import compensation
@@ -67,6 +67,8 @@ class Settings(Experiment):
       directory.
     bits: such as '4w4a', from many to few.
     calibration: inputs.
+    gptq: whether there is a row with GPTQ's kernels in place of rounded ones.
+    integers: whether all rows but those that are trained are judged with integers for kernels, too.
   """
 
   networks: tuple[str, ...]
@@ -74,27 +76,27 @@ class Settings(Experiment):
   networks_dir: str = free('')
   bits: tuple[str, ...]
   calibration: Calibration = section(Calibration)
+  gptq: bool = False
+  integers: bool = False
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
     yield from super().check()
-    for name in ('networks', 'bits'):
-      if not getattr(self, name):
-        yield f'{name}: expected at least one.'
+    if not self.networks:
+      yield 'networks: expected at least one.'
     for name in self.networks:
       if name not in self.network:
         yield f'networks: there is no network.{name}; sections: {", ".join(self.network)}.'
     chosen = [name for name in self.networks if name in self.network]
+    for name in chosen if self.gptq else ():
+      if self.network[name].quantization == 'gptq' or self.network[name].conv_act_bits is not None:
+        yield (
+          f'gptq: network.{name} is quantized by GPTQ already, or has conv_act_bits, which GPTQ does not '
+          'know.'
+        )
     kernels_alone = all(self.network[name].quantization == 'gptq' for name in chosen)
     low, high = quantizers.MIN_BITS, quantizers.MAX_BITS
-    for bits in self.bits:
-      if problems := list(found_by('bits', quantizers.parse_bits, bits)):
-        yield from problems
-        continue
-      both = quantizers.parse_bits(bits)
-      widths = both[:1] if kernels_alone and both[1] == 16 else both
-      if not all(low <= width <= high for width in widths):
-        yield f'bits: {bits!r} is outside of {low} to {high} bits.'
+    yield from check_bits(self.bits, low, high, in_float=16 if kernels_alone else None)
     sizes = self.calibration
     if sizes.batch_size < 1:
       yield f'calibration.batch_size={sizes.batch_size}: expected at least 1.'
@@ -150,15 +152,29 @@ def quantize(
     inside = f'({models.any_of(parts.block_paths)})/.*'
     inputs = None if input_bits == 16 else input_bits
     rules = quantizers.uniform_rules(weight_bits, inputs, path=inside)
-    return quantizers.gptq_ptq(model, variables, batches, rules, options=own.gptq)
+    return quantizers.gptq_ptq(model, variables, batches, rules, options=own.gptq, **counted(own))
   rules = quantizers.edge_rules(weight_bits, input_bits, edges=parts)
   if own.quantization == 'repq':
-    return quantizers.repq(model, variables, ranges, rules)
-  options = {'conv_act_bits': own.conv_act_bits}
+    return quantizers.repq(model, variables, ranges, rules, **counted(own))
+  options = {'conv_act_bits': own.conv_act_bits, **counted(own)}
   return quantizers.percentile_ptq(model, variables, ranges, rules, **options)
 
 
+def quantize_by_gptq(
+  own: Network, model: nn.Module, variables: Any, batches: Sequence[jax.Array], bits: str
+) -> quantizers.Quantized:
+  """Returns the network with kernels of GPTQ's and ranges of inputs by percentiles, edges at 8 bits."""
+  rules = quantizers.edge_rules(*quantizers.parse_bits(bits), edges=models.anatomy(model))
+  return quantizers.gptq_ptq(model, variables, batches, rules, options=own.gptq, **counted(own))
+
+
+def counted(own: Network) -> dict[str, str]:
+  """Returns the option that says which positions of calibration inputs count: of sentences, the mask."""
+  return {'counted': 'mask'} if isinstance(own.data, Sentences) else {}
+
+
 def compensate(
+  own: Network,
   quantized: quantizers.Quantized,
   batches: Sequence[jax.Array],
   method: Method,
@@ -170,7 +186,13 @@ def compensate(
   blocks = models.any_of((*parts.block_paths, *between))
   options = dataclasses.asdict(method.fitting)
   return compensation.compensate(
-    quantized, batches, method.compensation, blocks=blocks, programs=programs, **options
+    quantized,
+    batches,
+    method.compensation,
+    blocks=blocks,
+    programs=programs,
+    **options,
+    **counted(own),
   )
 
 
@@ -196,7 +218,8 @@ def programs(config: Settings) -> dict[str, Run | Call]:
   `quantize`: all ranges, reparametrization and kernels, from one calibration batch; `block`: one batch
   through the first block, in float and quantized, the statistics of a linear compensation, its closed form,
   and the compensated output; `forward`: the quantized network on an evaluation batch. GPTQ's kernels are
-  found block by block from the host, so that there `quantize` is missing.
+  found block by block from the host, so that there `quantize` is missing; of an encoder of sentences, whose
+  masks decide shapes, there is `forward` alone.
   """
   found: dict[str, Run | Call] = {}
   for name in config.networks:
@@ -204,7 +227,8 @@ def programs(config: Settings) -> dict[str, Run | Call]:
       found[name] = networks.training(config, config.network[name], f'{name} in float')
   own, bits = config.network[config.networks[0]], config.bits[-1]
   model, hooks = networks.create(own.model), quantizers.operand_hooks()
-  searched, sizes = own.quantization != 'gptq', config.calibration
+  encodes, sizes = isinstance(own.data, Sentences), config.calibration
+  searched = own.quantization != 'gptq' and not encodes
 
   def search(variables: Variables, x: jax.Array) -> quantizers.Quantized:
     return quantize(own, model, variables, x, bits)
@@ -217,7 +241,8 @@ def programs(config: Settings) -> dict[str, Run | Call]:
     return parallel.abstract(input_shape(own, count), networks.calibration_sharding(mesh, count))
 
   def floats(mesh: jax.sharding.Mesh) -> Variables:
-    return over_mesh(models.abstract_variables(model, input_shape(own, 1).shape[1:]), mesh)
+    shape = own.data.view if isinstance(own.data, Images) else None
+    return over_mesh(models.abstract_variables(model, shape), mesh)
 
   @functools.cache
   def quantized(mesh: jax.sharding.Mesh) -> quantizers.Quantized:
@@ -247,15 +272,20 @@ def programs(config: Settings) -> dict[str, Run | Call]:
 
   def forward(mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     batch = inputs(mesh, config.eval_batch_size)
-    return (lambda network, x: network(x)), (quantized(mesh), batch)
+    call = (lambda network, x: network(**x)) if encodes else (lambda network, x: network(x))
+    return call, (quantized(mesh), batch)
 
   if searched:
     found['quantize'] = Call(lambda mesh: (search, (floats(mesh), inputs(mesh, sizes.ranges))))
-  return found | {'block': Call(block), 'forward': Call(forward)}
+  if not encodes:
+    found['block'] = Call(block)
+  return found | {'forward': Call(forward)}
 
 
-def input_shape(own: Network, count: int) -> jax.ShapeDtypeStruct:
+def input_shape(own: Network, count: int) -> Any:
   """Returns what the model reads of `count` records."""
   if isinstance(own.data, Tokens):
     return jax.ShapeDtypeStruct((count, own.data.length), jnp.int32)
+  if isinstance(own.data, Sentences):
+    return own.task.inputs(own.task.batch(count))
   return jax.ShapeDtypeStruct((count, *own.data.view), jnp.float32)

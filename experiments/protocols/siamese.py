@@ -1,6 +1,8 @@
-"""Siamese methods: an encoder, perhaps a predictor behind it, and what its predictions are compared with."""
+"""The frame of siamese methods: an encoder, perhaps a predictor behind it, and where its targets come from.
 
-import dataclasses
+The methods themselves are in `siamese_methods`.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,48 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from experiments.harness import networks
 from experiments.harness.runs import Variables
-from jaxlab import losses, models
-from jaxlab.training import Initial, TrainState
+from jaxlab import evaluation, models
+from jaxlab.training import Initial, LossState, Out, TrainState, cast_floating
 
 Array = jax.Array
 PyTree = Any
 Views = list[Array]
-
-# Methods that others build on, and their names.
-BASELINES = {'simsiam': 'SimSiam', 'byol': 'BYOL', 'moco': 'MoCo v2'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads:
-  """Sizes: of the projector inside and at its end, and of the predictor inside where there is one."""
-
-  hidden: int = 2048
-  features: int = 2048
-  predictor: int = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Momentum:
-  """A momentum encoder, and the queue of its features where the method has one.
-
-  Attributes:
-    momentum: share of the momentum encoder that a step keeps.
-    queue_size: past features.
-    temperature: of the cross-entropy over them.
-  """
-
-  momentum: float = 0.99
-  queue_size: int = 4096
-  temperature: float = 0.2
-
-  def check(self) -> Any:
-    """Yields what is wrong with the values."""
-    if not 0 <= self.momentum <= 1:
-      yield f'momentum={self.momentum}: expected a share in [0, 1].'
-    if self.queue_size < 1 or self.temperature <= 0:
-      yield f'queue_size={self.queue_size}, temperature={self.temperature}: expected positive numbers.'
 
 
 class Networks(NamedTuple):
@@ -65,7 +32,7 @@ def backbone_variables(variables: Variables) -> Variables:
   return {
     kind: variables[kind]['encoder']['backbone']
     for kind in ('params', 'batch_stats')
-    if 'backbone' in variables[kind]['encoder']
+    if 'backbone' in variables.get(kind, {}).get('encoder', {})
   }
 
 
@@ -73,7 +40,7 @@ class Online(NamedTuple):
   """What a pass of the online network over the views gives.
 
   Attributes:
-    projections: of each view, in at least float32.
+    projections: of each view, in at least float32; pairs of an encoder that returns its features, too.
     predictions: likewise; the projections where there is no predictor.
     batch_stats: running statistics behind the pass.
     collections: what else the encoder's modules or hooks left.
@@ -94,6 +61,7 @@ def online_pass(
   given: Mapping[str, PyTree] | None = None,
   mutable: Sequence[str] = (),
   hooks: Sequence[models.Hook] = (),
+  rngs: dict[str, Array] | None = None,
 ) -> Online:
   """Runs encoder and predictor over the views in train mode.
 
@@ -105,16 +73,19 @@ def online_pass(
     given: further collections of the encoder.
     mutable: collections that the encoder's calls leave, besides the running statistics.
     hooks: around the encoder's modules.
+    rngs: keys by stream of what the encoder draws.
   """
   stats = batch_stats['encoder']
   variables = {'params': params['encoder'], 'batch_stats': stats, **(given or {})}
   mutable = ('batch_stats', *mutable)
-  z, left = models.apply_in_turn(nets.encoder, variables, views, mutable=mutable, hooks=hooks)
+  z, left = models.apply_in_turn(
+    nets.encoder, variables, views, mutable=mutable, hooks=hooks, rngs=rngs
+  )
   new, p = {'encoder': left.pop('batch_stats', {})}, z
   if nets.predictor is not None:
     variables = {'params': params['predictor'], 'batch_stats': batch_stats['predictor']}
     p, changed = models.apply_in_turn(nets.predictor, variables, z)
-    new['predictor'] = changed['batch_stats']
+    new['predictor'] = changed.get('batch_stats', {})
   return Online(wide(z), wide(p), new, left)
 
 
@@ -139,12 +110,12 @@ class Targets(NamedTuple):
 
   Attributes:
     init: `(variables of the encoder, key) -> extra`.
-    see: `(encoder, extra, views, key) -> Seen`.
+    see: `(encoder, extra, views, key, step) -> Seen`.
     after: moves the momentum encoder behind every step; None: there is none.
   """
 
   init: Callable[[Variables, Array], PyTree]
-  see: Callable[[nn.Module, PyTree, Views, Array], Seen]
+  see: Callable[[nn.Module, PyTree, Views, Array, Array], Seen]
   after: Callable[[TrainState], TrainState] | None = None
 
 
@@ -165,7 +136,8 @@ def init(
 
   def start(key: Array) -> Initial:
     encoder_key, predictor_key, targets_key, key = jax.random.split(key, 4)
-    z, encoder = nets.encoder.init_with_output(encoder_key, images, train=True)
+    drawing = {'params': encoder_key, **dict.fromkeys(streams, encoder_key)}
+    z, encoder = nets.encoder.init_with_output(drawing, images, train=True)
     own = {'encoder': encoder}
     if nets.predictor is not None:
       blank = jnp.zeros(z.shape, z.dtype)
@@ -181,108 +153,65 @@ def init(
   return start
 
 
-def siamese_loss(predictions: list[Array], targets: list[Array]) -> Array:
-  """Returns `(D(p1, z2) + D(p2, z1)) / 2` with `D` the mean negative cosine; targets get no gradient."""
-  return losses.simsiam_loss(*predictions, *targets)
+def view_loss(
+  nets: Networks, targets: Targets, drawn: Sequence[str] = ()
+) -> Callable[[PyTree, LossState, Views, dict[str, Array]], tuple[Array, Out]]:
+  """Returns the loss of a method over its views, for `pretraining.training`.
 
-
-def own_projections() -> Targets:
-  """Returns the targets of a single network: its projections of the other view, without gradient."""
-  return Targets(
-    lambda variables, key: {},
-    lambda encoder, extra, views, key: Seen(views, None, siamese_loss, extra),
-  )
-
-
-def momentum_encoder(momentum: float) -> Targets:
-  """Returns the targets of an encoder that follows the online one.
-
-  `target <- momentum * target + (1 - momentum) * online` over parameters alone, behind every step; its
-  running statistics are its own, from its passes in train mode.
-  """
-
-  def see(encoder: nn.Module, extra: PyTree, views: Views, key: Array) -> Seen:
-    del key
-    targets, extra = target_pass(encoder, extra, views)
-    return Seen(views, targets, siamese_loss, extra)
-
-  return Targets(lambda variables, key: {'target': variables}, see, follow(momentum))
-
-
-def momentum_queue(momentum: float, size: int, features: int, temperature: float) -> Targets:
-  """Returns the targets of a momentum encoder next to a queue of its past features.
-
-  The online network sees the first view, the momentum encoder the second: its feature is the positive, the
-  queue holds the negatives. With statistics by groups of a batch, a query and its key must not be normalized
-  in the same company: the momentum encoder sees the batch in another order.
+  Its metric `z_std` is the spread of the first view's projections; of those of a method with a center, which
+  have a mean of their own, around that.
 
   Args:
-    momentum: see `momentum_encoder`.
-    size: of the queue.
-    features: dimension of the projections.
-    temperature: of the cross-entropy.
+    nets: the modules.
+    targets: of the method.
+    drawn: names of the streams that the encoder draws from in training.
   """
 
-  def init(variables: Variables, key: Array) -> PyTree:
-    queue, pointer = losses.queue_init(key, features, size)
-    return {'target': variables, 'queue': queue, 'queue_pointer': pointer}
+  def loss(
+    params: PyTree, state: LossState, views: Views, keys: dict[str, Array]
+  ) -> tuple[Array, Out]:
+    seen = targets.see(nets.encoder, state.extra, views, keys['order'], state.step)
+    stats, rngs = state.model_state['batch_stats'], {name: keys[name] for name in drawn}
+    online = online_pass(nets, params, stats, seen.views, rngs=rngs)
+    given = online.projections if seen.targets is None else seen.targets
+    z = online.projections[0] - state.extra.get('center', 0)
+    z_std = evaluation.feature_std(jax.lax.stop_gradient(z))
+    out = Out({'batch_stats': online.batch_stats}, seen.extra, {'z_std': z_std})
+    return seen.loss(online.predictions, given), out
 
-  def see(encoder: nn.Module, extra: PyTree, views: Views, key: Array) -> Seen:
-    order = jax.random.permutation(key, len(views[1]))
-    (z,), new = target_pass(encoder, extra, [views[1][order]])
-    keys, queue = losses.normalize(z)[jnp.argsort(order)], extra['queue']
-    new['queue'], new['queue_pointer'] = losses.queue_push(queue, extra['queue_pointer'], keys)
-
-    def loss(predictions: list[Array], targets: list[Array]) -> Array:
-      query = losses.normalize(predictions[0])
-      return losses.info_nce_queue(query, targets[0], queue, temperature)[0]
-
-    return Seen(views[:1], [keys], loss, new)
-
-  return Targets(init, see, follow(momentum))
+  return loss
 
 
 def target_pass(encoder: nn.Module, extra: PyTree, views: Views) -> tuple[list[Array], PyTree]:
-  """Returns the momentum encoder's features of the views, and `extra` behind the pass."""
-  z, changed = models.apply_in_turn(encoder, extra['target'], views)
-  target = {**extra['target'], **changed}
-  return jax.lax.stop_gradient(wide(z)), {**extra, 'target': target}
+  """Returns the momentum encoder's features of the views, and `extra` behind the pass.
+
+  In train mode but without drop path, in the precision of the views.
+  """
+  if getattr(encoder.backbone, 'drop_path', 0):
+    encoder = encoder.clone(backbone=encoder.backbone.clone(drop_path=0.0))
+  own = extra['target']
+  given = {**own, 'params': cast_floating(own['params'], views[0].dtype)}
+  z, changed = models.apply_in_turn(encoder, given, views)
+  return jax.lax.stop_gradient(wide(z)), {**extra, 'target': {**own, **changed}}
 
 
-def follow(momentum: float) -> Callable[[TrainState], TrainState]:
-  """Returns the step of a momentum encoder, `extra['target']`, to the parameters of the encoder."""
+def follow(momentum: float | optax.Schedule) -> Callable[[TrainState], TrainState]:
+  """Returns the step of a momentum encoder, `extra['target']`, to the parameters of the encoder.
+
+  Args:
+    momentum: share of the momentum encoder that is kept, or a schedule of it over steps, the first being 0.
+  """
 
   def after(state: TrainState) -> TrainState:
-    target = state.extra['target']
-    moved = optax.incremental_update(state.params['encoder'], target['params'], 1 - momentum)
+    target, kept = state.extra['target'], momentum
+    if callable(momentum):
+      kept = momentum(state.step - 1)
+    moved = optax.incremental_update(state.params['encoder'], target['params'], 1 - kept)
     return state.replace(extra={**state.extra, 'target': {**target, 'params': moved}})
 
   return after
 
 
-def wide(features: list[Array]) -> list[Array]:
+def wide(features: PyTree) -> PyTree:
   """Returns features in at least float32, in which losses are computed."""
-  return [z.astype(jnp.promote_types(z.dtype, jnp.float32)) for z in features]
-
-
-def baseline(
-  name: str, model: Mapping[str, Any], heads: Heads, momentum: Momentum
-) -> tuple[Networks, Targets]:
-  """Returns encoder and predictor of a method of `BASELINES`, and its targets.
-
-  Args:
-    name: a key of `BASELINES`.
-    model: name and fields of the backbone; heads share its `norm_groups`.
-    heads: sizes.
-    momentum: of the methods that have it.
-  """
-  backbone, groups = networks.create(model, num_classes=None), model.get('norm_groups', 1)
-  sizes, own = (heads.hidden, heads.features), momentum
-  if name == 'moco':
-    encoder = models.Encoder(backbone, models.moco_projector(*sizes))
-    queue = own.queue_size, heads.features, own.temperature
-    return Networks(encoder, None), momentum_queue(own.momentum, *queue)
-  projector = models.simsiam_projector(*sizes, norm_groups=groups)
-  predictor = models.simsiam_predictor(heads.predictor, heads.features, norm_groups=groups)
-  nets = Networks(models.Encoder(backbone, projector), predictor)
-  return nets, momentum_encoder(own.momentum) if name == 'byol' else own_projections()
+  return jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, jnp.float32)), features)

@@ -184,7 +184,7 @@ def measure_step(
   """
   import jax
 
-  from experiments.tools import bench_loop
+  from experiments.harness import costs
   from jaxlab import data
 
   if root is None:
@@ -210,7 +210,7 @@ def measure_step(
 
     run(lambda: resident)
     sides = {'bare': lambda: run(lambda: resident), 'loop': lambda: run(lambda: next(feed)[0])}
-    times = bench_loop.alternate(sides, repeats)
+    times = costs.alternate(sides, repeats)
   finally:
     loader.close()
   figures = {f'{name}_seconds': seconds / steps for name, seconds in times.items()}

@@ -6,7 +6,6 @@ both alike.
 
 import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 SIZES = ('embedded', 'resnet18', 'calibration')
@@ -33,17 +32,6 @@ def source(config: Any) -> Any:
   return data.InMemory({'image': images, 'label': np.zeros(len(images), np.int32)}, 10)
 
 
-def alternate(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-  """Returns each side's shortest time in seconds, the sides taken in turns."""
-  times: dict[str, list[float]] = {name: [] for name in sides}
-  for _ in range(repeats):
-    for name, run in sides.items():
-      start = time.perf_counter()
-      run()
-      times[name].append(time.perf_counter() - start)
-  return {name: min(values) for name, values in times.items()}
-
-
 def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dict[str, Any]:
   """Returns what calibration costs, in float forward passes, on a ViT of six blocks of 65 tokens x 192.
 
@@ -52,6 +40,7 @@ def measure_calibration(repeats: int, batches: tuple[int, int] = (2, 10)) -> dic
   """
   import jax
 
+  from experiments.harness.costs import alternate
   from jaxlab import models, quantizers
   from jaxlab.quantizers import compensation
 
@@ -92,6 +81,7 @@ def measure(size: str, repeats: int) -> dict[str, Any]:
   import jax
 
   from experiments import ssql
+  from experiments.harness.costs import alternate
   from jaxlab import data, parallel
   from jaxlab.parallel import shard_program
 

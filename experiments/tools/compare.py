@@ -23,10 +23,10 @@ from flax import linen as nn
 
 from experiments.harness import data as harness_data
 from experiments.harness import launcher, networks
+from experiments.harness.costs import alternate
 from experiments.harness.networks import Loaded
 from experiments.protocols import quantized_networks
 from experiments.protocols.quantized_networks import Settings
-from experiments.tools.bench_loop import alternate
 from jaxlab import models, quantizers
 from jaxlab.quantizers.networks.execution import integer_network
 from jaxlab.training import map_batches

@@ -24,6 +24,8 @@ def test_every_setting_says_what_it_needs(paper, setting):
     ('gml', 'places_lt', ['data/Places_LT_val.txt', 'huggingface.co/timm/resnet152.tv_in1k']),
     ('btm', 'inaturalist2018', ['data/iNaturalist18_val.txt', 'train_val2018/Plantae']),
     ('gml', 'fashion_mnist', ['apt install dataset-fashion-mnist', '$JAXLAB_FASHION_MNIST_DIR']),
+    ('mls', 'fashion_mnist', ['apt install dataset-fashion-mnist', 'tfds build fashion_mnist ']),
+    ('mls', 'coco_400', ['COCO 2017: tfds build coco/2017 --file_format=array_record']),
     ('qwt', 'llama3_8b', ['c4.npy, wikitext2.npy', 'huggingface.co/meta-llama/Meta-Llama-3-8B']),
     ('ssql', 'imagenet_resnet50', ['ILSVRC2012_img_train.tar', 'tfds build imagenet2012']),
   ],

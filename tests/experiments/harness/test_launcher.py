@@ -1,13 +1,18 @@
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
+from subprocess import PIPE
 
 import pytest
 
 from experiments import gml
 from experiments.harness import launcher, results
 from experiments.harness.settings import plain
+from jaxlab import training
 
 
 @pytest.fixture
@@ -41,7 +46,7 @@ def test_settings_are_found_by_name_and_by_path(tmp_path, monkeypatch):
     ('gml', 'btm/cifar100_lt', 'is a setting of btm, not of gml'),
     ('gml', launcher.CONFIGS / 'btm' / 'embedded.py', 'is a setting of btm, not of gml'),
     ('gml', 'configs/gml/cifar100_lt.py', r'no such file; gml has --config=cifar100_lt\.'),
-    ('gmll', 'embedded', r"there is no paper 'gmll'\. Did you mean gml\?"),
+    ('gmll', 'embedded', r"there is no paper 'gmll'\. Did you mean gml"),
   ],
 )
 def test_other_settings_are_refused(paper, setting, message):
@@ -220,6 +225,59 @@ def test_a_signal_ends_a_series_and_the_same_command_goes_on(tmp_path, run, monk
   assert not (tmp_path / 'summary.json').exists()
   launcher.main('gml', [f'--workdir={tmp_path}', '--seeds=0,1,2'])
   assert calls == [0, 1, 1, 2] and (tmp_path / 'summary.json').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_trainings_ends_the_run_without_a_traceback(
+  tmp_path, run, monkeypatch, capsys, number
+):
+  finish, before = gml.run, signal.getsignal(number)
+
+  def signaled(config, workdir):
+    signal.raise_signal(number)
+    pytest.fail('the signal was not answered')
+
+  monkeypatch.setattr(gml, 'run', signaled)
+  with pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [f'--workdir={tmp_path}'])
+  assert stop.value.code == 0 and signal.getsignal(number) is before
+  assert 'the same command goes on' in capsys.readouterr().err
+  monkeypatch.setattr(gml, 'run', finish)
+  launcher.main('gml', [f'--workdir={tmp_path}'])
+  assert (tmp_path / 'results.json').exists()
+
+
+def test_a_work_directory_in_use_is_refused(tmp_path, run, capsys):
+  with training.locked(tmp_path), pytest.raises(SystemExit) as stop:
+    launcher.main('gml', [f'--workdir={tmp_path}'])
+  assert stop.value.code == 2
+  assert f'is in use by process {os.getpid()}' in capsys.readouterr().err
+  launcher.main('gml', [f'--workdir={tmp_path}'])
+
+
+def test_many_processes_claim_a_work_directory_at_once(tmp_path):
+  code = """
+import sys, time
+from experiments.harness import launcher
+config = launcher.load('gml', 'embedded')
+print(flush=True)
+sys.stdin.read()
+for index in range(50):
+  launcher.claim(f'{sys.argv[1]}/{index}', config)
+"""
+  processes = [
+    subprocess.Popen([sys.executable, '-c', code, tmp_path], stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    for _ in range(2)
+  ]
+  for process in processes:
+    process.stdout.readline()
+  for process in processes:
+    process.stdin.close()
+  errors = [process.stderr.read().decode() for process in processes]
+  assert [process.wait() for process in processes] == [0, 0], errors
+  for process in processes:
+    process.stdout.close()
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from experiments.harness.networks import Network
 from experiments.harness.runs import Call
 from experiments.harness.sections import Experiment, Mesh, Recipe, Schedule
 from experiments.harness.settings import SettingsError, fill, problems, require
+from experiments.harness.tasks import ImageTask
 from jaxlab import models, parallel
 
 CONFIG = Experiment(mesh=Mesh(), eval_batch_size=64)
@@ -42,6 +43,18 @@ def test_a_network_is_trained_once_and_found_again(network, tmp_path, capsys):
   other = dataclasses.replace(network, model={**MODEL, 'hidden': (9,)})
   with pytest.raises(ValueError, match='hidden'):
     networks.load(CONFIG, other, tmp_path / 'net')
+
+
+@pytest.mark.parametrize('broken', ['reference', 'outputs'])
+def test_agreement_with_what_is_nan_is_nan(broken):
+  model, task = networks.create(MODEL), ImageTask.of(DIGITS)
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+  nan = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
+  own, other = (nan, variables) if broken == 'reference' else (variables, nan)
+  batch = {'image': np.zeros((2, 8, 8, 1), np.uint8), 'label': np.zeros(2, np.int32)}
+  options = {'model': model, 'hooks': (), 'task': task}
+  assert networks.judge(variables, variables, batch, **options)['agrees'].tolist() == [1, 1]
+  assert np.isnan(networks.judge(own, other, batch, **options)['agrees']).all()
 
 
 def test_calibration_batches_are_shuffled_training_inputs(network, tmp_path):
@@ -85,6 +98,13 @@ def test_public_weights_are_read_and_judged_without_training(network, tmp_path, 
 def test_a_network_that_cannot_be_is_refused(network, changes, message):
   with pytest.raises(SettingsError, match=message):
     require(problems(dataclasses.replace(network, **changes)))
+
+
+def test_a_normal_head_has_a_deviation_of_a_hundredth_and_no_bias():
+  head = networks.classifier(MODEL, 500, kernel_init='normal').head
+  drawn = head.init(jax.random.key(0), jnp.zeros((1, 40)))['params']
+  assert float(jnp.std(drawn['kernel'])) == pytest.approx(0.01, rel=0.03)
+  np.testing.assert_array_equal(drawn['bias'], 0)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,12 @@ def test_every_key_can_be_overridden():
   assert found.limit == 5 and values['inner'] == {'rate': 1.0}
 
 
+def test_a_field_changed_behind_its_section_leaves_the_others_as_given():
+  pairs = ["inner={'rate': 2.0}", 'inner.kind=b', "maybe={'rate': 3.0}", 'maybe.kind=b']
+  found = fill(Outer, override(Outer, {'inner': {'rate': 1.0}}, pairs))
+  assert found.inner == Inner(2.0, 'b') and found.maybe == Inner(3.0, 'b')
+
+
 @pytest.mark.parametrize(
   ('assignment', 'message'),
   [

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from experiments.harness import data as harness_data
 from experiments.harness import supervised
-from experiments.harness.data import Augment
+from experiments.harness.data import Augment, Images
 from experiments.harness.sections import Recipe, Schedule
-from experiments.harness.tasks import BoxTask, ImageTask, SequenceTask, TokenTask
+from experiments.harness.tasks import BoxTask, ImageTask, MultiLabelTask, SequenceTask, TokenTask
+from jaxlab import data
 from jaxlab.training import map_batches
 
 KEYS = jax.random.split(jax.random.key(0), 2)
@@ -21,6 +23,7 @@ def boxes(outputs, targets):
 IMAGE = {'stored': (8, 8, 3), 'mean': 0.5, 'std': 0.25}
 TASKS = {
   'image': ImageTask(**IMAGE, view=(8, 8, 3), dtype='uint8'),
+  'labels': MultiLabelTask(**IMAGE, view=(8, 8, 3), dtype='uint8', num_classes=3),
   'token': TokenTask(6),
   'sequence': SequenceTask(5, 3),
   'box': BoxTask(**IMAGE, count=4, scorer=boxes),
@@ -47,11 +50,43 @@ def test_a_task_is_hashable_and_scores_each_record(name):
   seen, drawn = task.inputs(batch), task.augmented(KEYS, batch)
   assert jax.tree.map(jnp.shape, seen) == jax.tree.map(jnp.shape, drawn)
   outputs = {
-    'image': jnp.ones((2, 3)), 'token': jnp.ones((2, 6, 3)), 'sequence': jnp.ones((2, 5, 3)),
-    'box': jnp.ones((2, 4)),
+    'image': jnp.ones((2, 3)), 'labels': jnp.ones((2, 3)), 'token': jnp.ones((2, 6, 3)),
+    'sequence': jnp.ones((2, 5, 3)), 'box': jnp.ones((2, 4)),
   }[name]  # fmt: skip
   scored = jax.jit(task.score)(outputs, task.targets(batch))
   assert 'loss' in scored and all(value.shape == (2,) for value in scored.values())
+
+
+def test_several_labels_of_an_image_have_a_loss_each():
+  task = TASKS['labels']
+  assert set(task.batch(2)) == {'image', 'multi_label', 'index'}
+  logits, present = np.array([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]]), np.array([[1, 0, 1], [0, 1, 1]])
+  batch = {**records(task), 'multi_label': jnp.asarray(present, jnp.float32)}
+  scored = task.score(jnp.asarray(logits), task.targets(batch))
+  share = 1 / (1 + np.exp(-logits))
+  expected = -np.where(present, np.log(share), np.log(1 - share)).mean(-1)
+  np.testing.assert_allclose(scored['loss'], expected, rtol=1e-5)
+
+
+def test_images_with_several_labels_are_looked_at_before_they_are_used():
+  fields = {'name': 'mine', 'num_classes': 3, 'stored_image': (8, 8, 3), 'multi_label': True}
+  own = Images(**fields)
+  assert isinstance(ImageTask.of(own), MultiLabelTask) and ImageTask.of(own).num_classes == 3
+  assert type(ImageTask.of(Images(**{**fields, 'multi_label': False}))) is ImageTask
+  arrays = {
+    'image': np.zeros((4, 8, 8, 3), np.uint8),
+    'multi_label': np.eye(4, 3, dtype=np.float32),
+  }
+  harness_data.check_source(own, data.InMemory(arrays, 3))
+  for wrong, message in (
+    ({'multi_label': 0.5 * arrays['multi_label']}, 'other values than 0 and 1, the first is row 0'),
+    ({'multi_label': np.eye(4, 2)}, r'expected \[records, 3\]'),
+    ({'multi_label': np.arange(4)}, r'expected \[records, 3\]'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      harness_data.check_source(own, data.InMemory({**arrays, **wrong}, 3))
+  with pytest.raises(ValueError, match='expected multi_label'):
+    harness_data.check_source(own, data.InMemory({'image': arrays['image']}, 3))
 
 
 def test_what_is_padded_of_a_sequence_counts_nowhere():
@@ -142,6 +177,17 @@ def test_images_are_augmented_by_their_keys():
   np.testing.assert_array_equal(one, same)
   assert not np.array_equal(one, task.augmented(KEYS[::-1], batch))
   assert task == ImageTask(**IMAGE, view=(8, 8, 3), dtype='uint8')  # it judges alike
+
+
+def test_a_crop_of_the_networks_size_is_a_part_of_the_stored_image():
+  augment = Augment(kind='pad_crop', padding=0, flip=False)
+  task = ImageTask(**IMAGE, view=(5, 5, 3), dtype='uint8', augment=augment)
+  batch = records(task)
+  batch['image'] = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)
+  stored = np.asarray(task.inputs(batch))
+  for image, whole in zip(np.asarray(task.augmented(KEYS, batch)), stored, strict=True):
+    parts = [whole[i : i + 5, j : j + 5] for i in range(4) for j in range(4)]
+    assert any(np.allclose(image, part, atol=1e-6) for part in parts)
 
 
 @pytest.mark.parametrize('name', ['sequence', 'box'])

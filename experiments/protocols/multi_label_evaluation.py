@@ -1,0 +1,150 @@
+"""What a frozen backbone's features are worth where images show several classes: probes and neighbors."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from experiments.harness import data as harness_data
+from experiments.harness import pictures
+from experiments.harness.runs import Variables
+from experiments.harness.sections import Experiment
+from jaxlab import data, evaluation, losses
+from jaxlab.training import map_batches
+
+METRICS = ('mAP', 'precision')
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """How a frozen backbone is judged.
+
+  Attributes:
+    k: nearest images of the bank that a query retrieves.
+    bank: training images, the first ones, of which the bank consists.
+    steps: of the probes, a logistic regression for each class.
+    learning_rate: of their first step.
+    l2: weight of their penalty.
+  """
+
+  k: int = 20
+  bank: int = 4096
+  steps: int = 1500
+  learning_rate: float = 0.1
+  l2: float = 1e-4
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if not 1 <= self.k <= self.bank:
+      yield f'k={self.k}: expected 1 to bank={self.bank}.'
+    for name in ('steps', 'learning_rate'):
+      if getattr(self, name) <= 0:
+        yield f'{name}={getattr(self, name)}: expected a positive number.'
+    if self.l2 < 0:
+      yield f'l2={self.l2}: expected at least 0.'
+
+
+def check(config: Experiment) -> Iterator[str]:
+  """Yields what is wrong with data and evaluation of an experiment."""
+  if not config.data.multi_label:
+    yield f'data.multi_label=False: {config.data.name} is judged by several labels an image.'
+  size = config.data.train_size
+  if size is not None and config.eval.bank > size:
+    yield f'eval.bank={config.eval.bank}: expected at most {size}, the training images.'
+
+
+def evaluator(
+  config: Experiment, backbone: nn.Module, sources: Mapping[str, data.Source]
+) -> Callable[[Variables], dict[str, float]]:
+  """Returns `variables -> metrics`, in percent; all networks share its compilations.
+
+  mAP: mean average precision on the test images of a logistic regression for each class, fitted on features
+  of length 1, each dimension standardized [inferred: which of the two comes first].
+  precision: of the `k` training images of the bank that are nearest to a test image by cosine, the share that
+  has a class in common with it.
+
+  Args:
+    config: its data, task and section `eval` (`Evaluation`) are used.
+    backbone: returns features `[batch, dim]`.
+    sources: the splits 'train' and 'test'.
+  """
+  own, task = config.eval, config.task
+
+  @jax.jit
+  def features(variables: Variables, batch: dict[str, jax.Array]) -> jax.Array:
+    return losses.normalize(backbone.apply(variables, task.inputs(batch), train=False))
+
+  def all_of(variables: Variables, split: str) -> tuple[jax.Array, jax.Array]:
+    return map_batches(
+      lambda batch: (features(variables, batch), task.targets(batch)),
+      sources[split],
+      batch_size=config.eval_batch_size,
+      mesh=config.mesh.make(),
+      **harness_data.reading(config.data, 'test'),  # of both splits alike, at the network's size
+    )
+
+  def evaluate(variables: Variables) -> dict[str, float]:
+    bank, bank_labels = all_of(variables, 'train')
+    queries, labels = all_of(variables, 'test')
+    probe = evaluation.multi_label_probe(
+      bank, bank_labels, steps=own.steps, learning_rate=own.learning_rate, l2=own.l2
+    )
+    scores = evaluation.probe_logits(probe, queries)
+    nearest = losses.top_k_pseudo_labels(queries, jnp.transpose(bank[: own.bank]), own.k)
+    found = (
+      evaluation.mean_average_precision(scores, labels),
+      evaluation.shared_label_precision(nearest, labels, bank_labels[: own.bank]),
+    )
+    return {name: 100 * float(value) for name, value in zip(METRICS, found, strict=True)}
+
+  return evaluate
+
+
+def records(
+  config: Experiment, source: data.Source, places: Sequence[int], split: str
+) -> dict[str, np.ndarray]:
+  """Returns the records at some places of a split, read as for the network."""
+  chosen, transform = data.subset(source, list(places)), harness_data.reading(config.data, split)
+  batches = data.epoch_batches(chosen, len(chosen), transform=transform['transform'])
+  return {name: leaf for name, leaf in next(iter(batches)).items() if name != 'mask'}
+
+
+def draw_retrieved(
+  config: Experiment,
+  sources: Mapping[str, data.Source],
+  queries: Mapping[str, np.ndarray],
+  places: np.ndarray,
+  picture: pathlib.Path,
+) -> None:
+  """Draws queries, each with the training images that it retrieves, framed green where they share a class.
+
+  Args:
+    config: the experiment.
+    sources: 'train' is used.
+    queries: records of test images, see `records`.
+    places: of what each retrieves in the training split, `[queries, count]`; -1: no image.
+    picture: its path.
+  """
+  flat = np.maximum(places, 0).reshape(-1)
+  found = records(config, sources['train'], flat, 'train')
+  rows, count = places.shape
+  with pictures.drawn(picture, rows, count + 1, size=(1.1 * (count + 1), 1.1 * rows)) as axes:
+    for axis in axes.flat:
+      axis.set_xticks([])
+      axis.set_yticks([])
+    for row in range(rows):
+      axes[row, 0].imshow(np.squeeze(queries['image'][row]), cmap='gray')
+      for column in range(count):
+        axis, place = axes[row, column + 1], row * count + column
+        if places[row, column] < 0:
+          continue
+        axis.imshow(np.squeeze(found['image'][place]), cmap='gray')
+        shared = (queries['multi_label'][row] * found['multi_label'][place]).any()
+        for spine in axis.spines.values():
+          spine.set(color='tab:green' if shared else 'tab:red', linewidth=2)
+    axes[0, 0].set_title('query', fontsize=8)
+    axes[0, 1].set_title('retrieved', fontsize=8)
