@@ -1,0 +1,1 @@
+"""Settings of GPLQ (Liang et al., NeurIPS 2025)."""

@@ -1,0 +1,1 @@
+"""Settings of QFD (Zhu, He & Wu, AAAI 2023)."""
