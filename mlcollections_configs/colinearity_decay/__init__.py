@@ -1,0 +1,1 @@
+"""Settings of Colinearity Decay (Tong et al. 2026)."""

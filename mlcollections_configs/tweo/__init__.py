@@ -1,0 +1,1 @@
+"""Settings of TWEO (Liang et al. 2026)."""
