@@ -1,0 +1,1 @@
+"""Settings of coarse crops (Zhu et al. 2023)."""

@@ -1,0 +1,1 @@
+"""Settings of the self-supervised baselines."""

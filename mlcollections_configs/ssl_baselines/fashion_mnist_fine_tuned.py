@@ -1,0 +1,25 @@
+"""The backbones of `fashion_mnist` and the network as drawn, trained on with the labels of 1000 images.
+
+All start from the same fresh classifier and take the same 40 epochs; without pretraining it is training from
+scratch.
+"""
+
+from ml_collections import ConfigDict
+
+from mlcollections_configs.ssl_baselines import fashion_mnist
+
+
+def get_config() -> ConfigDict:
+  """Returns the settings."""
+  config = fashion_mnist.get_config()
+  config.fine_tuning = dict(
+    recipe=dict(
+      epochs=40,
+      batch_size=100,
+      optimizer=dict(name='adamw', weight_decay=0.05, no_decay=('ndim<=1',)),
+      schedule=dict(name='cosine', base=1e-3, warmup_epochs=4),
+    ),
+    augment=dict(kind='resized_crop', scale=(0.6, 1.0), flip_probability=0.0),
+  )
+  config.claims = ()
+  return config

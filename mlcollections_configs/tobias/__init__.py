@@ -1,0 +1,1 @@
+"""Settings of Tobias (Cao & Wu, AAAI 2022)."""

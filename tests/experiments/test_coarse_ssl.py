@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from experiments import coarse_ssl
+from experiments.harness import launcher
+from experiments.harness.settings import SettingsError
+from jaxlab import localization
+
+NET = "'stem': 'identity', 'stage_sizes': (1, 1, 1), 'widths': (2, 3, 4), 'strides': (1, 2, 2)"
+TINY = (
+  "model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 'width': 4, 'strides': (4,)}",
+  f"net.model={{'name': 'cifar_resnet18', {NET}}}",
+  'net.features=layer3_0',
+  'heads.hidden=8',
+  'heads.features=8',
+  'recipe.batch_size=128',
+  'target.queue_size=128',
+)
+
+
+def tiny_config(*changes):
+  """Returns the embedded setting with networks that compile in seconds."""
+  return launcher.load('coarse_ssl', 'embedded', [*TINY, *changes])
+
+
+def test_all_kinds_of_boxes_lie_in_the_image_and_random_ones_have_the_sizes_of_coarse_ones():
+  scores = np.zeros((5, 16, 16))
+  for index in range(5):
+    scores[index, 2 : 5 + index, 3:7] = 1.0
+    scores[index, 11:14, 9:14] = 0.7
+  truth = [np.array([[12, 8, 28, 24], [40, 44, 56, 60]])] * 5
+  config = tiny_config()
+  found = coarse_ssl.find_boxes(config, scores, truth)
+  assert found.keys() == coarse_ssl.TITLES.keys() and found['full'] is None
+  for kind in ('grid', 'random', 'coarse', 'true'):
+    assert [len(own) for own in found[kind]] == ([5] * 5 if kind == 'grid' else [2] * 5)
+    localization.check_boxes(np.concatenate(found[kind]), (64, 64))
+  sizes = [
+    sorted((own[:, 2:] - own[:, :2]).tolist())
+    for own in (np.concatenate(found[kind]) for kind in ('random', 'coarse'))
+  ]
+  assert sizes[0] == sizes[1]
+  # 16 pixels times 1.2 about (20, 16): from 10.4 to 29.6, outwards.
+  np.testing.assert_array_equal(found['true'][0][0], [10, 6, 30, 26])
+  quality = localization.box_quality(found['true'], truth)
+  assert quality['coverage'] == 1 and quality['objects'] == 1
+
+
+def test_impossible_settings_are_named_all_at_once():
+  changes = (
+    *('runs=full,coarse,gt', 'boxes.expand=0.5', 'crop_size=0', 'target.queue_size=100'),
+    *('judged.stored_image=(30, 30, 1)', 'net.features=layer9', 'truth=none'),
+  )
+  with pytest.raises(SettingsError) as caught:
+    launcher.check(tiny_config(*changes))
+  for message in (
+    'gt',
+    'expand=0.5',
+    'crop_size=0',
+    'queue_size=100',
+    'expected one size',
+    'layer9',
+  ):
+    assert message in str(caught.value)
+
+
+def test_a_run_learns_from_crops(tmp_path):
+  changes = (
+    *('recipe.epochs=1', 'recipe.schedule.warmup_epochs=0', 'data.train_size=128', 'runs=coarse,'),
+    *('eval.k=5', 'log_every=1', 'data.train_options.length=128', 'eval_batch_size=256'),
+    'judged.test_options={"canvas": 28, "side": 20, "pastes": 1}',
+  )
+  config = tiny_config(*changes)
+  launcher.check(config)
+  found = coarse_ssl.run(config, tmp_path)
+  rows = {row['name']: row['metrics'] for row in found['rows']}
+  assert list(rows) == ['untrained', 'coarse crops']
+  crops = rows['coarse crops']
+  assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1 and 0 <= crops['knn_fp'] <= 100
+  assert (tmp_path / 'boxes.png').stat().st_size > 5000
