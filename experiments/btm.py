@@ -27,7 +27,7 @@ from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Recipe
 from experiments.harness.settings import free, section
-from experiments.protocols import long_tail, long_tail_data, stages
+from experiments.protocols import long_tail, long_tail_data, replicas, stages
 from experiments.protocols.long_tail import softmax
 from experiments.protocols.long_tail_data import Facts
 from experiments.protocols.stages import CLASSIFIER, Beginning, Derived, Stage
@@ -148,7 +148,7 @@ def programs(config: Settings, facts: Facts | None = None) -> dict[str, Run]:
   found = stages.programs(config, table(config, facts))
   if 'balanced' in found and config.merging.vmapped:
     single = found['balanced']
-    program = stages.replicate(single.program, config.merging.count)
+    program = replicas.replicate(single.program, config.merging.count)
     found['balanced'] = single._replace(
       program=program, decides={**single.decides, 'count': config.merging.count}
     )
@@ -195,7 +195,7 @@ def fine_tune(config: Settings, rows: long_tail.Comparison) -> list[Variables]:
       training,
       source,
       rows.workdir / f'balanced_{k}',
-      key=stages.run_key(key, k),
+      key=replicas.run_key(key, k),
       begin=begin,
     ).variables
     for k, source in enumerate(subsets)

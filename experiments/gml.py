@@ -27,7 +27,7 @@ from experiments.harness.supervised import Loss
 from experiments.protocols import long_tail, long_tail_data, stages
 from experiments.protocols.long_tail_data import Facts
 from experiments.protocols.stages import CLASSIFIER, Beginning, Stage
-from jaxlab import data, losses
+from jaxlab import data, evaluation, losses
 from jaxlab.evaluation.recalls import recall_metrics
 from jaxlab.models.classifier_heads import tau_normalize
 
@@ -224,7 +224,7 @@ def choose_tau(config: Settings, rows: long_tail.Comparison) -> float:
   features = rows.outputs(name, source=source, method='features')
 
   def mean_recall(tau: float) -> float:
-    predictions = np.asarray(tau_logits(variables, features, tau)).argmax(-1)
+    predictions = evaluation.predicted_classes(tau_logits(variables, features, tau))
     return recall_metrics(predictions, labels, config.data.num_classes)['mean']
 
   recalls = [mean_recall(tau) for tau in config.tau.grid]

@@ -29,7 +29,7 @@ from experiments.harness.settings import free, section
 from experiments.protocols import draws, frozen_features
 from experiments.protocols.draws import Methods, Solved
 from experiments.protocols.frozen_features import Facts
-from jaxlab import classifiers
+from jaxlab import classifiers, evaluation
 from jaxlab.classifiers import MaxMargin
 from jaxlab.classifiers.noisy_head import initial_params
 from jaxlab.models.classifier_heads import WeightNormHead, nearest_class_mean
@@ -196,9 +196,9 @@ def judge(
 
   clean, noisy = on_test(), on_test(epsilon=search.epsilon, num_copies=config.eval.num_copies)
   below, above = jax.vmap(moved_by)(jnp.array([-config.eval.step, config.eval.step]))
-  means = jnp.argmax(test[0] @ nearest_class_mean(x, y, classes), -1)
+  cosines = test[0] @ nearest_class_mean(x, y, classes)
   return {
-    'means_accuracy': jnp.mean(means == test[1], dtype=x.dtype),
+    'means_accuracy': evaluation.top_k_accuracy(cosines, test[1]),
     'naive_accuracy': clean[0],
     'ibm2_accuracy': clean[1],
     'naive_noisy_accuracy': noisy[0],

@@ -13,7 +13,7 @@ epoch on the classifier of the quantized network alone.
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from experiments.harness import launcher
 from experiments.harness.runs import Call, Run
@@ -24,6 +24,8 @@ from experiments.protocols.post_training import Further
 from experiments.protocols.quantized_networks import Fitting, Method
 from jaxlab.quantizers import compensation
 
+# Other compensations that it may be compared with, by their defaults.
+OTHERS = {'QwT-v2': compensation.QwTv2(), 'NBC': compensation.NBC()}
 # Rows that are trained: title, role, the row that they start from.
 TUNED = {'PTQ*': ('baseline', 'PTQ'), 'QwT*': ('method', 'QwT')}
 
@@ -36,16 +38,19 @@ class Settings(quantized_networks.Settings):
     qwt: the linear layers.
     fitting: how they are fitted.
     fine_tuning: of QwT* and PTQ*; None: neither.
+    others: compensations that it is compared with.
   """
 
   qwt: compensation.QwT = section(compensation.QwT)
   fitting: Fitting = section(Fitting)
   fine_tuning: FineTuning | None = None
+  others: tuple[Literal['QwT-v2', 'NBC'], ...] = ()
 
 
 def methods(config: Settings) -> dict[str, Method]:
-  """Returns the row of the closed form."""
-  return {'QwT': Method('method', config.qwt, config.fitting)}
+  """Returns the row of the closed form, and those of other compensations."""
+  others = {title: Method('baseline', OTHERS[title]) for title in config.others}
+  return {'QwT': Method('method', config.qwt, config.fitting), **others}
 
 
 def tuned(config: Settings) -> dict[str, Further]:

@@ -23,8 +23,9 @@ from experiments.harness import data as harness_data
 from experiments.harness import launcher, results, runs, settings
 from experiments.harness.runs import Run, say
 from experiments.harness.settings import section
-from experiments.protocols import feature_evaluation, pretraining, siamese
-from experiments.protocols.siamese import BASELINES, Heads, Momentum, Networks, Online, siamese_loss
+from experiments.protocols import feature_evaluation, pretraining, siamese, siamese_methods
+from experiments.protocols.siamese import Networks, Online
+from experiments.protocols.siamese_methods import TITLES, Heads, Momentum, siamese_loss
 from jaxlab import evaluation, quantizers
 from jaxlab.quantizers import Rule
 from jaxlab.training import LossState, Out
@@ -76,7 +77,7 @@ class Settings(pretraining.Settings):
   @classmethod
   def complete(cls, values: dict[str, Any]) -> dict[str, Any]:
     """Puts in what claims compare: SSQL with its base."""
-    own = {'baseline': BASELINES.get(values.get('base', 'simsiam'), ''), 'method': 'SSQL'}
+    own = {'baseline': TITLES.get(values.get('base', 'simsiam'), ''), 'method': 'SSQL'}
     claims = values.get('claims', ())
     return {**values, 'claims': [{**own, **c} if isinstance(c, Mapping) else c for c in claims]}
 
@@ -122,8 +123,10 @@ def online_pass(
   if ranges is None:  # of the rules only the patterns matter
     hooks = quantizers.range_hooks(rules)
     return siamese.online_pass(nets, params, batch_stats, views, mutable=('ranges',), hooks=hooks)
-  encoder = quantizers.quantize_weights(params['encoder'], rules, scale_grad=True)
-  params, hooks = {**params, 'encoder': encoder}, quantizers.fake_quantize_hooks(rules)
+  # A dead channel keeps its whole tensor in float, as in the official code.
+  own = {'degenerate': 'tensor'}
+  encoder = quantizers.quantize_weights(params['encoder'], rules, scale_grad=True, **own)
+  params, hooks = {**params, 'encoder': encoder}, quantizers.fake_quantize_hooks(rules, **own)
   return siamese.online_pass(
     nets, params, batch_stats, views, given={'ranges': ranges}, hooks=hooks
   )
@@ -178,8 +181,15 @@ def objective(
 
 
 def base_method(config: Settings) -> tuple[Networks, siamese.Targets]:
-  """Returns encoder and predictor of the base method, and what its predictions are compared with."""
-  return siamese.baseline(config.base, config.model, config.heads, config.target)
+  """Returns encoder and predictor of the base method, and what its predictions are compared with.
+
+  BYOL is the authors' own here: it has SimSiam's heads and loss.
+  """
+  if config.base == 'byol':
+    nets, share = siamese_methods.predicted(config.model, config.heads), config.target.momentum
+    return nets, siamese_methods.momentum_encoder(share, siamese_loss)
+  own = config.model, config.heads, config.target, pretraining.length(config)
+  return siamese_methods.method(config.base, *own)
 
 
 def training(config: Settings, item: str) -> Run:
@@ -193,7 +203,7 @@ def training(config: Settings, item: str) -> Run:
   def loss(
     params: PyTree, state: LossState, views: list[Array], keys: dict[str, Array]
   ) -> tuple[Array, Out]:
-    seen = targets.see(nets.encoder, state.extra, views, keys['order'])
+    seen = targets.see(nets.encoder, state.extra, views, keys['order'], state.step)
     value, (stats, metrics) = objective(
       nets, params, state.model_state['batch_stats'], seen.views, draw_bits(keys['bits'], own_bits),
       variant=variant, targets=seen.targets, loss=seen.loss, float_term=config.reverse_float_term,
@@ -217,6 +227,8 @@ def check(config: Settings) -> Iterator[str]:
   yield from feature_evaluation.check(config.eval, config.data.train_size, rules)
   rows = [rf'{title(config, variant)}( \d+x epochs)?' for variant in VARIANTS]
   yield from results.check_claims(config, ['untrained', *rows], [*config.eval.metrics(), 'z_std'])
+  if config.heads.style != 'own' or config.target.final is not None:
+    yield 'heads.style, target.final: SSQL and its base have the heads and the constant share of the paper.'
   if config.base == 'moco' and 'reverse' in str(config.runs):
     yield "runs: 'reverse' is defined for base 'simsiam' and 'byol', not for 'moco'."
   if config.base == 'moco' and config.target.queue_size % config.recipe.batch_size:
@@ -237,7 +249,7 @@ def plan(item: str) -> tuple[str, int]:
 def title(config: Settings, item: str) -> str:
   """Returns the name of the row of an entry of `runs`."""
   variant, factor = plan(item)
-  name = {'base': BASELINES[config.base], 'ssql': 'SSQL', 'reverse': 'reverse SSQL'}[variant]
+  name = {'base': TITLES[config.base], 'ssql': 'SSQL', 'reverse': 'reverse SSQL'}[variant]
   return name if factor == 1 else f'{name} {factor}x epochs'
 
 
@@ -266,7 +278,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     variant, factor = plan(item)
     folder, judged = workdir / item.replace('*', '_x'), functools.partial(evaluate, own.title)
     trained = runs.train(own, sources['train'], folder, evaluate=judged)
-    z_std = [line['z_std'] for line in trained.history if 'z_std' in line][-1]
+    z_std = pretraining.say_collapse(own.title, trained.history)
     role = 'reference' if factor > 1 else 'baseline' if variant == 'base' else 'method'
     rows.append(results.row(own.title, role, {**judged(trained.variables), 'z_std': z_std}))
   feature_evaluation.draw(config, rows, workdir / 'accuracy_over_bits.png')

@@ -8,19 +8,15 @@ of SSQL is two of SimSiam).
 
 from ml_collections import ConfigDict
 
+from mlcollections_configs import views
+
 
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = ConfigDict()
 
   config.data = dict(name='pasted_digits', test_options=dict(pastes=4))
-  config.augment = dict(
-    kind='resized_crop',
-    scale=(0.4, 1.0),
-    flip_probability=0.0,
-    contrast=(0.6, 1.4),
-    brightness=(-0.4, 0.4),
-  )
+  config.augment = views.pasted_digits()
 
   config.base = 'simsiam'
   config.model = dict(name='cifar_resnet18', stage_sizes=(1, 1, 1), width=8, strides=(2, 2, 2))

@@ -8,6 +8,7 @@ full photograph. For 200 epochs: `--config.recipe.epochs=200`.
 
 from ml_collections import ConfigDict
 
+from mlcollections_configs import views
 from mlcollections_configs.ssql import embedded
 
 
@@ -16,15 +17,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
 
   config.data = dict(name='imagenet2012')
-  config.augment = dict(
-    kind='resized_crop',
-    scale=(0.2, 1.0),
-    jitter=(0.4, 0.4, 0.4, 0.1),
-    jitter_probability=0.8,
-    grayscale_probability=0.2,
-    blur_probability=0.5,
-    blur_kernel=23,
-  )
+  config.augment = views.photographs()
 
   config.base = 'simsiam'
   config.model = dict(name='resnet50', zero_init_residual=True)
