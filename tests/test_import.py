@@ -5,16 +5,37 @@ import sys
 
 import pytest
 
-from jaxlab import classifiers, data, evaluation, losses, models, parallel, quantizers, training
+from jaxlab import (
+  classifiers,
+  data,
+  evaluation,
+  localization,
+  losses,
+  models,
+  parallel,
+  quantizers,
+  training,
+)
 
 ROOMS = (
-  *(classifiers, data, evaluation, losses, models, parallel, quantizers, quantizers.compensation),
+  *(
+    classifiers,
+    data,
+    evaluation,
+    localization,
+    losses,
+    models,
+    parallel,
+    quantizers,
+    quantizers.compensation,
+  ),
   training,
 )
 
 PROGRAM = """
 import sys
-from jaxlab import classifiers, data, evaluation, losses, models, parallel, quantizers, training
+from jaxlab import classifiers, data, evaluation, localization, losses, models, parallel, quantizers
+from jaxlab import training
 heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'grain', 'torch', 'PIL'}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge

@@ -29,9 +29,3 @@ def test_ratios_come_out_of_one_run_and_bits_cause_no_recompilation(small, capsy
     found['bare_ssql_seconds_per_step'] / found['bare_base_seconds_per_step']
   )
   assert min(found.values()) >= 0 and 'loop_over_bare' in capsys.readouterr().out
-
-
-def test_sides_are_timed_in_turns():
-  order = []
-  times = bench_loop.alternate({'a': lambda: order.append('a'), 'b': lambda: order.append('b')}, 3)
-  assert order == ['a', 'b'] * 3 and set(times) == {'a', 'b'}

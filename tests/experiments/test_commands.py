@@ -31,8 +31,8 @@ def test_settings_are_listed_with_what_they_need(capsys, monkeypatch):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['list', 'gml', 'gmll'], "there is no paper 'gmll'. Did you mean gml?"),
-    (['lsit'], "no command 'lsit'; did you mean list?"),
+    (['list', 'gml', 'gmll'], "there is no paper 'gmll'. Did you mean gml"),
+    (['lsit'], "no command 'lsit'; did you mean list"),
     (['gml'], 'gml is a paper: python -m experiments.gml runs it'),
     (['qtw'], 'did you mean experiments.qwt'),
     (['xyz'], 'there are papers, list, report, aot, bench, compare'),

@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import types
 
 import jax
 import numpy as np
@@ -132,6 +134,17 @@ def test_the_histogram_counts_every_accuracy(queries):
   bins = episode_results.accuracy_bins(queries)
   shown, _ = np.histogram(100 * np.arange(queries + 1) / queries, bins)
   assert shown.sum() == queries + 1 and set(shown) <= {1, 2}
+
+
+def test_probabilities_that_are_nan_are_no_classes():
+  probabilities = np.full((2, 3, 2), 0.5)
+  probabilities[1, :, 1] = 0.6
+  drawn = types.SimpleNamespace(query_labels=np.array([[0, 1, 0], [1, 1, 0]]))
+  judge = functools.partial(episode_results.Comparison.judge, types.SimpleNamespace(drawn=drawn))
+  np.testing.assert_allclose(judge(probabilities), [2 / 3, 2 / 3])
+  probabilities[0, 2, 0] = np.nan
+  with pytest.raises(ValueError, match='1 rows hold values that are NaN'):
+    judge(probabilities)
 
 
 def test_a_published_checkpoint_is_read_without_its_classifier(tmp_path):

@@ -66,10 +66,10 @@ def test_an_interruption_raises_where_python_expects_it(tmp_path, monkeypatch):
 
 
 def test_settings_can_be_looked_at_before(tmp_path):
-  config = experiments.settings('gml', 'cifar100_lt', runs='ce,gml', **{'network.epochs': 3})
-  assert config.runs == ('ce', 'gml') and config.network.epochs == 3
+  config = experiments.settings('gml', 'cifar100_lt', runs='ce,gml', **{'network.epochs': 6})
+  assert config.runs == ('ce', 'gml') and config.network.epochs == 6
   lines = str(config).splitlines()
-  assert 'network.epochs=3' in lines and 'data.name=cifar100' in lines
+  assert 'network.epochs=6' in lines and 'data.name=cifar100' in lines
   with pytest.raises(SettingsError, match='expected at least 1'):
     experiments.settings('gml', **{'network.epochs': 0})
 

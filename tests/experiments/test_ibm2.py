@@ -63,6 +63,19 @@ def test_what_is_found_does_not_depend_on_the_mesh(tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
+def test_test_features_that_are_nan_give_no_accuracy(tmp_path):
+  config = tiny(features=save_features(tmp_path / 'own.npz'), chunk_size=8)
+  config = dataclasses.replace(config, mesh=Mesh(1, 1, 8))
+  (task,) = frozen_features.tasks(config, tmp_path)
+  features = np.array(task.test_features)
+  features[3] = np.nan
+  task = task._replace(test_features=features)
+  found = draws.solve(config, ibm2.methods(config, 3), task, jax.random.key(0)).metrics
+  for name in ('means', 'naive', 'ibm2', 'naive_noisy', 'ibm2_noisy'):
+    assert np.isnan(found[f'{name}_accuracy']).all(), name
+  assert np.isfinite(found['train_accuracy_below']).all()
+
+
 def test_a_run_on_own_features_leaves_rows_claims_and_a_picture(tmp_path, capsys):
   # Noise of a thousandth is fitted: the range is too small, and the search must say so.
   search = {'search__right': 1e-3, 'search__tolerance': 1e-3, 'search__search_epochs': 40}

@@ -91,7 +91,19 @@ def test_mistyped_claims_are_never_left_out():
     ({'train_features': np.full((60, 4), np.nan)}, 'not finite'),
     ({'train_labels': np.arange(60) % 2 * 2}, 'npz: train_labels: class 1 of 0..2 has no records'),
     ({'test_labels': np.arange(30) % 2}, 'npz: test_labels: class 2 of 0..2 has no records'),
-    ({'test_labels': np.zeros(30)}, 'must be integers'),
+    (
+      {'test_labels': np.arange(30) % 3 + 0.9},
+      'npz: 30 values of test_labels are no integers .* 0: 0.9',
+    ),
+    ({'test_labels': np.eye(3)[np.arange(30) % 3]}, r'test_labels has shape \(30, 3\).*argmax'),
+    ({'test_labels': np.arange(30)[:, None] % 3}, r'take test_labels\[:, 0\]'),
+    ({'test_labels': np.full(30, 'a')}, 'test_labels has dtype <U1'),
+    (
+      {'train_features': np.full((60, 4), 1e39)},
+      'not finite in float32, the first in row 0, column 0',
+    ),
+    ({'train_features': np.full((60, 4), 'a')}, 'train_features has dtype <U1, expected numbers'),
+    ({'train_features': np.zeros((60, 4), 'V2')}, 'bfloat16 is not written to npz'),
     ({'test_features': np.zeros((30, 5))}, 'differ in their dimension'),
     ({'test_labels': np.arange(30) % 4}, 'npz: test_labels: 7 labels are out of range'),
   ],
@@ -147,6 +159,29 @@ def test_other_features_of_the_same_counts_are_another_run(tmp_path):
     return gml.programs(config, long_tail_data.load(config).facts)['ce'].identity
 
   assert identity(1) == identity(1) != identity(2)
+
+
+def test_features_are_standardized_by_the_training_records_unless_told(tmp_path):
+  rng = np.random.default_rng(1)
+  given = {
+    split: 255 * rng.random((size, 4)) + [0, 1e4, 0, 0]
+    for split, size in (('train', 60), ('test', 30))
+  }
+  for features in given.values():
+    features[:, 3] = 7
+  path = save_features(
+    tmp_path / 'features.npz', **{f'{split}_features': x for split, x in given.items()}
+  )
+  config = long_tail_data.with_features(features_config('gml', path, 'ce', tau__holdout=0.0))
+  scale = given['train'].std(0)
+  scale[3] = np.inf
+  loaded = long_tail_data.load(config)
+  for split in ('train', 'test'):
+    found = getattr(loaded, split).arrays['image'][:, 0, 0]
+    np.testing.assert_allclose(found, (given[split] - given['train'].mean(0)) / scale, atol=1e-4)
+  plain = dataclasses.replace(config, standardize_features=False)
+  found = long_tail_data.load(plain).train.arrays['image'][:, 0, 0]
+  np.testing.assert_allclose(found, given['train'], rtol=1e-6)
 
 
 @pytest.mark.parametrize('paper', ['gml', 'btm'])

@@ -182,6 +182,7 @@ def test_weight_scaling_trains_the_factors_alone():
     ('logit_adjusted', {'tau': 1.0}),
     ('balanced_softmax', {}),
     ('focal', {'gamma': 1.0}),
+    ('sigmoid_focal', {'alpha': 0.25}),
     ('ldam', {'max_margin': 0.5, 'scale': 30.0, 'beta': 0.9999, 'start': 0}),
   ],
 )

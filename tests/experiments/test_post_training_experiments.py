@@ -66,7 +66,8 @@ def test_compensation_reaches_between_the_blocks_of_swin_where_it_is_asked_to(mo
   model = models.create('swin_tiny_patch4_window7_224')
   rows = importlib.import_module('experiments.qwt_v2').methods(launcher.load('qwt_v2', 'imagenet'))
   for title in ('QwT-v2', 'QwT-v2, blocks', 'QwT'):
-    quantized_networks.compensate(Quantized(model, {}), [], rows[title])
+    own = launcher.load('qwt_v2', 'imagenet').network['swin_tiny']
+    quantized_networks.compensate(own, Quantized(model, {}), [], rows[title])
   inside = any_of(models.anatomy(model).block_paths)
   assert given[1:] == [inside, inside]
   assert given[0].startswith(inside) and 'layers_1/downsample' in given[0]
@@ -172,3 +173,13 @@ def test_rows_go_on_only_where_there_is_something_to_go_on_from(tmp_path):
   found = post_training.compare(config, tmp_path, {}, further)
   assert given == [('vit', '4w4a', True)]
   assert [row['name'] for row in found['rows']] == ['float', 'PTQ']
+
+
+def test_what_is_not_quantized_as_asked_is_said(capsys):
+  skipped = {f'conv{i}': 'no extent' for i in range(7)}
+  network = Quantized(models.create('mlp'), {}, skipped=skipped, rounded={'expert': 'no token'})
+  post_training._At({}, 'net', '4w4a', 1.0).say_exceptions('GPTQ', network)
+  _, first, second = capsys.readouterr().out.splitlines()
+  assert first.startswith('net 4w4a GPTQ: stay in float: conv0 (no extent), conv1 (no extent), ')
+  assert first.endswith('conv4 (no extent), 2 more')
+  assert second == 'net 4w4a GPTQ: are rounded to nearest: expert (no token)'
