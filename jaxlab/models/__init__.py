@@ -45,6 +45,9 @@ from jaxlab.models.classifier_heads import (
 from jaxlab.models.configurations import (
   from_config,
 )
+from jaxlab.models.convnet import (
+  ConvNet,
+)
 from jaxlab.models.convnext import (
   ConvNeXt,
 )
@@ -166,6 +169,7 @@ __all__ = [
   'Branch',
   'Classifier',
   'ConvNeXt',
+  'ConvNet',
   'DINOHead',
   'DenseNet',
   'EfficientNet',

@@ -28,6 +28,7 @@ from flax import linen as nn
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
 from jaxlab.models.bert import Bert
 from jaxlab.models.classifier_heads import Classifier
+from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
 from jaxlab.models.densenet import DenseNet
 from jaxlab.models.gpt2 import GPT2
@@ -400,6 +401,16 @@ def _mlp(model: MLP) -> Anatomy:
   features = f'relu{len(layers) - 1}' if layers else None
   head = () if model.num_classes is None else ('fc',)
   return Anatomy(layers[:1], (), features, head, neck=layers[1:])
+
+
+@_describe.register
+def _convnet(model: ConvNet) -> Anatomy:
+  convs = tuple(f'conv{i}' for i in range(len(model.widths)))
+  dense = tuple(f'fc{i}' for i in range(len(model.hidden)))
+  features = f'relu{len(dense) - 1}' if dense else f'pool{len(convs) - 1}'
+  norms = tuple(Norm(f'bn{i}', conv) for i, conv in enumerate(convs))
+  head = () if model.num_classes is None else ('fc',)
+  return Anatomy(convs[:1], (), features, head, neck=(*convs[1:], *dense), norms=norms)
 
 
 @_describe.register

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
 from jaxlab.models.densenet import DenseNet
 from jaxlab.models.initializers import kaiming_normal_fan_in
@@ -160,6 +161,7 @@ VARIANTS: dict[str, Variant] = {
   **_convnets(),
   **_mobilenets(),
   **_FURTHER_TRANSFORMERS,
+  'convnet': (ConvNet, {'num_classes': 10}),
   'mlp': (MLP, {'hidden': (64, 64), 'num_classes': 10}),
   'linear': (MLP, {'hidden': (), 'num_classes': 10}),
 }

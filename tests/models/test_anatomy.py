@@ -19,6 +19,7 @@ from jaxlab.models import (
   Block,
   Branch,
   Classifier,
+  ConvNet,
   ConvNeXt,
   DenseNet,
   DINOHead,
@@ -88,6 +89,7 @@ NETWORKS = {
   'gpt2_untied': (GPT2(**DECODER, tied=False), TOKENS),
   'llama': (Llama(**DECODER, hidden=12), TOKENS),
   'llama_tied': (Llama(**DECODER, hidden=12, tied=True), TOKENS),
+  'convnet': (ConvNet((4, 5), 2, (2, 1), (6,), 3), IMAGES),
   'mlp': (MLP((4, 5, 6), 3), VECTORS),
   'linear': (MLP((), 3), VECTORS),
   'features': (ResNet((1,), width=4, stem='cifar'), IMAGES),
@@ -142,7 +144,7 @@ def test_a_block_keeps_the_shape_where_its_shortcut_is_the_identity(name):
     return y
 
   if not parts.blocks:
-    assert isinstance(model, MLP) or isinstance(model.backbone, MLP)
+    assert isinstance(getattr(model, 'backbone', model), MLP | ConvNet)
     return
   hooks = [Hook(any_of(parts.block_paths), call=visit)]
   init = lambda x: model.init(jax.random.key(0), x)  # noqa: E731
@@ -335,7 +337,7 @@ def test_every_named_network_has_an_anatomy():
     model = models.create(name)
     parts = anatomy(model)
     assert parts.head or parts.tied or model.num_classes is None
-    assert parts.blocks or name in ('mlp', 'linear')
+    assert parts.blocks or name in ('convnet', 'mlp', 'linear')
 
 
 class Own(nn.Module):

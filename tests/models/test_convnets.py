@@ -1,4 +1,4 @@
-"""ConvNeXt, DenseNet and VGG: what the comparison with timm does not see."""
+"""ConvNeXt, DenseNet and VGG: what the comparison with timm does not see; the plain small network."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from golden_vectors import assert_close
 from random_variables import random_images, random_variables, run, run_capture
 
-from jaxlab.models import VGG, ConvNeXt, DenseNet, from_torch, to_torch
+from jaxlab.models import VGG, ConvNet, ConvNeXt, DenseNet, from_torch, module_paths, to_torch
 from jaxlab.models.vgg import adaptive_average
 
 CONVNEXT = {'depths': (1, 2), 'widths': (4, 8), 'layer_scale': 0.5, 'num_classes': 3}
@@ -141,3 +141,45 @@ def test_the_smallest_images_are_told(model, smallest):
   assert shape(smallest)[0] == 1
   with pytest.raises(ValueError, match=f'leave nothing.*; give at least {smallest}'):
     shape(smallest - 1)
+
+
+def test_the_plain_network_is_convolutions_norms_relus_and_pools_then_linear_layers():
+  model = ConvNet((3, 4), input_pool=2, pools=(2, 1), hidden=(6,), num_classes=5)
+  x = random_images((2, 8, 8, 2))
+  variables = random_variables(model, x)
+  params, stats = variables['params'], variables['batch_stats']
+  y = x.reshape(2, 4, 2, 4, 2, 2).mean((2, 4))
+  for i in range(2):
+    kernel, padded = params[f'conv{i}']['kernel'], np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    rows = range(y.shape[1])
+    y = np.stack(
+      [
+        [np.einsum('bhwc,hwcd->bd', padded[:, r : r + 3, c : c + 3], kernel) for c in rows]
+        for r in rows
+      ]
+    ).transpose(2, 0, 1, 3)
+    mean, var = stats[f'bn{i}']['mean'], stats[f'bn{i}']['var']
+    y = (y + params[f'conv{i}']['bias'] - mean) / np.sqrt(var + 1e-5)
+    y = np.maximum(y * params[f'bn{i}']['scale'] + params[f'bn{i}']['bias'], 0)
+    if i == 0:
+      y = y.reshape(2, 2, 2, 2, 2, 3).max((2, 4))
+  y = np.maximum(y.reshape(2, -1) @ params['fc0']['kernel'] + params['fc0']['bias'], 0)
+  assert_close(run(model.clone(num_classes=None), variables, x), y, 1e-4)
+  y = y @ params['fc']['kernel'] + params['fc']['bias']
+  assert_close(run(model, variables, x), y, 1e-4)
+  first = ['pool', 'conv0', 'bn0', 'map0', 'pool0']
+  assert module_paths(model, x) == [*first, 'conv1', 'bn1', 'map1', 'pool1', 'fc0', 'relu0', 'fc']
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'widths': ()}, 'must be positive'),
+    ({'hidden': (0,)}, 'must be positive'),
+    ({'pools': (2,)}, r'pools=\(2,\) for 2 convolutions'),
+    ({'input_pool': 8}, 'nothing is left of images of 16 x 16 pixels; give at least 32'),
+  ],
+)
+def test_a_plain_network_that_cannot_be_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(ConvNet(**fields).init, jax.random.key(0), IMAGES)
