@@ -47,6 +47,14 @@ from jaxlab.losses.feature_distillation import (
   feature_distillation_loss,
   qfd_loss,
 )
+from jaxlab.losses.label_correction import (
+  PencilTerms,
+  d2_loss,
+  initial_label_logits,
+  label_distribution_loss,
+  pencil_loss,
+  pencil_terms,
+)
 from jaxlab.losses.language import (
   next_token_cross_entropy,
   next_token_mask,
@@ -115,6 +123,7 @@ from jaxlab.losses.stability import (
 
 __all__ = [
   'BankLoss',
+  'PencilTerms',
   'PrincipalComponents',
   'acsr_loss',
   'adjust_logits',
@@ -128,6 +137,7 @@ __all__ = [
   'colinearity_loss',
   'cross_correlation',
   'cross_entropy',
+  'd2_loss',
   'deferred_class_weights',
   'dino_center_update',
   'dino_loss',
@@ -142,8 +152,10 @@ __all__ = [
   'gml_loss',
   'hard_categories',
   'info_nce_queue',
+  'initial_label_logits',
   'label_aware_smoothing',
   'label_aware_smoothing_loss',
+  'label_distribution_loss',
   'label_smoothing_cross_entropy',
   'ldam_loss',
   'ldam_margins',
@@ -162,6 +174,8 @@ __all__ = [
   'num_components',
   'paco_loss',
   'pca_mimicking_loss',
+  'pencil_loss',
+  'pencil_terms',
   'qfd_loss',
   'queue_init',
   'queue_push',

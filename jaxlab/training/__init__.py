@@ -13,6 +13,15 @@ from jaxlab.training.colinearity_decay import (
   colinearity_decay,
   colinearity_penalty,
 )
+from jaxlab.training.example_table import (
+  blank_rows,
+  pad_rows,
+  padded_rows,
+  read_rows,
+  row_rules,
+  step_rows,
+  write_rows,
+)
 from jaxlab.training.feed import DataIterator
 from jaxlab.training.fit import fit
 from jaxlab.training.group_regularizer import group_decays, group_regularizer, group_slope
@@ -41,6 +50,7 @@ __all__ = [
   'accumulate_gradients',
   'apply_gradients',
   'average_pytrees',
+  'blank_rows',
   'by_path',
   'cast_floating',
   'catch_signals',
@@ -56,10 +66,16 @@ __all__ = [
   'make_program',
   'make_schedule',
   'map_batches',
+  'pad_rows',
+  'padded_rows',
   'read_metrics',
+  'read_rows',
   'recompute_batch_stats',
   'replace_by_gradient',
+  'row_rules',
   'running_average',
   'step_keys',
+  'step_rows',
   'warm_decay',
+  'write_rows',
 ]

@@ -56,6 +56,10 @@ LABELED = {
   'gml_loss': lambda z, y, keep: losses.gml_loss(z, y, COUNTS[keep], power=1.5),
   'dive_loss': lambda z, y, keep: losses.dive_loss(z, 2 * z[::-1], y, COUNTS[keep])[0],
   'ncl_loss': lambda z, y, keep: losses.ncl_loss(experts(z), y, COUNTS[keep], num_hard=3),
+  'pencil_loss': lambda z, y, keep: losses.pencil_loss(z, 3 * z[::-1], y),
+  'pencil_terms': lambda z, y, keep: sum(
+    losses.pencil_terms(z, 3 * z[::-1], y, compatibility='paper')
+  ),
   'paco_loss': paco(0.0),
   'paco_loss, smoothed': paco(0.2),
   'acsr_loss': lambda z, y, keep: losses.acsr_loss(z, y, FEATURES, FEATURES[::-1])[0],
@@ -65,12 +69,17 @@ LABELED = {
 }
 UNLABELED = {
   'distillation_loss': lambda z, keep: losses.distillation_loss(z, z[::-1], 2.0),
+  'label_distribution_loss': lambda z, keep: losses.label_distribution_loss(z, 3 * z[::-1]),
+  'd2_loss': lambda z, keep: losses.d2_loss(z, 3 * z[::-1]),
+  'd2_loss, kl': lambda z, keep: losses.d2_loss(z, 3 * z[::-1], kind='kl'),
+  'd2_loss, mse': lambda z, keep: losses.d2_loss(z, 3 * z[::-1], kind='mse'),
   'dino_loss': lambda z, keep: losses.dino_loss(z, 0.3 * z[:4], 0.1 * z[0], 3),
 }
 # It takes labels and returns which classes are hard; it only compares labels, which have no range.
 # Their labels are no classes of logits.
 NOT_HERE = {
   'hard_categories',
+  'initial_label_logits',
   'multi_label_queue_loss',
   'neighbor_queue_loss',
   'supervised_contrastive_loss',
