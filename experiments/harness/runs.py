@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ class Run(NamedTuple):
       recipe all that decides what it ends with.
     title: its name on the screen; None: that of its folder.
     sampler: see `jaxlab.data.make_loader`.
+    revise_at: numbers of finished steps behind which its state is revised, see `jaxlab.training.fit`.
   """
 
   config: Experiment
@@ -43,6 +44,7 @@ class Run(NamedTuple):
   decides: Mapping[str, Any] = {}
   title: str | None = None
   sampler: Callable[[data.Source], Callable[[int], np.ndarray]] | None = None
+  revise_at: Collection[int] = ()
 
   def lower(self, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Returns the train step, lowered for a mesh."""
@@ -64,6 +66,8 @@ class Run(NamedTuple):
   def identity(self) -> dict[str, Any]:
     """The settings that decide what the run ends with; another's folder is refused."""
     own = {'data': self.data, 'recipe': self.recipe, 'num_steps': self.num_steps, **self.decides}
+    if self.revise_at:
+      own['revise_at'] = sorted(self.revise_at)
     return {'seed': self.config.seed, **identity(own)}
 
 
@@ -112,6 +116,7 @@ def train(
   begin: Callable[[TrainState], TrainState] | None = None,
   key: jax.Array | None = None,
   evaluate: Callable[[Variables], Mapping[str, float]] | None = None,
+  revise: Callable[[TrainState], TrainState] | None = None,
 ) -> Trained:
   """Returns what a run ends with, from wherever `folder` was left.
 
@@ -122,16 +127,17 @@ def train(
     frozen: the values of `run.program.frozen`.
     start: variables that it starts from, all but those that match a pattern of `fresh`.
     fresh: patterns of paths (`head/scale`) that stay as drawn.
-    begin: what is done to the drawn state instead.
+    begin: what is done to the drawn state, behind `start`.
     key: of the drawn values; default: the seed's.
     evaluate: `variables -> metrics`, every `recipe.eval_every` steps.
+    revise: what is done to the state at `run.revise_at`.
 
   Raises:
     ValueError: for a folder of another run, or variables that do not fit.
   """
   config, recipe = run.config, run.recipe
   if start is not None:
-    begin = functools.partial(take_over, start=start, fresh=fresh)
+    begin = _then(functools.partial(take_over, start=start, fresh=fresh), begin)
   feed = harness_data.loader(
     run.data, source, recipe.batch_size, mesh=config.mesh, seed=config.seed,
     sampler=run.sampler and run.sampler(source),
@@ -159,6 +165,8 @@ def train(
       evaluate=(lambda state: evaluate(variables_of(state))) if judged else None,
       eval_every=recipe.eval_every or None,
       best_metric=recipe.best_metric or None if judged else None,
+      revise=revise,
+      revise_at=run.revise_at,
       description=name,
     )
   finally:
@@ -166,6 +174,12 @@ def train(
   if problem := not_falling(history):
     say(f'WARNING, {name}: {problem}')
   return Trained(variables_of(state), state, history)
+
+
+def _then(
+  first: Callable[[TrainState], TrainState], second: Callable[[TrainState], TrainState] | None
+) -> Callable[[TrainState], TrainState]:
+  return first if second is None else lambda state: second(first(state))
 
 
 def not_falling(history: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,17 @@ from experiments.harness.sections import Recipe
 from experiments.harness.tasks import Task
 from jaxlab import data, models
 from jaxlab.quantizers import Quantized
-from jaxlab.training import Initial, LossState, Out, Program, cast_floating, make_program
+from jaxlab.training import (
+  Initial,
+  LossState,
+  Out,
+  Program,
+  blank_rows,
+  cast_floating,
+  make_program,
+  read_rows,
+  write_rows,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -28,6 +38,7 @@ class Seen(NamedTuple):
     captured: what the modules named by `program(captured=...)` hand on, by path.
     taught: likewise of the teacher.
     constants: the values of `program(constants=...)`.
+    rows: the records' rows of `program(table=...)`.
   """
 
   step: Array
@@ -35,6 +46,22 @@ class Seen(NamedTuple):
   captured: Mapping[str, Any] = {}
   taught: Mapping[str, Any] = {}
   constants: PyTree = None
+  rows: PyTree = None
+
+
+class Table(NamedTuple):
+  """State of every training record, which a loss reads (`Seen.rows`) and a step changes.
+
+  It starts with zeros, in `state.extra['table']`; see `jaxlab.training.example_table`.
+
+  Attributes:
+    shapes: of all records' rows, `jax.ShapeDtypeStruct`s `[records, ...]`.
+    update: `(outputs, targets, seen) -> rows`, what the batch's rows are behind a step; outputs carry no
+      gradient.
+  """
+
+  shapes: PyTree
+  update: Callable[[Array, Array, Seen], PyTree]
 
 
 Loss = Callable[[Array, Array, Seen], Array]
@@ -77,6 +104,7 @@ def program(
   taught: Sequence[str] = (),
   watched: Mapping[str, Callable[[Seen], Array]] = MappingProxyType({}),
   mix: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None,
+  table: Table | None = None,
   repeats: bool = False,
   draw: Callable[[Array], tuple[Array, dict[str, Array]]] = streams,
 ) -> Program:
@@ -113,6 +141,7 @@ def program(
       each had in any step.
     mix: `(key, inputs, step) -> (inputs, partners, share)`, in place of the recipe's mixup and CutMix; the
       loss is that of both targets, `share` of a record's own.
+    table: state of every record; a batch then holds a record once, and nothing is mixed.
     repeats: whether a batch may hold a record twice: its copies are told apart by their place.
     draw: `key -> (key of the parameters, streams)`, see `streams`.
   """
@@ -126,6 +155,11 @@ def program(
   mixes = mix
   if mix is None and (recipe.mixup > 0 or recipe.cutmix > 0):
     mixes = lambda key, x, step: mixed(key, x, recipe)  # noqa: E731
+  if table is not None and (mixes is not None or repeats or recipe.microbatches > 1):
+    raise ValueError(
+      'A table of records needs each record once a step, not mixed, and no microbatches, whose means are '
+      'over fewer records.'
+    )
   batch = task.batch(recipe.batch_size)
   program_options = recipe.program_options
   dtype = program_options['compute_dtype'] or 'float32'
@@ -137,6 +171,8 @@ def program(
     variables = dict(model.init(init_key, task.augmented(jax.random.split(init_key, 2), blank)))
     params = prepare(variables.pop('params'))
     largest = {name: jnp.float32(-jnp.inf) for name in watched}
+    if table is not None:
+      largest['table'] = blank_rows(table.shapes)
     return Initial(params, {**variables, **(collections or {})}, largest, keys)
 
   def own_loss(
@@ -162,7 +198,8 @@ def program(
     )
     outputs = cast_floating(outputs, jnp.promote_types(outputs.dtype, jnp.float32))
     held = state.frozen['constants'] if constants is not None else None
-    seen = Seen(state.step, told, parts, teacher_parts, held)
+    rows = read_rows(state.extra['table'], batch['index']) if table is not None else None
+    seen = Seen(state.step, told, parts, teacher_parts, held, rows)
 
     def mean_loss(outputs: Array, targets: Array) -> Array:
       return jnp.mean(loss(outputs, targets, seen))
@@ -178,6 +215,9 @@ def program(
       'learning_rate': schedule(state.step),
       **values,
     }
+    if table is not None:
+      new = table.update(jax.lax.stop_gradient(outputs), y, seen)
+      largest['table'] = write_rows(state.extra['table'], batch['index'], new)
     kept = {**state.model_state, **changed}
     return value, Out(model_state=kept, extra=largest, metrics=metrics)
 

@@ -21,6 +21,14 @@ from jaxlab.data.protocols.few_shot import (
   sample_episode,
   sample_episodes,
 )
+from jaxlab.data.protocols.label_noise import (
+  CIFAR10_CONFUSIONS,
+  CIFAR100_SUPERCLASSES,
+  asymmetric_noise,
+  next_class,
+  noise_rate,
+  symmetric_noise,
+)
 from jaxlab.data.protocols.long_tail import (
   balanced_subsets,
   class_counts,
@@ -55,6 +63,7 @@ from jaxlab.data.sources.embedded import (
   FashionMNIST,
 )
 from jaxlab.data.sources.fields import (
+  Relabeled,
   WithFields,
 )
 from jaxlab.data.sources.image_folder import (
@@ -167,7 +176,9 @@ from jaxlab.data.transforms.views import (
 )
 
 __all__ = [
+  'CIFAR10_CONFUSIONS',
   'CIFAR10_MEAN_STD',
+  'CIFAR100_SUPERCLASSES',
   'IMAGENET_MEAN_STD',
   'Aligned',
   'ByteText',
@@ -185,6 +196,7 @@ __all__ = [
   'Loader',
   'MixedSampler',
   'Photographs',
+  'Relabeled',
   'Scenes',
   'Sentences',
   'Source',
@@ -192,6 +204,7 @@ __all__ = [
   'TokenFile',
   'WithFields',
   'as_labels',
+  'asymmetric_noise',
   'balanced_subsets',
   'canvases',
   'center_crop',
@@ -232,6 +245,8 @@ __all__ = [
   'mix_images',
   'mixup',
   'mixup_loss',
+  'next_class',
+  'noise_rate',
   'normalize',
   'paste_box',
   'pasted',
@@ -264,6 +279,7 @@ __all__ = [
   'split_long_tailed',
   'step_counts',
   'subset',
+  'symmetric_noise',
   'to_device',
   'to_float',
   'undersample_indices',

@@ -97,9 +97,7 @@ def write_rows(
   _require_distinct(index, where)
   at = _places(table, index, where)
   return jax.tree.map(
-    lambda leaf, own: (
-      jnp.asarray(leaf).at[at].set(jnp.asarray(own).astype(leaf.dtype), mode='drop')
-    ),
+    lambda leaf, own: _set(jnp.asarray(leaf), at, own),
     table,
     rows,
   )
@@ -132,10 +130,14 @@ def step_rows(
   return write_rows(table, index, rows, where)
 
 
+def _set(leaf: jax.Array, at: jax.Array, rows: ArrayLike) -> jax.Array:
+  return leaf.at[at].set(jnp.asarray(rows).astype(leaf.dtype), mode='drop')
+
+
 def _places(table: PyTree, index: ArrayLike, where: ArrayLike | None) -> jax.Array:
   """Returns where rows are written, behind the table's end for those that are not."""
   size = jax.tree.leaves(table)[0].shape[0]
-  return jnp.asarray(index) if where is None else jnp.where(where, index, size)
+  return jnp.asarray(index) if where is None else jnp.where(jnp.asarray(where), index, size)
 
 
 def _require_index(table: PyTree, index: ArrayLike) -> None:

@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,6 +46,8 @@ def fit(
   eval_every: int | None = None,
   best_metric: str | None = None,
   best_mode: str = 'max',
+  revise: Callable[[TrainState], TrainState] | None = None,
+  revise_at: Collection[int] = (),
   description: str = 'train',
 ) -> tuple[TrainState, list[dict[str, Any]]]:
   """Runs `program` up to step `num_steps`, from the start or from where `workdir` was left.
@@ -77,6 +79,10 @@ def fit(
     eval_every: None for the end only.
     best_metric: a name in what `evaluate` returns: the best state by it is kept as well, and returned.
     best_mode: `max` or `min`.
+    revise: what is done to the state between steps: labels predicted anew, clusters found, examples chosen. A
+      function of the state alone; its step counter and shapes stay.
+    revise_at: numbers of finished steps behind which `revise` is called, once each, 0 for the beginning. What
+      is saved at such a step is the state before it.
     description: the run's name on the screen.
 
   Returns:
@@ -96,6 +102,10 @@ def fit(
       raise ValueError(f'{name}={every}, expected a positive number of steps.')
   if eval_every is not None and eval_every < 1:
     raise ValueError(f'eval_every={eval_every}, expected a positive number of steps, or None.')
+  if revise_at and revise is None:
+    raise ValueError(f'revise_at={sorted(revise_at)} needs revise=, which changes the state there.')
+  if wrong := [step for step in revise_at if not 0 <= step < num_steps]:
+    raise ValueError(f'revise_at holds {sorted(wrong)}, expected steps from 0 to {num_steps - 1}.')
   if best_metric and not evaluate:
     raise ValueError(f'best_metric={best_metric!r} needs evaluate=, which returns it.')
   if best_metric and workdir is None:
@@ -160,6 +170,19 @@ def fit(
       progress.pause(time.perf_counter() - began)
       return scores
 
+    def revised(step: int, state: TrainState, position: Any) -> TrainState:
+      """Revises; if an error or a signal ends that, the step is saved, and revised when the run goes on."""
+      began = time.perf_counter()
+      try:
+        with stopping.at_once():
+          new = place(revise(state), sharded.state, 'revised state')
+      except BaseException:
+        if checkpoints and step:
+          checkpoints.save(step, state, position)
+        raise
+      progress.pause(time.perf_counter() - began)
+      return new
+
     if start and due(start) and not checkpoints.scores(start):
       checkpoints.save(start, state, position, judge(start, state, position))
 
@@ -169,6 +192,8 @@ def fit(
       Declared(data, sharded.batch), batch_sharding(mesh), _BATCHES_AHEAD
     )
     for step in range(start + 1, num_steps + 1):
+      if step - 1 in revise_at:
+        state = revised(step - 1, state, position)
       batch, position = _next(batches, step, num_steps)
       state, metrics = sharded.step(state, frozen, batch)
       window.append(metrics)

@@ -134,6 +134,36 @@ def test_rows_are_means_over_the_steps_since_the_last_row():
   np.testing.assert_allclose([row['loss'] for row in thirds], losses.reshape(2, 3).mean(1))
 
 
+def test_a_state_is_revised_once_at_each_step_that_asks_for_it(tmp_path):
+  seen = []
+
+  def revise(state):
+    seen.append(int(state.step))
+    return state.replace(params=jax.tree.map(lambda leaf: 0.5 * leaf, state.params))
+
+  options = {'revise': revise, 'revise_at': {0, 3, 4}}
+  whole = jax.device_get(run(7, **options)[0])
+  assert seen == [0, 3, 4]
+  plain = jax.device_get(run(7)[0])
+  assert not np.array_equal(*(jax.tree.leaves(own.params)[0] for own in (whole, plain)))
+  # Left at a step that asks for it, and behind it.
+  for stop in (3, 5, 7):
+    found = run(stop, tmp_path, **{**options, 'revise_at': {k for k in (0, 3, 4) if k < stop}})[0]
+  assert seen == [0, 3, 4, 0, 3, 4]
+  chex.assert_trees_all_equal(jax.device_get(found), whole)
+
+
+def test_a_revision_that_raises_loses_no_step(tmp_path):
+  def broken(state):
+    raise RuntimeError('no labels')
+
+  with pytest.raises(RuntimeError, match='no labels'):
+    run(7, tmp_path, revise=broken, revise_at=[4])
+  found = run(7, tmp_path, revise=lambda state: state, revise_at=[4])[0]
+  assert [row['step'] for row in read_metrics(tmp_path)] == list(range(1, 8))
+  chex.assert_trees_all_equal(*map(jax.device_get, (found, run(7)[0])))
+
+
 def test_finished_run_is_returned_without_a_step(tmp_path):
   first, history = run(4, tmp_path)
   again, rows = run(4, tmp_path, data=Data(end=0))

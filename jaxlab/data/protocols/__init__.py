@@ -1,1 +1,1 @@
-"""Which records a training sees: long-tailed splits and their samplers, few-shot episodes."""
+"""Which records and labels a training sees: long-tailed splits, samplers, few-shot episodes, label noise."""

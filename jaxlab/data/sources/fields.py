@@ -1,10 +1,10 @@
-"""Records with further fields, computed beforehand."""
+"""Records with further fields, computed beforehand, or with other labels."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from jaxlab.data.sources.source import InMemory, Record, Source
+from jaxlab.data.sources.source import InMemory, Record, Source, as_labels, check_labels
 
 
 class WithFields:
@@ -41,3 +41,37 @@ class WithFields:
 
   def _rows(self, indices: int | np.ndarray) -> Record:
     return {name: array[indices] for name, array in self._fields.items()}
+
+
+class Relabeled:
+  """A source whose records have other labels: noisy ones, corrected ones, predicted ones.
+
+  Args:
+    source: any source.
+    labels: integers `[records]`, classes of the source.
+
+  Attributes:
+    labels: int32 `[records]`.
+
+  Raises:
+    ValueError: for labels of another length, or outside of the source's classes.
+
+  >>> digits = InMemory({'image': np.zeros((2, 4, 4, 1), np.uint8), 'label': np.arange(2)})
+  >>> [int(record['label']) for record in Relabeled(digits, np.array([1, 0]))]
+  [1, 0]
+  """
+
+  def __init__(self, source: Source, labels: np.ndarray):
+    self._source, self.labels = source, as_labels(labels, 'labels')
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    if len(self.labels) != len(source):
+      raise ValueError(f'{len(self.labels)} labels for {len(source)} records.')
+    check_labels(self.labels, source.num_classes)
+    if hasattr(source, 'gather'):
+      self.gather = lambda indices: {**source.gather(indices), 'label': self.labels[indices]}
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**self._source[index], 'label': self.labels[index]}
