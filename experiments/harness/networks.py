@@ -291,6 +291,43 @@ def calibration_sharding(mesh: jax.sharding.Mesh, size: int) -> NamedSharding:
   return parallel.batch_sharding(mesh)
 
 
+def accuracy(
+  config: Experiment,
+  own: Images,
+  model: nn.Module,
+  task: Task,
+  variables: Variables,
+  source: data.Source,
+) -> float:
+  """Returns the accuracy of a network on test records, in percent.
+
+  Args:
+    config: the experiment.
+    own: how the records are read.
+    model: the network.
+    task: what it is asked.
+    variables: of the network.
+    source: the records.
+  """
+  correct = map_batches(
+    functools.partial(_correct, variables, model=model, task=task),
+    source,
+    batch_size=config.eval_batch_size,
+    mesh=config.mesh.make(),
+    **harness_data.reading(own, 'test'),
+  )
+  return 100 * float(correct.mean())
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'task'))
+def _correct(
+  variables: Variables, batch: Mapping[str, Array], *, model: nn.Module, task: Task
+) -> Array:
+  """Returns which records are classified correctly; equal networks share a compilation."""
+  outputs = model.apply(variables, task.inputs(batch), train=False)
+  return task.score(outputs, task.targets(batch))['correct']
+
+
 @functools.partial(jax.jit, static_argnames=('model', 'hooks', 'task'))
 def judge(float_variables, variables, batch, *, model, hooks, task) -> dict[str, Array]:
   """Returns scores of each record; networks with equal hooks share a compilation."""

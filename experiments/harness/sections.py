@@ -167,7 +167,7 @@ class Schedule:
   warmup_start: float = 0.0
   warmup_inclusive: bool = False
   milestones: tuple[float, ...] = ()
-  factor: float = 0.1
+  factor: float | tuple[float, ...] = 0.1
   staircase: bool = False
 
   def make(self, epochs: float, steps_per_epoch: int) -> optax.Schedule:
@@ -217,6 +217,11 @@ class Recipe:
       'compute_dtype': None if self.precision == 'float32' else self.precision,
       'rules': tuple((pattern, PartitionSpec(*axes)) for pattern, axes in self.partition),
     }
+
+  def with_rules(self, rules: Sequence[tuple[str, PartitionSpec]]) -> 'Recipe':
+    """Returns the recipe with further partition rules, of what a method keeps besides parameters."""
+    own = tuple((pattern, tuple(spec)) for pattern, spec in rules)
+    return dataclasses.replace(self, partition=(*self.partition, *own))
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""

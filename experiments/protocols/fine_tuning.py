@@ -6,9 +6,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from experiments.harness import data as harness_data
 from experiments.harness import networks, runs, supervised
 from experiments.harness.data import Augment
 from experiments.harness.runs import Run, Variables
@@ -18,7 +15,6 @@ from experiments.harness.tasks import ImageTask
 from experiments.protocols import pretraining
 from jaxlab import data, models
 from jaxlab.models.classifier_heads import Classifier
-from jaxlab.training import map_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,23 +138,8 @@ def judged(
   config: pretraining.Settings, own: FineTuning, variables: Variables, source: data.Source
 ) -> float:
   """Returns the accuracy of a fine-tuned network on test records, in percent."""
-  scores = map_batches(
-    functools.partial(_correct, variables, model=classifier(config, own), task=config.task),
-    source,
-    batch_size=config.eval_batch_size,
-    mesh=config.mesh.make(),
-    **harness_data.reading(config.data, 'test'),
-  )
-  return 100 * float(scores.mean())
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'task'))
-def _correct(
-  variables: Variables, batch: Mapping[str, jax.Array], *, model: Classifier, task: ImageTask
-) -> jax.Array:
-  """Returns which images are classified correctly; equal networks share a compilation."""
-  logits = model.apply(variables, task.inputs(batch), train=False)
-  return task.score(logits, task.targets(batch))['correct']
+  model = classifier(config, own)
+  return networks.accuracy(config, config.data, model, config.task, variables, source)
 
 
 def check(config: pretraining.Settings, own: FineTuning, key: str = 'fine_tuning') -> Iterator[str]:

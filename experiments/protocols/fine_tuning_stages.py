@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from experiments.harness import data as harness_data
@@ -20,10 +19,9 @@ from experiments.harness.data import Augment, Images
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Recipe, check_batch
 from experiments.harness.settings import found_by
-from experiments.harness.tasks import ImageTask, is_correct
+from experiments.harness.tasks import ImageTask
 from experiments.protocols import pretraining
 from jaxlab import data, losses, models
-from jaxlab.training import map_batches
 
 Array = jax.Array
 Mix = Callable[[Array, Array, Array], tuple[Array, Array, Array]]
@@ -181,14 +179,5 @@ def enlarged(variables: Variables, model: nn.Module) -> Variables:
 def accuracy(config: Settings, name: str, variables: Variables) -> float:
   """Returns the accuracy of a stage's network on the test records in percent."""
   own = stage_data(config, name)
-  task, model = ImageTask.of(own), network(config, own, own.num_classes)
-
-  @jax.jit
-  def hits(batch: Mapping[str, Array]) -> Array:
-    return is_correct(model.apply(variables, task.inputs(batch), train=False), batch['label'])
-
-  found = map_batches(
-    hits, harness_data.load(own, 'test'), batch_size=config.eval_batch_size,
-    mesh=config.mesh.make(), **harness_data.reading(own, 'test'),
-  )  # fmt: skip
-  return 100 * float(np.mean(found))
+  model, source = network(config, own, own.num_classes), harness_data.load(own, 'test')
+  return networks.accuracy(config, own, model, ImageTask.of(own), variables, source)

@@ -152,16 +152,28 @@ def displaced_cosine(
   return schedule
 
 
-def multistep(base: float, milestones: Sequence[int], factor: float = 0.1) -> Schedule:
+def multistep(
+  base: float, milestones: Sequence[int], factor: float | Sequence[float] = 0.1
+) -> Schedule:
   """`base`, multiplied by `factor` at every milestone: from step `milestones[i]` on, `factor ** (i + 1)`.
 
+  Several factors are of one milestone each.
+
   Raises:
-    ValueError: if the milestones do not increase.
+    ValueError: if the milestones do not increase, or there are not as many factors.
+
+  Examples:
+    >>> schedule = multistep(1.0, (2, 4), (3.0, 0.1))
+    >>> [round(float(schedule(step)), 3) for step in (1, 2, 4)]
+    [1.0, 3.0, 0.3]
   """
   milestones = list(milestones)
   if milestones != sorted(set(milestones)):
     raise ValueError(f'milestones must increase, got {milestones}.')
-  return optax.piecewise_constant_schedule(base, dict.fromkeys(milestones, factor))
+  factors = [factor] * len(milestones) if jnp.ndim(factor) == 0 else list(factor)
+  if len(factors) != len(milestones):
+    raise ValueError(f'{len(milestones)} milestones need one factor or as many, got {factors}.')
+  return optax.piecewise_constant_schedule(base, dict(zip(milestones, factors, strict=True)))
 
 
 def make_schedule(
@@ -175,7 +187,7 @@ def make_schedule(
   warmup_start: float = 0.0,
   warmup_inclusive: bool = False,
   milestones: Sequence[float] = (),
-  factor: float = 0.1,
+  factor: float | Sequence[float] = 0.1,
 ) -> Schedule:
   """Builds a schedule over steps from lengths in epochs.
 
@@ -190,7 +202,7 @@ def make_schedule(
     warmup_start: value at step 0, if there is a warm-up.
     warmup_inclusive: see `with_warmup`.
     milestones: of 'multistep', in epochs from the start of the training.
-    factor: of 'multistep'.
+    factor: of 'multistep', one for all milestones or one for each.
 
   Returns:
     A function `step -> value`.

@@ -67,6 +67,8 @@ class Relabeled:
     if len(self.labels) != len(source):
       raise ValueError(f'{len(self.labels)} labels for {len(source)} records.')
     check_labels(self.labels, source.num_classes)
+    if hasattr(source, 'paths'):
+      self.paths = source.paths
     if hasattr(source, 'gather'):
       self.gather = lambda indices: {**source.gather(indices), 'label': self.labels[indices]}
 

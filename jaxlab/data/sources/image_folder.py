@@ -25,6 +25,7 @@ class ImageFolder:
     class_names: of the labels 0, 1, ...
     num_classes: their number.
     labels: int32 `[records]`, known without reading a file.
+    paths: of the files, one a record.
 
   Raises:
     FileNotFoundError: if root is no folder.
@@ -53,6 +54,7 @@ class ImageFolder:
         raise ValueError(f'class folder {root / name} holds no images ({", ".join(EXTENSIONS)}).')
       self._files += [(file, labels[name]) for file in files]
     self.labels = np.array([label for _, label in self._files], np.int32)
+    self.paths = tuple(str(file) for file, _ in self._files)
     self._decode = decode
 
   def __len__(self) -> int:

@@ -69,6 +69,7 @@ class ListedImages:
 
   Attributes:
     labels: int32 `[records]`.
+    paths: as they are listed, one a record.
 
   Raises:
     FileNotFoundError: if the list, the folder, or the first file listed is not there.
@@ -83,7 +84,7 @@ class ListedImages:
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
   ):
-    self._names, self.labels = read_split_file(path)
+    self.paths, self.labels = read_split_file(path)
     self._root, self._decode = pathlib.Path(root), decode
     if num_classes is None:
       num_classes = len(class_names) if class_names else int(self.labels.max()) + 1
@@ -92,7 +93,7 @@ class ListedImages:
     self.class_names = tuple(class_names or map(str, range(num_classes)))
     if len(self.class_names) != num_classes:
       raise ValueError(f'{len(self.class_names)} class_names for {num_classes} classes.')
-    first = self._root / self._names[0]
+    first = self._root / self.paths[0]
     if not first.is_file():
       raise FileNotFoundError(
         f'{first} is not there, the first image of {path}; root must be the folder to which the listed '
@@ -100,9 +101,9 @@ class ListedImages:
       )
 
   def __len__(self) -> int:
-    return len(self._names)
+    return len(self.paths)
 
   def __getitem__(self, index: int) -> Record:
-    path = self._root / self._names[index]
+    path = self._root / self.paths[index]
     image = read_image(path, self._decode)
     return {'image': image, 'label': self.labels[index], 'index': np.int32(index)}

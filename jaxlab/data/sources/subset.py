@@ -15,6 +15,8 @@ class Subset:
     self.num_classes, self.class_names = source.num_classes, source.class_names
     if hasattr(source, 'labels'):
       self.labels = source.labels[indices]
+    if hasattr(source, 'paths'):
+      self.paths = tuple(source.paths[index] for index in indices)
 
   def __len__(self) -> int:
     return len(self._indices)

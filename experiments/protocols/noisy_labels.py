@@ -1,0 +1,379 @@
+"""Learning from labels of which some are wrong: noisy training records, clean test records, a cleaned list.
+
+Noise that is made here is known: the share of correct labels is measured before and after. On a user's own
+records nothing is known; they end in a list of corrected labels, each with its confidence, and a picture of
+the most suspicious ones.
+"""
+
+import csv
+import dataclasses
+import io
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import data as harness_data
+from experiments.harness import networks, pictures, runs, supervised
+from experiments.harness.data import Augment, Images
+from experiments.harness.runs import Run, Trained, Variables
+from experiments.harness.sections import Experiment, Recipe, check_batch
+from experiments.harness.settings import found_by
+from experiments.harness.supervised import Loss, Seen, Table
+from experiments.harness.tasks import ImageTask
+from jaxlab import data, training
+
+Array = jax.Array
+PyTree = Any
+
+# What the classes of a data set are mistaken for, by its name.
+CONFUSIONS = {
+  'cifar10': data.CIFAR10_CONFUSIONS,
+  'cifar100': data.next_class(data.CIFAR100_SUPERCLASSES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """Noise of training labels, drawn by the experiment's seed.
+
+  - 'symmetric': with probability `rate` a uniform draw of all classes, the true one among them.
+  - 'others': likewise of the other classes.
+  - 'asymmetric': the class that it is mistaken for, see `CONFUSIONS`; other classes stay.
+  - 'pair': the next class.
+  """
+
+  kind: Literal['symmetric', 'others', 'asymmetric', 'pair'] = 'symmetric'
+  rate: float = 0.0
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if not 0 <= self.rate < 1:
+      yield f'rate={self.rate}: expected a share of labels in [0, 1).'
+
+  def draw(self, rng: np.random.Generator, labels: np.ndarray, own: Images) -> np.ndarray:
+    """Returns noisy labels, int32 `[records]`."""
+    if self.kind in ('symmetric', 'others'):
+      draws = {'include_true': self.kind == 'symmetric'}
+      return data.symmetric_noise(rng, labels, self.rate, own.num_classes, **draws)
+    confusions = data.next_class([0] * own.num_classes)
+    if self.kind == 'asymmetric':
+      confusions = CONFUSIONS[own.name]
+    return data.asymmetric_noise(rng, labels, self.rate, confusions)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoisyImages(Images):
+  """Images of which training labels are wrong.
+
+  Attributes:
+    noise: that is put on the training labels, which are taken for true; None: they are noisy as they come.
+    held_out: of the training records, drawn by the seed, are left out.
+  """
+
+  noise: Noise | None = None
+  held_out: int = 0
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from super().check()
+    if self.noise and self.noise.kind == 'asymmetric' and self.name not in CONFUSIONS:
+      known = ', '.join(CONFUSIONS)
+      yield f"noise.kind='asymmetric': known for {known}, not for {self.name!r}; 'pair' is."
+    if self.train_size is not None and not 0 <= self.held_out < self.train_size:
+      yield f'held_out={self.held_out}: expected at least 0, below train_size={self.train_size}.'
+
+  @property
+  def size(self) -> int:
+    """Records that are trained on."""
+    return (self.train_size or 0) - self.held_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Experiment):
+  """Settings of an experiment on noisy labels.
+
+  Attributes:
+    data: the images.
+    augment: of training images.
+    model: name and fields of the network.
+    recipe: of the training.
+  """
+
+  data: NoisyImages
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  model: Mapping[str, Any]
+  recipe: Recipe
+
+  @property
+  def task(self) -> ImageTask:
+    """What the network is asked."""
+    return ImageTask.of(self.data, self.augment)
+
+
+class Sources(NamedTuple):
+  """The data of an experiment.
+
+  Attributes:
+    train: records with the labels as they are given.
+    test: clean records.
+    given: labels of the training records, int32 `[records]`.
+    true: what they are; None: not known.
+  """
+
+  train: data.Source
+  test: data.Source
+  given: np.ndarray
+  true: np.ndarray | None
+
+  @property
+  def facts(self) -> dict[str, float]:
+    """What is reported of the labels: the share of correct ones in percent, where it is known."""
+    if self.true is None:
+      return {}
+    return {'label_accuracy': 100 * (1 - data.noise_rate(self.given, self.true))}
+
+
+def load(config: Settings) -> Sources:
+  """Returns the data of an experiment, with the noise that its seed draws.
+
+  Raises:
+    ValueError: if the data are not what the settings say.
+    FileNotFoundError: if they are not there.
+  """
+  own, rng = config.data, np.random.default_rng((config.seed, 1))
+  train, test = (harness_data.load(own, split) for split in ('train', 'test'))
+  if own.held_out:
+    train = data.subset(train, np.sort(rng.permutation(len(train))[own.held_out :]))
+  labels = data.source_labels(train)
+  if own.noise is None:
+    return Sources(train, test, labels, None)
+  given = own.noise.draw(rng, labels, own)
+  return Sources(data.Relabeled(train, given), test, given, labels)
+
+
+def steps_per_epoch(config: Settings, recipe: Recipe | None = None) -> int:
+  """Returns the optimizer steps of an epoch."""
+  return max(config.data.size // (recipe or config.recipe).batch_size, 1)
+
+
+def training_run(
+  config: Settings,
+  title: str,
+  *,
+  recipe: Recipe | None = None,
+  loss: Loss = supervised.cross_entropy,
+  table: Table | None = None,
+  decides: Mapping[str, Any] | None = None,
+  **options: Any,
+) -> Run:
+  """Returns the training of the network on the labels as they are given.
+
+  Args:
+    config: the settings.
+    title: of the run.
+    recipe: in place of the settings'.
+    loss: see `supervised.program`.
+    table: state of every record.
+    decides: what else decides what it ends with.
+    **options: further ones of `supervised.program`.
+  """
+  recipe = recipe or config.recipe
+  steps, model = steps_per_epoch(config, recipe), network(config)
+  if table is not None:
+    rules = training.row_rules(config.mesh.make(), r'extra/table(/.*)?')
+    recipe = recipe.with_rules(rules)
+  program = supervised.program(model, config.task, recipe, steps, loss=loss, table=table, **options)
+  own = {'model': config.model, 'augment': config.augment, **(decides or {})}
+  return Run(config, config.data, recipe, program, recipe.epochs * steps, own, title)
+
+
+def network(config: Settings) -> Any:
+  """Returns the network that is trained."""
+  return networks.create(config.model, num_classes=config.data.num_classes)
+
+
+def train(
+  config: Settings,
+  run: Run,
+  sources: Sources,
+  folder: pathlib.Path,
+  rows: Callable[[Sources], PyTree] | None = None,
+  **options: Any,
+) -> Trained:
+  """Returns what a run ends with; `history` has its test accuracy `test` every `recipe.eval_every` steps.
+
+  Args:
+    config: the settings.
+    run: of `training_run`.
+    sources: the data.
+    folder: of this run.
+    rows: what the table of records starts with.
+    **options: further ones of `runs.train`.
+  """
+  if rows is not None:
+    begin = lambda state: state.replace(  # noqa: E731
+      extra={**state.extra, 'table': training.pad_rows(rows(sources))}
+    )
+    options['begin'] = begin
+
+  def evaluate(variables: Variables) -> dict[str, float]:
+    given = network(config), config.task, variables, sources.test
+    return {'test': networks.accuracy(config, config.data, *given)}
+
+  return runs.train(run, sources.train, folder, evaluate=evaluate, **options)
+
+
+def scores(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns `last` and `best`, the test accuracy at the end and the best that a training passed, in %.
+
+  The best one is chosen by the test records: it says what memorizing wrong labels costs, and is no result.
+  """
+  found = [line['test'] for line in history if 'test' in line]
+  return {'last': found[-1], 'best': max(found)}
+
+
+METRICS = ('last', 'best', 'label_accuracy')
+
+
+def check(config: Settings) -> Iterator[str]:
+  """Yields what is wrong with data and recipe."""
+  recipe, size = config.recipe, config.data.size
+  if config.data.train_size is None:
+    yield 'data.train_size: missing; the schedule is made for it.'
+  elif size < recipe.batch_size:
+    yield f'recipe.batch_size={recipe.batch_size} exceeds the {size} training records.'
+  elif recipe.epochs > 0:
+    steps = size // recipe.batch_size
+    yield from found_by('recipe.schedule', recipe.schedule.make, recipe.epochs, steps)
+  yield from check_batch(config.mesh, recipe.batch_size, 'recipe.batch_size')
+  if config.data.multi_label:
+    yield 'data.multi_label: expected one label an image.'
+  yield from found_by('model', network, config)
+
+
+# --- Labels that are corrected ---
+
+
+class Cleaned(NamedTuple):
+  """Corrected labels of the training records.
+
+  Attributes:
+    given: int32 `[records]`.
+    label: int32 `[records]`, the corrected ones.
+    confidence: float32 `[records]`, in [0, 1], of the corrected label.
+    doubt: float32 `[records]`, in [0, 1]: of the given one.
+  """
+
+  given: np.ndarray
+  label: np.ndarray
+  confidence: np.ndarray
+  doubt: np.ndarray
+
+  def accuracy(self, true: np.ndarray) -> float:
+    """Returns the share of corrected labels that are right, in percent."""
+    return 100 * (1 - data.noise_rate(self.label, true))
+
+
+def cleaned(given: np.ndarray, label_logits: np.ndarray) -> Cleaned:
+  """Returns the labels that label logits `[rows, num_classes]` say; rows beyond the labels are ignored."""
+  logits = np.asarray(label_logits)[: len(given)]
+  probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
+  label = logits.argmax(-1).astype(np.int32)
+  at = np.arange(len(given))
+  return Cleaned(given, label, probabilities[at, label], 1 - probabilities[at, given])
+
+
+def write_cleaned(folder: pathlib.Path, source: data.Source, found: Cleaned) -> None:
+  """Writes `labels.csv` and `labels.npz`: index, path (of files), given and corrected label, confidence."""
+  if jax.process_index():
+    return
+  names, paths = source.class_names, getattr(source, 'paths', None)
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['index', *(['path'] if paths else []), 'given', 'label', 'confidence', 'doubt'])
+  for index in range(len(found.given)):
+    path = [paths[index]] if paths else []
+    labels = names[found.given[index]], names[found.label[index]]
+    numbers = f'{found.confidence[index]:.4f}', f'{found.doubt[index]:.4f}'
+    writer.writerow([index, *path, *labels, *numbers])
+  (folder / 'labels.csv').write_text(text.getvalue())
+  np.savez_compressed(folder / 'labels.npz', **found._asdict())
+
+
+def correct_share(seen: Seen) -> Array:
+  """Returns the share of a batch whose label logits say the true label; `rows` are those of `label_rows`."""
+  return jnp.mean(jnp.argmax(seen.rows['logits'], -1) == seen.rows['true'])
+
+
+def label_shapes(config: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of the records' label logits, and of what is looked at in metrics alone."""
+  size = config.data.size
+  logits = jax.ShapeDtypeStruct((size, config.data.num_classes), jnp.float32)
+  return {'logits': logits, 'true': jax.ShapeDtypeStruct((size,), jnp.int32)}
+
+
+# --- Pictures ---
+
+
+def draw_confusion(config: Settings, found: Cleaned, names: Sequence[str], path: Any) -> None:
+  """Draws how many records with a given label (rows) have which corrected one (columns)."""
+  count = len(names)
+  table = np.zeros((count, count), int)
+  np.add.at(table, (found.given, found.label), 1)
+  with pictures.drawn(path, size=(5.5, 5)) as axis:
+    axis.imshow(np.sqrt(table), cmap='Blues')
+    axis.set_xlabel('corrected label')
+    axis.set_ylabel('given label')
+    axis.set_title(pictures.title(config))
+    if count <= 20:
+      axis.set_xticks(range(count), names, rotation=90, fontsize=7)
+      axis.set_yticks(range(count), names, fontsize=7)
+      for (row, column), value in np.ndenumerate(table):
+        axis.text(column, row, value, ha='center', va='center', fontsize=6)
+
+
+def draw_suspicious(source: data.Source, found: Cleaned, path: Any, shape=(4, 8)) -> None:
+  """Draws the records whose given label is doubted most, with given and corrected label."""
+  rows, columns = shape
+  order = np.argsort(-found.doubt, kind='stable')[: rows * columns]
+  order = [index for index in order if found.label[index] != found.given[index]]
+  with pictures.drawn(path, rows, columns, size=(1.35 * columns, 1.6 * rows)) as axes:
+    for axis in axes.flat:
+      axis.axis('off')
+    for axis, index in zip(axes.flat, order):
+      image = np.asarray(data.DecodeImage(96)(source[int(index)])['image'])
+      axis.imshow(image.squeeze(), cmap='gray')
+      names = (source.class_names[labels[index]] for labels in (found.given, found.label))
+      axis.set_title(' → '.join(names), fontsize=6)
+
+
+def draw_curves(
+  config: Settings, histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Any, marks=()
+) -> None:
+  """Draws test accuracy over training, and the share of correct labels where it was watched.
+
+  Args:
+    config: the settings.
+    histories: metrics of runs by their titles.
+    path: of the picture.
+    marks: epochs at which stages begin.
+  """
+  each = steps_per_epoch(config)
+  panels = [('test', 'test accuracy (%)', 1), ('labels_correct', 'correct labels (%)', 100)]
+  shown = [own for own in panels if any(own[0] in line for h in histories.values() for line in h)]
+  with pictures.drawn(path, 1, len(shown), size=(5.5 * len(shown), 4), squeeze=False) as axes:
+    for axis, (metric, label, scale) in zip(axes[0], shown):
+      for title, history in histories.items():
+        points = [(line['step'] / each, scale * line[metric]) for line in history if metric in line]
+        if points:
+          axis.plot(*zip(*points), label=title)
+      for mark in marks:
+        axis.axvline(mark, color='gray', linewidth=0.8, linestyle=':')
+      axis.set_xlabel('epoch')
+      axis.set_ylabel(label)
+      axis.legend(frameon=False)
+    axes[0, 0].set_title(pictures.title(config))
