@@ -89,26 +89,6 @@ class Settings(noisy_labels.Settings):
   runs: tuple[str, ...] = ('ce', 'pencil')
 
 
-def schedule(
-  stages: tuple[int, int, int], base: float, last: float, *, strict: bool = False
-) -> dict[str, Any]:
-  """Returns the fields of PENCIL's learning rate: `base` up to T2, then `last`, divided by 10 each third.
-
-  Args:
-    stages: T1, T2, T3, epochs.
-    base: of the first two stages.
-    last: at the beginning of the third.
-    strict: as the official script, whose floor division makes the rate 0 behind the first third.
-  """
-  _, end, total = stages
-  length = total - end
-  return {
-    'name': 'multistep', 'base': base, 'staircase': True,
-    'milestones': (end, end + length // 3, end + 2 * length // 3),
-    'factor': (last / base, *((0.0, 1.0) if strict else (0.1, 0.1))),
-  }  # fmt: skip
-
-
 def training(config: Settings, name: str) -> Run:
   """Returns the training of a row."""
   if name == 'ce':

@@ -65,6 +65,8 @@ def needs(name: str, root: str | None = None) -> str:
     return f'photographs: those in {where}' + ('' if root else ' (pip install scikit-image)')
   if name == 'image_folder':
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
+  if name == 'listed_images':
+    return f'images named by a list, lines `path label`, relative to {root or "ROOT"}'
   by_hand = _BY_HAND if name.startswith('imagenet2012') else ''
   base = name.partition('/')[0].partition(':')[0]
   return f'{CATALOGUE.get(base, name)}: {by_hand}{_BUILD.format(name)}'

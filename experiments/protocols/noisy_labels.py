@@ -18,13 +18,14 @@ import numpy as np
 
 from experiments.harness import data as harness_data
 from experiments.harness import networks, pictures, runs, supervised
+from experiments.harness import sources as known_sources
 from experiments.harness.data import Augment, Images
 from experiments.harness.runs import Run, Trained, Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import found_by
 from experiments.harness.supervised import Loss, Seen, Table
 from experiments.harness.tasks import ImageTask
-from jaxlab import data, training
+from jaxlab import data, models, training
 
 Array = jax.Array
 PyTree = Any
@@ -100,12 +101,16 @@ class Settings(Experiment):
     data: the images.
     augment: of training images.
     model: name and fields of the network.
+    pretrained: name of public weights that it starts from, but for the classifier; '': from scratch.
+    weights: a local file that holds them; '': they are downloaded.
     recipe: of the training.
   """
 
   data: NoisyImages
   augment: Augment = dataclasses.field(default_factory=Augment)
   model: Mapping[str, Any]
+  pretrained: str = ''
+  weights: str = ''
   recipe: Recipe
 
   @property
@@ -187,7 +192,8 @@ def training_run(
     rules = training.row_rules(config.mesh.make(), r'extra/table(/.*)?')
     recipe = recipe.with_rules(rules)
   program = supervised.program(model, config.task, recipe, steps, loss=loss, table=table, **options)
-  own = {'model': config.model, 'augment': config.augment, **(decides or {})}
+  own = {'model': config.model, 'augment': config.augment, 'pretrained': config.pretrained}
+  own |= decides or {}
   return Run(config, config.data, recipe, program, recipe.epochs * steps, own, title)
 
 
@@ -219,6 +225,11 @@ def train(
       extra={**state.extra, 'table': training.pad_rows(rows(sources))}
     )
     options['begin'] = begin
+  if config.pretrained and 'start' not in options:
+    given = {'file': known_sources.file(config.weights)} if config.weights else {}
+    _, public = models.load_pretrained(config.pretrained, num_classes=None, **given)
+    head = models.anatomy(network(config)).head
+    options |= {'start': public, 'fresh': [f'{path}/.*' for path in head]}
 
   def evaluate(variables: Variables) -> dict[str, float]:
     given = network(config), config.task, variables, sources.test
@@ -252,6 +263,8 @@ def check(config: Settings) -> Iterator[str]:
   yield from check_batch(config.mesh, recipe.batch_size, 'recipe.batch_size')
   if config.data.multi_label:
     yield 'data.multi_label: expected one label an image.'
+  if config.weights and not config.pretrained:
+    yield f'weights={config.weights!r}: give the name of the weights, pretrained, too.'
   yield from found_by('model', network, config)
 
 

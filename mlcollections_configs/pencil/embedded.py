@@ -6,8 +6,6 @@ epochs without augmentation. A label logit can move by 2.3 an epoch, by 46 in al
 
 from ml_collections import ConfigDict
 
-from experiments.pencil import schedule
-
 
 def get_config() -> ConfigDict:
   """Returns the settings."""
@@ -45,3 +43,29 @@ def claims() -> tuple[dict, ...]:
       statement='at least 15 points more labels are right', metric='label_accuracy', margin=15.0, **both
     ),
   )  # fmt: skip
+
+
+def schedule(
+  stages: tuple[int, int, int],
+  base: float,
+  last: float,
+  *,
+  joint: float | None = None,
+  strict: bool = False,
+) -> dict:
+  """Returns the fields of PENCIL's learning rate: `base` up to T2, then `last`, divided by 10 each third.
+
+  Args:
+    stages: T1, T2, T3, epochs.
+    base: of the first two stages.
+    last: at the beginning of the third.
+    joint: of the second stage, in place of `base`.
+    strict: as the official script, whose floor division makes the rate 0 behind the first third.
+  """
+  start, end, total = stages
+  joint, third = joint or base, total - end
+  return {
+    'name': 'multistep', 'base': base, 'staircase': True,
+    'milestones': (start, end, end + third // 3, end + 2 * third // 3),
+    'factor': (joint / base, last / joint, *((0.0, 1.0) if strict else (0.1, 0.1))),
+  }  # fmt: skip

@@ -1,12 +1,11 @@
 """Half of the labels of 4000 images of Fashion-MNIST drawn anew; some two minutes on two cores.
 
-Uniform draws of all ten classes, so that 55 % of the labels are right. A label logit moves by up to 2.3 an epoch,
-19 in all. Needs the data set on disk (Debian's package `dataset-fashion-mnist`) or prepared by TFDS.
+Uniform draws of all ten classes, so that 55 % of the labels are right. A label logit moves by at most 2.3 an
+epoch, 19 in all. Needs the data set on disk (Debian's package `dataset-fashion-mnist`) or prepared by TFDS.
 """
 
 from ml_collections import ConfigDict
 
-from experiments.pencil import schedule
 from mlcollections_configs.pencil import embedded
 
 
@@ -22,9 +21,10 @@ def get_config() -> ConfigDict:
   config.model.input_pool = 2
   config.pencil.update(start=6, end=14)
   config.recipe.update(epochs=20, eval_every=62)
-  config.recipe.schedule = schedule((6, 14, 20), 0.05, 0.05)
   # The rate falls once, in the middle of the last stage.
-  config.recipe.schedule.update(milestones=(17,), factor=0.1)
+  config.recipe.schedule = dict(
+    name='multistep', base=0.05, milestones=(17,), factor=0.1, staircase=True
+  )
   config.runs = ('ce', 'pencil')
   config.log_every = 62
   return config

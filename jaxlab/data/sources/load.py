@@ -15,6 +15,7 @@ from jaxlab.data.sources.image_folder import (
   ImageFolder,
   class_folders,
 )
+from jaxlab.data.sources.listed_images import ListedImages
 from jaxlab.data.sources.photographs import Photographs
 from jaxlab.data.sources.scenes import Scenes, canvases, pasted
 from jaxlab.data.sources.sentences import Sentences
@@ -48,6 +49,7 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`. Its classes are
         those of the split, or of the absolute path, `classes_of`, by name; without the option those of
         `train`, if there is such a folder; with None its own.
+      - `'listed_images'`: files named by a list, whose path is the split; options of `ListedImages`.
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
     split: 'train' or 'test'; TFDS, folders and token files have their own names.
@@ -96,6 +98,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       if (classes_of := options.pop('classes_of', usual)) is not None:
         options.setdefault('class_names', class_folders(os.path.join(root, classes_of)))
       return ImageFolder(f'{root}/{split}', **options)
+    if name == 'listed_images':
+      return ListedImages(split, **options)
     return Catalogue(name, split, **options)
   except TypeError as error:
     raise ValueError(f'data set {name!r}: {error}') from error
