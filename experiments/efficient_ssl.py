@@ -31,7 +31,15 @@ from experiments.harness.settings import found_by, section
 from experiments.protocols import feature_evaluation, pretraining, siamese, siamese_methods
 from experiments.protocols.siamese_methods import Heads, Momentum
 from jaxlab import data, evaluation, losses, models, parallel
-from jaxlab.training import LossState, Out, TrainState, cast_floating, step_keys
+from jaxlab.training import (
+  LossState,
+  Out,
+  TrainState,
+  cast_floating,
+  pad_rows,
+  row_rules,
+  step_keys,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -45,7 +53,6 @@ VARIANTS: dict[str, tuple[str, str, Callable[['Bank'], Mapping[str, Any]]]] = {
   'gradient': ('gradient update', 'reference', lambda own: {'update': 'gradient'}),
 }
 TWO_VIEWS = {name: text for name, text in siamese_methods.TITLES.items() if name != 'dino'}
-ROWS = 256  # a bank has a multiple of so many rows, the last ones empty: it divides over devices
 METRICS = ('knn_early', 'z_std', 'gigaflops', 'milliseconds', 'relative_flops', 'relative_time')
 
 
@@ -149,7 +156,7 @@ def training(config: Settings, name: str) -> Run:
   def draw_bank(variables: runs.Variables, key: Array) -> PyTree:
     del variables
     rows = losses.normalize(jax.random.normal(key, (size, config.head.features)))
-    return {'bank': jnp.pad(rows, ((0, -size % ROWS), (0, 0)))}
+    return {'bank': pad_rows(rows)}
 
   def loss(
     params: PyTree, state: LossState, views: list[Array], keys: dict[str, Array], ids: Array
@@ -178,20 +185,12 @@ def training(config: Settings, name: str) -> Run:
   images = jnp.zeros((2 * config.model.get('norm_groups', 1), *config.data.view))
   targets = siamese_methods.own_projections()._replace(init=draw_bank)
   streams = ('columns', 'cutmix', 'start', *drawn)
+  rules = row_rules(config.mesh.make(), 'extra/bank')
+  split = dataclasses.replace(config, recipe=config.recipe.with_rules(rules))
   return pretraining.training(
-    split_bank(config), title, siamese.init(nets, targets, images, streams), loss,
+    split, title, siamese.init(nets, targets, images, streams), loss,
     fields=('index',), views=one_view(config), decides={'bank': own, 'head': config.head},
   )  # fmt: skip
-
-
-def split_bank(config: Settings) -> Settings:
-  """Returns settings under which the bank's rows lie on all devices that share a batch, where they divide."""
-  mesh = config.mesh.make()
-  if ROWS % (mesh.shape['data'] * mesh.shape['fsdp']):
-    return config
-  rule = ('extra/bank', (('data', 'fsdp'),))
-  recipe = dataclasses.replace(config.recipe, partition=(*config.recipe.partition, rule))
-  return dataclasses.replace(config, recipe=recipe)
 
 
 def calibrated(config: Settings, name: str, source: data.Source, state: TrainState) -> TrainState:
