@@ -170,13 +170,13 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     metrics = {**scores, 'fall': scores['best'] - scores['last'], **sources.facts}
     if name != 'ce':
       logits = jax.device_get(trained.state.extra['table']['logits'])
-      found = noisy_labels.cleaned(given.given, logits)
+      found = noisy_labels.cleaned(sources.given, logits)
       metrics |= {} if sources.true is None else {'label_accuracy': found.accuracy(sources.true)}
     lines.append(results.row(own.title, 'baseline' if name == 'ce' else 'method', metrics))
   marks = config.pencil.start, config.pencil.end
   noisy_labels.draw_curves(config, histories, workdir / 'accuracy_over_epochs.png', marks)
   if found is not None:
-    report(config, sources, found._replace(given=sources.given), workdir)
+    report(config, sources, found, workdir)
   return results.results(config, lines, title='accuracies in %')
 
 

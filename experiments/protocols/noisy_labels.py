@@ -352,9 +352,12 @@ def draw_confusion(config: Settings, found: Cleaned, names: Sequence[str], path:
 def draw_suspicious(source: data.Source, found: Cleaned, path: Any, shape=(4, 8)) -> None:
   """Draws the records whose given label is doubted most, with given and corrected label."""
   rows, columns = shape
-  order = np.argsort(-found.doubt, kind='stable')[: rows * columns]
-  order = [index for index in order if found.label[index] != found.given[index]]
-  with pictures.drawn(path, rows, columns, size=(1.35 * columns, 1.6 * rows)) as axes:
+  doubted = np.argsort(-found.doubt, kind='stable')
+  order = doubted[found.label[doubted] != found.given[doubted]][: rows * columns]
+  rows = max(-(-len(order) // columns), 1)
+  with pictures.drawn(
+    path, rows, columns, size=(1.35 * columns, 1.6 * rows), squeeze=False
+  ) as axes:
     for axis in axes.flat:
       axis.axis('off')
     for axis, index in zip(axes.flat, order):
@@ -378,12 +381,13 @@ def draw_curves(
   each = steps_per_epoch(config)
   panels = [('test', 'test accuracy (%)', 1), ('labels_correct', 'correct labels (%)', 100)]
   shown = [own for own in panels if any(own[0] in line for h in histories.values() for line in h)]
+  colors = {title: f'C{index}' for index, title in enumerate(histories)}
   with pictures.drawn(path, 1, len(shown), size=(5.5 * len(shown), 4), squeeze=False) as axes:
     for axis, (metric, label, scale) in zip(axes[0], shown):
       for title, history in histories.items():
         points = [(line['step'] / each, scale * line[metric]) for line in history if metric in line]
         if points:
-          axis.plot(*zip(*points), label=title)
+          axis.plot(*zip(*points), label=title, color=colors[title])
       for mark in marks:
         axis.axvline(mark, color='gray', linewidth=0.8, linestyle=':')
       axis.set_xlabel('epoch')
