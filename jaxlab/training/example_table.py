@@ -72,6 +72,7 @@ def read_rows(table: PyTree, index: ArrayLike) -> PyTree:
     ValueError: if (concrete) an index is outside of the table.
   """
   _require_index(table, index)
+  index = jnp.asarray(index)
   return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], table)
 
 

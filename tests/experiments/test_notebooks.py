@@ -17,7 +17,7 @@ def install_cells(notebook):
 
 def test_there_is_a_notebook_a_family_and_all_install_the_same():
   assert [path.stem for path in NOTEBOOKS] == [
-    'few_images', 'quantize_a_trained_network', 'the_worst_class',
+    'clean_my_labels', 'few_images', 'quantize_a_trained_network', 'the_worst_class',
     'why_does_my_transformer_not_quantize',
   ]  # fmt: skip
   cells = [install_cells(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
