@@ -125,7 +125,7 @@ from jaxlab.models.residual_attention import (
   csra_logits,
   csra_scores,
   csra_temperatures,
-  test_time_residual,
+  max_residual,
 )
 from jaxlab.models.resnet import (
   BasicBlock,
@@ -240,6 +240,7 @@ __all__ = [
   'make_divisible',
   'map_matching',
   'masked_autoencoder',
+  'max_residual',
   'mean_embedding',
   'moco_projector',
   'module_paths',
@@ -256,7 +257,6 @@ __all__ = [
   'slice_params',
   'stack_blocks',
   'tau_normalize',
-  'test_time_residual',
   'to_torch',
   'total_stride',
   'truncate',

@@ -44,9 +44,9 @@ def feature_map(
 ) -> Array:
   """Returns the map `[batch, height, width, channels]` that a bound network makes of images.
 
-  The network runs as it is; what one of its modules hands on is taken, outside of all hooks around it. Of a
-  vision transformer those are the patch tokens, without class token, distillation token and registers, in
-  their places.
+  The network runs as it is, and what one of its modules returns is taken. Of a vision transformer those are
+  the patch tokens, without class token, distillation token and registers, in their places. Hooks reach the
+  map from all modules in front of it and within it; those on the output of the very module do not.
 
   Args:
     backbone: bound to variables: a submodule, or `model.bind(variables)`.
@@ -55,7 +55,8 @@ def feature_map(
     path: of the module; None: `feature_map_path`.
 
   Raises:
-    ValueError: if there is no such module, or its output is no map.
+    ValueError: if there is no such module, its output is no map, or it runs under a transformation of its own
+      (`nn.remat`, `nn.scan`).
 
   >>> from jaxlab.models import create
   >>> model = create('cifar_resnet20', num_classes=None)
@@ -68,14 +69,17 @@ def feature_map(
   found: list[Array] = []
 
   def keep(site: Site, y: Array) -> Array:
-    del site
+    if site.module.scope.trace_level != backbone.scope.trace_level:
+      raise ValueError(
+        f'path={own!r} lies within a transformation of Linen (nn.remat, nn.scan), out of which nothing can '
+        'be taken: build the network with remat=False, scan=False.'
+      )
     found.append(y)
     return y
 
   whole = path_string((*backbone.path, *own.split('/')))
   with intercepting([Hook(re.escape(whole), output=keep)]):
     backbone(images, train=train)
-  # Under `nn.remat` a call is seen from within, too, before it is from outside.
   y = found[-1]
   if isinstance(backbone, ViT) and y.ndim == 3:
     rows, columns = (side // backbone.patch_size for side in images.shape[1:3])
@@ -93,11 +97,11 @@ class MapClassifier(Classifier):
   Attributes:
     backbone: any network; what it does behind the map (pooling, a classifier) changes nothing.
     head: a module `map -> logits`, e.g. `CSRAMultiHead(80, num_heads=4, lam=0.5)`.
-    path: of the module of the backbone whose output is the map; None: `feature_map_path`.
+    map_path: of the module of the backbone whose output is the map; None: `feature_map_path`.
   """
 
-  path: str | None = None
+  map_path: str | None = None
 
   def features(self, images: Array, train: bool = False) -> Array:
     """Returns the map `[batch, height, width, channels]` (`apply(..., method='features')`)."""
-    return feature_map(self.backbone, images, train, path=self.path)
+    return feature_map(self.backbone, images, train, path=self.map_path)

@@ -142,16 +142,14 @@ def csra_head(
   _require_temperature(temperature)
   scores = csra_scores(features, weight)
   if temperature == math.inf:
-    return test_time_residual(scores, lam, allow_negative=allow_negative)
+    return max_residual(scores, lam, allow_negative=allow_negative)
   _require_lam(lam, allow_negative)
   scores = _scores(scores)
   attended = jnp.sum(class_attention(scores, temperature) * scores, 1)
   return jnp.mean(scores, 1) + lam * attended
 
 
-def test_time_residual(
-  score_map: ArrayLike, lam: ArrayLike, *, allow_negative: bool = False
-) -> Array:
+def max_residual(score_map: ArrayLike, lam: ArrayLike, *, allow_negative: bool = False) -> Array:
   """Returns `mean + lam * max` of each class's scores over positions: CSRA without training.
 
   For any network that was trained with global average pooling under a linear classifier: its scores at every
@@ -172,7 +170,7 @@ def test_time_residual(
     Zhu & Wu 2021 (https://arxiv.org/abs/2108.02456), figure 1.
 
   Examples:
-    >>> float(test_time_residual(jnp.array([[[1.0], [3.0]]]), 0.5)[0, 0])
+    >>> float(max_residual(jnp.array([[[1.0], [3.0]]]), 0.5)[0, 0])
     3.5
   """
   _require_lam(lam, allow_negative)
