@@ -46,6 +46,7 @@ NETWORKS = {
   'weight norm': (models.WeightNormHead(4), ROWS),
   'learnable scaling': (models.LearnableWeightScaling(4), ROWS),
   'batch norm': (models.BatchNorm(), IMAGES),
+  'csra': (models.CSRAMultiHead(4, 2, 0.5), IMAGES),
   'dino head': (models.DINOHead(4), ROWS),
   'simsiam projector': (models.simsiam_projector(8), ROWS),
 }
@@ -105,6 +106,12 @@ CALLS = {
   'dino': lambda: losses.dino_loss(LOGITS, LOGITS[:4], jnp.zeros(4, jnp.float32), 3),
   'next token': lambda: losses.next_token_cross_entropy(LOGITS[None, :2], TOKENS[:1] % 4),
   'tally': tallied,
+  'multi_label_bce': lambda: losses.multi_label_bce(LOGITS, PRESENT),
+  'multi_label_metrics': lambda: evaluation.multi_label_metrics(
+    jax.nn.sigmoid(LOGITS), PRESENT, top=2
+  ),
+  'csra head': lambda: models.csra_head(IMAGES, ROWS[:, :3], 2.0, 0.5),
+  'max_residual': lambda: models.max_residual(IMAGES, 0.5),
   'multi_label_probe': lambda: evaluation.multi_label_probe(ROWS, PRESENT, steps=2),
   'average_precision': lambda: evaluation.average_precision(LOGITS, PRESENT),
   'shared_label_precision': lambda: evaluation.shared_label_precision(QUEUED, PRESENT, PRESENT),

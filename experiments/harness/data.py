@@ -49,6 +49,22 @@ KNOWN['coco/2017'] = {
   'train_options': {'decode': False, 'labels': 'objects/label'},
   'test_options': {'decode': False, 'labels': 'objects/label'},
 }  # fmt: skip
+KNOWN['coco/2014'] = {**KNOWN['coco/2017'], 'train_size': 82783}
+KNOWN['voc/2007'] = {
+  **KNOWN['imagenet2012'], 'num_classes': 20, 'multi_label': True, 'train_size': 5011,
+  'train_split': 'train+validation', 'test_split': 'test',
+  'train_options': {'decode': False, 'labels': 'labels_no_difficult'},
+  'test_options': {'decode': False, 'labels': 'labels_no_difficult', 'unsure': 'labels'},
+}  # fmt: skip
+KNOWN['wider_attribute'] = {
+  'num_classes': 14, 'multi_label': True, 'train_size': 28345, 'stored_image': (224, 224, 3),
+  'train_split': 'data/WIDER_Attribute/wider_attribute_trainval.json',
+  'test_split': 'data/WIDER_Attribute/wider_attribute_test.json',
+  'train_options': {'root': 'data/WIDER_Attribute/Image'},
+  'test_options': {'root': 'data/WIDER_Attribute/Image'},
+  'train_decode': {'size': 224, 'stretch': True}, 'test_decode': {'size': 224, 'stretch': True},
+  'num_threads': 16, 'num_workers': 16, 'mean': 0.5, 'std': 0.5,
+}  # fmt: skip
 KNOWN['cifar100'] = {**KNOWN['cifar10'], 'num_classes': 100}
 KNOWN['imagenet2012_subset/1pct'] = {**KNOWN['imagenet2012'], 'train_size': 12811}
 KNOWN |= {

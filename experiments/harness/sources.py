@@ -12,7 +12,9 @@ _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
 # What data sets of the TFDS catalogue are called elsewhere.
 CATALOGUE = {
   'cifar10': 'CIFAR-10',
-  'coco': 'COCO 2017',
+  'coco/2014': 'COCO 2014',
+  'coco/2017': 'COCO 2017',
+  'voc/2007': 'PASCAL VOC 2007',
   'cifar100': 'CIFAR-100',
   'imagenet2012': 'ImageNet (ILSVRC 2012)',
   'imagenet2012_subset': 'the public 1 % or 10 % of ImageNet',
@@ -67,9 +69,14 @@ def needs(name: str, root: str | None = None) -> str:
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   if name == 'listed_images':
     return f'images named by a list, lines `path label`, relative to {root or "ROOT"}'
+  if name == 'wider_attribute':
+    return (
+      'WIDER Attribute (mmlab.ie.cuhk.edu.hk/projects/WIDERAttribute.html): wider_attribute_trainval.json '
+      f'and wider_attribute_test.json where the splits name them, and the photographs below {root or "ROOT"}'
+    )
   by_hand = _BY_HAND if name.startswith('imagenet2012') else ''
   base = name.partition('/')[0].partition(':')[0]
-  return f'{CATALOGUE.get(base, name)}: {by_hand}{_BUILD.format(name)}'
+  return f'{CATALOGUE.get(name, CATALOGUE.get(base, name))}: {by_hand}{_BUILD.format(name)}'
 
 
 def listed(name: str, files: Sequence[str], root: str) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.harness.data import Augment, Images, Tokens
-from jaxlab import data, models
+from jaxlab import data, losses, models
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -124,9 +124,11 @@ class MultiLabelTask(ImageTask):
     return batch['multi_label']
 
   def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
-    """Returns `loss` of each image, its binary cross-entropies' mean over classes."""
-    terms = optax.sigmoid_binary_cross_entropy(outputs.astype(jnp.float32), targets)
-    return {'loss': jnp.mean(terms, -1)}
+    """Returns of each image `loss`, and `correct`, the share of classes on the right side of 0."""
+    outputs = outputs.astype(jnp.float32)
+    right = jnp.mean(((outputs > 0) == (targets > 0)).astype(jnp.float32), -1)
+    correct = jnp.where(jnp.any(jnp.isnan(outputs), -1), jnp.nan, right)
+    return {'loss': losses.multi_label_bce(outputs, targets), 'correct': correct}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""What a frozen backbone's features are worth where images show several classes: probes and neighbors."""
+"""Where images show several classes: what a classifier says of them, and what a frozen backbone is worth."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,11 @@ from jaxlab import data, evaluation, losses
 from jaxlab.training import map_batches
 
 METRICS = ('mAP', 'precision')
+# Of a classifier: average precision, and precision, recall and F1 overall and by class.
+SCORES = ('mAP', 'OP', 'OR', 'OF1', 'CP', 'CR', 'CF1')
+TOP = 3  # classes of an image that the metrics named `top3` are of
+
+Protocol = Literal['coco', 'voc07', 'wider']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,43 @@ def evaluator(
     return {name: 100 * float(value) for name, value in zip(METRICS, found, strict=True)}
 
   return evaluate
+
+
+def classifier_metrics() -> tuple[str, ...]:
+  """Returns the names of what `classifier_scores` says."""
+  return (*SCORES, *(f'{name}_top{TOP}' for name in SCORES[1:]))
+
+
+def classifier_scores(
+  logits: np.ndarray, labels: np.ndarray, known: np.ndarray | None, protocol: Protocol
+) -> dict[str, float]:
+  """Returns how good a classifier is by a protocol of `evaluation.multi_label_metrics`, in percent.
+
+  Args:
+    logits: `[records, num_classes]`.
+    labels: 0 or 1 for each class.
+    known: 0 where the records do not tell; None: they tell all.
+    protocol: 'voc07' drops what is not told, 'wider' from average precisions alone.
+  """
+  unknown = np.zeros(labels.shape, bool) if known is None else known == 0
+  negative, dropped = {'coco': (0, 0), 'voc07': (-1, 0), 'wider': (0, 99)}[protocol]
+  targets = np.where(labels > 0, 1, np.where(unknown, dropped, negative))
+  scores, top = jax.nn.sigmoid(logits), min(TOP, logits.shape[1])
+  found = {}
+  for ending, limit in (('', None), (f'_top{TOP}', top)):
+    own = evaluation.multi_label_metrics(scores, targets, protocol, top=limit)
+    values = dict(zip(SCORES, own[1:], strict=True))
+    found |= {f'{name}{ending}': 100 * float(value) for name, value in values.items()}
+  return {name: found[name] for name in classifier_metrics()}
+
+
+def require_known(source: data.Source, protocol: Protocol) -> None:
+  """Raises ValueError if a protocol drops entries and the records do not say which."""
+  if protocol != 'coco' and 'known' not in source[0]:
+    raise ValueError(
+      f'protocol={protocol!r} leaves out entries of which nothing is told, but the test records hold '
+      f"{sorted(source[0])} and no field known: choose 'coco', or an option of the data set that says it."
+    )
 
 
 def records(

@@ -110,6 +110,9 @@ from jaxlab.data.sources.text import (
 from jaxlab.data.sources.token_file import (
   TokenFile,
 )
+from jaxlab.data.sources.wider_attribute import (
+  WiderAttribute,
+)
 from jaxlab.data.transforms.augment import (
   compose,
   deterministic,
@@ -202,6 +205,7 @@ __all__ = [
   'Source',
   'SquareRootSampler',
   'TokenFile',
+  'WiderAttribute',
   'WithFields',
   'as_labels',
   'asymmetric_noise',

@@ -53,8 +53,10 @@ from jaxlab.evaluation.linear_probe import (
   probe_logits,
 )
 from jaxlab.evaluation.multi_label import (
+  MultiLabelMetrics,
   average_precision,
   mean_average_precision,
+  multi_label_metrics,
   shared_label_precision,
 )
 from jaxlab.evaluation.outliers import (
@@ -77,6 +79,7 @@ __all__ = [
   'ChannelColinearity',
   'DataIndependence',
   'Ensemble',
+  'MultiLabelMetrics',
   'Neighbors',
   'OutlierStatistics',
   'Probe',
@@ -103,6 +106,7 @@ __all__ = [
   'lowest_recall',
   'mean_average_precision',
   'mean_cosine',
+  'multi_label_metrics',
   'multi_label_probe',
   'outlier_statistics',
   'per_class_recall',

@@ -19,8 +19,7 @@ from jax.typing import ArrayLike
 
 from jaxlab.evaluation._arguments import require_features
 from jaxlab.evaluation.classification import top_k_accuracy
-from jaxlab.evaluation.multi_label import require_multi_labels
-from jaxlab.losses._labels import require_classes
+from jaxlab.losses._labels import require_classes, require_multi_labels
 
 
 class Probe(NamedTuple):

@@ -18,6 +18,7 @@ from jaxlab.losses.classification import (
   cross_entropy,
   focal_loss,
   label_smoothing_cross_entropy,
+  multi_label_bce,
   sigmoid_focal_loss,
   weighted_cross_entropy,
 )
@@ -162,6 +163,7 @@ __all__ = [
   'logit_adjusted_loss',
   'mae_loss',
   'memory_bank_loss',
+  'multi_label_bce',
   'multi_label_queue_loss',
   'multi_view_contrastive_loss',
   'ncl_loss',

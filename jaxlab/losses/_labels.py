@@ -36,6 +36,15 @@ def require_classes(
       )
 
 
+def require_multi_labels(**labels: ArrayLike) -> None:
+  """Raises ValueError if a named array, where it is concrete, holds other values than 0 and 1."""
+  for name, values in labels.items():
+    if is_concrete(values):
+      values = np.asarray(values)
+      if wrong := np.argwhere((values != 0) & (values != 1)).tolist():
+        raise ValueError(f'{name} must be 0 or 1 for each class; at {wrong[0]} it is not.')
+
+
 def wide(labels: ArrayLike) -> jax.Array:
   """Returns labels in at least int32: 1000 classes cannot be compared with uint8 labels."""
   return jnp.asarray(labels).astype(jnp.promote_types(jnp.result_type(labels), jnp.int32))

@@ -1,4 +1,4 @@
-"""Cross-entropies of a classifier: plain, smoothed, weighted by class, focal.
+"""Cross-entropies of a classifier: plain, smoothed, weighted by class, focal, of several labels.
 
 What depends on the class counts of an imbalanced training set is in `long_tail`.
 """
@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import accumulated, require_not_negative, require_share
-from jaxlab.losses._labels import at_labels, one_or_nan, require_labels, wide
+from jaxlab.losses._labels import at_labels, one_or_nan, require_labels, require_multi_labels, wide
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -207,6 +207,42 @@ def sigmoid_focal_loss(
   losses = optax.sigmoid_focal_loss(jnp.where(masked, 0, logits), own, alpha=alpha, gamma=gamma)
   losses = jnp.where(masked, jnp.where(own > 0, jnp.inf, 0), losses)
   return jnp.sum(losses, axis=-1) * one_or_nan(labels, num_classes, losses.dtype)
+
+
+def multi_label_bce(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
+  """Binary cross-entropy of every class, averaged over an example's classes.
+
+    loss = -mean_c (y_c log sigmoid(logit_c) + (1 - y_c) log sigmoid(-logit_c))
+
+  The mean of `optax.sigmoid_binary_cross_entropy`; that of a batch is the mean over all its entries.
+
+  Args:
+    logits: `[..., num_classes]`; a class with the logit -inf has no share.
+    labels: 0 or 1 for each class, `[..., num_classes]`.
+
+  Returns:
+    `[...]`, float32 or wider, in nats; NaN for an example with traced labels other than 0 and 1.
+
+  Raises:
+    ValueError: if the shapes differ, or (where concrete) labels are others than 0 and 1.
+
+  Examples:
+    >>> print(multi_label_bce(jnp.zeros((1, 3)), jnp.array([[1, 0, 1]])))
+    [0.6931472]
+  """
+  shape = jnp.shape(logits)
+  if not shape or 0 in shape or jnp.shape(labels) != shape:
+    raise ValueError(
+      f'Expected logits and labels [..., num_classes], not empty; got {shape} and {jnp.shape(labels)}.'
+    )
+  require_multi_labels(labels=labels)
+  (logits,) = accumulated(logits)
+  labels = jnp.asarray(labels).astype(logits.dtype)
+  masked, right = jnp.isneginf(logits), (labels == 0) | (labels == 1)
+  terms = optax.sigmoid_binary_cross_entropy(jnp.where(masked, 0, logits), labels)
+  terms = jnp.where(masked, jnp.where(labels > 0, jnp.inf, 0), terms)
+  values = jnp.sum(terms, -1) / jnp.sum(~masked, -1, dtype=terms.dtype)
+  return jnp.where(jnp.all(right, -1), values, jnp.nan)
 
 
 def _weights_of_examples(

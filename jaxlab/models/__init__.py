@@ -58,6 +58,11 @@ from jaxlab.models.convolution import (
 from jaxlab.models.densenet import (
   DenseNet,
 )
+from jaxlab.models.feature_maps import (
+  MapClassifier,
+  feature_map,
+  feature_map_path,
+)
 from jaxlab.models.generation import (
   generate,
   sample_token,
@@ -113,6 +118,15 @@ from jaxlab.models.position_embedding import (
 from jaxlab.models.pvt import (
   PVT,
 )
+from jaxlab.models.residual_attention import (
+  CSRAMultiHead,
+  class_attention,
+  csra_head,
+  csra_logits,
+  csra_scores,
+  csra_temperatures,
+  max_residual,
+)
 from jaxlab.models.resnet import (
   BasicBlock,
   Bottleneck,
@@ -167,6 +181,7 @@ __all__ = [
   'Block',
   'Bottleneck',
   'Branch',
+  'CSRAMultiHead',
   'Classifier',
   'ConvNeXt',
   'ConvNet',
@@ -180,6 +195,7 @@ __all__ = [
   'Linear',
   'Llama',
   'MLPHead',
+  'MapClassifier',
   'MobileNetV2',
   'Norm',
   'NormedLinear',
@@ -204,10 +220,17 @@ __all__ = [
   'block_outputs',
   'byol_mlp',
   'capture',
+  'class_attention',
   'conv_general_dilated',
   'create',
+  'csra_head',
+  'csra_logits',
+  'csra_scores',
+  'csra_temperatures',
   'eval_mode_hooks',
   'fast_convolutions',
+  'feature_map',
+  'feature_map_path',
   'feature_width',
   'from_config',
   'from_torch',
@@ -217,6 +240,7 @@ __all__ = [
   'make_divisible',
   'map_matching',
   'masked_autoencoder',
+  'max_residual',
   'mean_embedding',
   'moco_projector',
   'module_paths',

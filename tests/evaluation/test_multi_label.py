@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_vectors import assert_close
+from golden_vectors import assert_close, golden
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
@@ -45,6 +45,51 @@ def test_classes_without_positives_are_left_out_of_the_mean():
   assert np.isnan(broken)
 
 
+def test_entries_that_do_not_count_are_as_if_they_were_not_there():
+  rng = np.random.default_rng(5)
+  (_, labels), where = examples(0), rng.random((80, 4)) < 0.6
+  scores = rng.normal(size=(80, 4))
+  expected = [
+    average_precision_score(labels[rows, c], scores[rows, c]) for c, rows in enumerate(where.T)
+  ]
+  assert_close(evaluation.average_precision(scores, labels, where), expected, 1e-6)
+  assert_close(evaluation.mean_average_precision(scores, labels, where), np.mean(expected), 1e-6)
+  with pytest.raises(ValueError, match='where must be'):
+    evaluation.average_precision(scores, labels, where[:, :2])
+
+
+@golden('csra', 'metrics')
+def test_metrics_agree_with_official_code(vectors):
+  protocol = vectors.path.stem.split('_')[1]
+  arrays = vectors['in_scores'], vectors['in_targets']
+  found = evaluation.multi_label_metrics(*arrays, protocol)
+  assert_close(found.average_precision, vectors['out_average_precision'], 5e-6)
+  assert_close(found.mean_average_precision, vectors['out_map'], 5e-6)
+  names = [
+    f'{kind}_{name}' for kind in ('overall', 'class') for name in ('precision', 'recall', 'f1')
+  ]
+  for name in names:
+    assert_close(getattr(found, name), vectors[f'out_{name}'], 5e-6)
+  best = evaluation.multi_label_metrics(*arrays, protocol, top=3)
+  top = [getattr(best, name) for name in names]
+  assert_close(top, vectors['out_top3_op_or_of1_cp_cr_cf1'], 5e-6)
+  assert_close(best.average_precision, found.average_precision, 1e-7)
+  jitted = jax.jit(evaluation.multi_label_metrics, static_argnames=('protocol', 'top'))
+  for a, b in zip(jitted(*arrays, protocol=protocol, top=3), best, strict=True):
+    assert_close(a, b, 1e-6)
+
+
+def test_a_class_without_positives_is_left_out_with_a_warning():
+  scores, targets = np.array([[0.9, 0.8], [0.6, 0.1]]), np.array([[1, 0], [0, 0]])
+  with pytest.warns(UserWarning, match=r'classes \[1\] have no positives'):
+    found = evaluation.multi_label_metrics(scores, targets)
+  assert found.mean_average_precision == 1 and found.class_recall == 1
+  assert found.class_precision == 0.25 and np.isnan(found.average_precision[1])
+  with pytest.warns(UserWarning):  # nothing is predicted: no division by 0
+    none = evaluation.multi_label_metrics(0.1 * scores, targets)
+  assert none.overall_precision == none.overall_f1 == none.class_f1 == 0
+
+
 def test_a_probe_of_several_labels_is_a_logistic_regression_for_each():
   (features, labels), (queries, query_labels) = examples(1), examples(2)
   probe = evaluation.multi_label_probe(features, labels, l2=1e-2)
@@ -79,6 +124,15 @@ def test_precision_counts_what_shares_a_class_with_its_query():
     (lambda: evaluation.average_precision(np.ones((3, 2)), np.ones((3, 1))), 'num_classes'),
     (lambda: evaluation.average_precision(np.ones((3, 2)), 2 * np.ones((3, 2))), '0 or 1'),
     (lambda: evaluation.average_precision(np.full((3, 2), np.nan), np.ones((3, 2))), 'finite'),
+    (lambda: evaluation.multi_label_metrics(np.ones((3, 2)), np.ones((3, 2)), 'voc'), "is 'voc'"),
+    (lambda: evaluation.multi_label_metrics(np.ones((3, 2)), -np.ones((3, 2))), r'of \(0, 1\)'),
+    (
+      lambda: evaluation.multi_label_metrics(np.ones((3, 2)), 99 * np.ones((3, 2)), 'voc07'),
+      r'of \(-1, 0, 1\); at \[0, 0\] is 99',
+    ),
+    (lambda: evaluation.multi_label_metrics(np.full((3, 2), 3), np.ones((3, 2))), 'scores must be'),
+    (lambda: evaluation.multi_label_metrics(np.ones((3, 2)), np.ones((3, 2)), top=3), 'top is 3'),
+    (lambda: evaluation.multi_label_metrics(np.ones((3, 2)), np.ones((3, 1))), 'num_classes'),
     (lambda: evaluation.multi_label_probe(np.ones((3, 2)), np.ones(3)), 'labels must be'),
     (lambda: evaluation.multi_label_probe(np.ones((3, 2)), np.ones((4, 2))), '4 labels'),
     (lambda: evaluation.multi_label_probe(np.ones((3, 2)), np.ones((3, 2)), steps=0), 'steps'),

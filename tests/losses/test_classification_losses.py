@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxlab.losses.classification import (
   focal_loss,
   label_smoothing_cross_entropy,
+  multi_label_bce,
   sigmoid_focal_loss,
   weighted_cross_entropy,
 )
@@ -201,3 +202,30 @@ def test_sigmoid_focal_loss_of_masked_classes_and_unknown_labels():
     sigmoid_focal_loss(logits, labels, alpha=2.0)
   with pytest.raises(ValueError, match='gamma must not be negative'):
     sigmoid_focal_loss(logits, labels, gamma=-1.0)
+
+
+def test_several_labels_are_binary_cross_entropies_of_classes_that_are_not_masked():
+  rng = np.random.default_rng(0)
+  logits, labels = 2 * rng.normal(size=(4, 5)), rng.random((4, 5)) < 0.4
+  share = 1 / (1 + np.exp(-logits))
+  terms = -np.where(labels, np.log(share), np.log(1 - share))
+  assert_close(multi_label_bce(logits, labels), terms.mean(1), 1e-5)
+  labels[:, 2], masked = False, logits.copy()
+  masked[:, 2] = -np.inf
+  value, grad = mean_and_grad(multi_label_bce)(masked, labels.astype(int))
+  rest = [0, 1, 3, 4]
+  expected, rest_grad = mean_and_grad(multi_label_bce)(logits[:, rest], labels[:, rest].astype(int))
+  assert_close(value, expected, 1e-5)
+  assert_close(grad[:, rest], rest_grad, 1e-5)
+  assert not np.any(grad[:, 2])
+  labels[1, 2] = True
+  assert np.isinf(multi_label_bce(masked, labels)).tolist() == [False, True, False, False]
+  # Labels that are traced cannot raise.
+  soft = jax.jit(multi_label_bce)(logits, jnp.asarray(labels, jnp.float32).at[2, 0].set(0.5))
+  assert np.isnan(soft).tolist() == [False, False, True, False]
+
+
+def test_labels_of_several_classes_are_0_or_1():
+  for labels, message in ((np.full((2, 3), 0.5), '0 or 1'), (np.ones(2), 'num_classes')):
+    with pytest.raises(ValueError, match=message):
+      multi_label_bce(np.zeros((2, 3)), labels)

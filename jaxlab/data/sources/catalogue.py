@@ -25,6 +25,9 @@ class Catalogue:
     labels: where an image has several labels, the feature that lists them, e.g. 'labels' (`voc`) or
       'objects/label' (`coco`): records hold `multi_label` (float32 `[num_classes]`, 1 for each class that is
       listed) in place of `label`.
+    unsure: the feature that lists the classes that an image may count for as well, e.g. 'labels' of `voc`
+      besides 'labels_no_difficult': records hold `known` (float32 `[num_classes]`, 0 for a class that is
+      listed there alone).
 
   Raises:
     FileNotFoundError: if the data set is not prepared; the message holds the command that does it.
@@ -39,6 +42,7 @@ class Catalogue:
     decode: bool = True,
     fields: Sequence[str] = (),
     labels: str | None = None,
+    unsure: str | None = None,
   ):
     import tensorflow_datasets as tfds
 
@@ -65,9 +69,14 @@ class Catalogue:
     except NotImplementedError as error:  # prepared, but not as array_record
       raise FileNotFoundError(prepare_advice(name, data_dir)) from error
     self._fields, self._title = tuple(fields), f'{name}, split {split!r}'
+    if unsure and not labels:
+      raise ValueError(f'unsure={unsure!r} adds to labels, which is not given.')
     self._labels = tuple(labels.split('/')) if labels else ()
+    self._unsure = tuple(unsure.split('/')) if unsure else ()
     features = builder.info.features
     label = _listed(features, self._labels, name) if labels else features['label']
+    if unsure:
+      _listed(features, self._unsure, name)
     self.num_classes = label.num_classes
     self.class_names = tuple(label.names or map(str, range(label.num_classes)))
 
@@ -89,11 +98,19 @@ class Catalogue:
   def _labels_of(self, record: Record) -> Record:
     if not self._labels:
       return {'label': np.int32(record['label'])}
-    for part in self._labels:
+    found = {'multi_label': self._present(record, self._labels)}
+    if self._unsure:
+      listed = self._present(record, self._unsure)
+      found['known'] = 1 - listed * (1 - found['multi_label'])
+    return found
+
+  def _present(self, record: Record, path: Sequence[str]) -> np.ndarray:
+    """Returns 1 for each class that the sequence at `path` lists, else 0."""
+    for part in path:
       record = record[part]
     present = np.zeros(self.num_classes, np.float32)
     present[np.asarray(record, np.int64)] = 1
-    return {'multi_label': present}
+    return present
 
 
 def _listed(features: Any, path: Sequence[str], name: str) -> Any:

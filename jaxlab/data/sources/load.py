@@ -27,6 +27,7 @@ from jaxlab.data.sources.source import (
 from jaxlab.data.sources.subset import class_subset
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
+from jaxlab.data.sources.wider_attribute import WiderAttribute
 
 
 def load(name: str, split: str = 'train', **options: Any) -> Source:
@@ -40,6 +41,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
         memory; options of `pasted`, and `limit`, the number of records, the first ones.
       - `'digit_canvases'`, `'fashion_canvases'`: two digits, or pieces of Fashion-MNIST, on each plain canvas
         with the labels of both, in memory; options of `canvases`.
+      - `'wider_attribute'`: persons with attributes; options of `WiderAttribute`; the split is the path of
+        the annotations.
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
       - `'fashion_mnist'`: options of `FashionMNIST`.
       - `'text'`: windows of bytes of the text that comes with Python, or of a file; options of `ByteText`.
@@ -52,7 +55,7 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'listed_images'`: files named by a list, whose path is the split; options of `ListedImages`.
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
-    split: 'train' or 'test'; TFDS, folders and token files have their own names.
+    split: 'train' or 'test'; TFDS, folders and files have their own names.
     **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records;
       for `'[pasted_]digits'` and `'fashion_mnist'` also `classes`, to take these alone (see `class_subset`).
 
@@ -82,6 +85,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
     if name == 'text':
       limit = options.pop('limit', None)
       return _first(ByteText(split, **options), limit)
+    if name == 'wider_attribute':
+      return WiderAttribute(split, **options)
     if name == 'tokens':
       return TokenFile(split, **options)
     if name == 'sentences':

@@ -12,7 +12,6 @@ import numpy as np
 from jaxlab.data.sources.source import Record, Source, in_memory
 
 Range = int | tuple[int, int]
-MAX_OVERLAP = 0.25  # of the smaller of two boxes
 NOISE_CELLS = 18 / 64  # cells of smooth noise a pixel
 MASK_LEVEL = 48  # gray level from which a pixel of a glyph belongs to its mask
 ANNOTATIONS = ('boxes', 'box_labels', 'box_mask', 'masks', 'multi_label')
@@ -25,7 +24,7 @@ class Scenes:
   resized to a square of random side (PIL, bilinear, with antialias when it shrinks). Gray objects are
   light on dark glyphs: they replace the canvas by `object + canvas * (1 - object / 255)`, which on a
   plain canvas is the object itself. RGB objects are opaque squares. An object that would cover more
-  than a quarter of another one's box (or be covered so) at `places` random places is left out.
+  than `max_overlap` of another one's box (or be covered so) at `places` random places is left out.
 
   Args:
     source: gray or RGB objects; it is held in memory.
@@ -41,7 +40,8 @@ class Scenes:
     boxes: what a box is around: 'glyph', the visible pixels of an object before others hide it; or
       'square', all that was pasted.
     gap: pixels that lie at least between two objects' squares, in rows or columns; None: objects overlap by
-      a quarter at most.
+      `max_overlap` at most.
+    max_overlap: share of the smaller of two squares that the other one may cover, from 0 to 1.
     imbalance: ratio of the most to the least frequent class, whose frequencies fall exponentially
       with the class number (Cui et al. 2019); 1 is balanced.
     length: number of scenes; default: as many as objects.
@@ -76,6 +76,7 @@ class Scenes:
     blend: Literal['over', 'lighter'] = 'over',
     boxes: Literal['glyph', 'square'] = 'glyph',
     gap: int | None = None,
+    max_overlap: float = 0.25,
     imbalance: float = 1.0,
     length: int | None = None,
     pastes: int | None = None,
@@ -114,7 +115,10 @@ class Scenes:
         raise ValueError(f'{name} is {value!r}, expected one of {known}.')
     if gap is not None and gap < 0:
       raise ValueError(f'gap is {gap}, expected a number of pixels, or None.')
+    if not 0 <= max_overlap <= 1:
+      raise ValueError(f'max_overlap is {max_overlap}, expected a share in [0, 1].')
     self._ground, self._blend, self._boxes, self._gap = ground, blend, boxes, gap
+    self._max_overlap = max_overlap
     self._places = places
     if imbalance < 1:
       raise ValueError(f'imbalance is {imbalance}, expected a ratio >= 1.')
@@ -187,7 +191,7 @@ class Scenes:
   def _apart(self, a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
     """Says whether two squares (top, left, side) are as far from each other as they must be."""
     if self._gap is None:
-      return _overlap(a, b) <= MAX_OVERLAP
+      return _overlap(a, b) <= self._max_overlap
     between = [max(a[axis], b[axis]) - min(a[axis] + a[2], b[axis] + b[2]) for axis in (0, 1)]
     return max(between) >= self._gap
 
@@ -274,10 +278,13 @@ def canvases(
   num_objects: Range = 2,
   canvas: Range = 36,
   side: Range = (15, 19),
+  texture: float = 0.0,
+  ground: Literal['waves', 'noise'] = 'waves',
+  max_overlap: float = 0.25,
   length: int | None = None,
   seed: int = 0,
 ) -> Scenes:
-  """Returns several objects on each plain black canvas, with little overlap and without boxes.
+  """Returns several objects on each canvas, by default a plain black one, without boxes.
 
   A record holds `image`, `label` (of the main object), `multi_label` (float32 `[num_classes]`, 1 for each
   class that is there) and `index`. Where objects overlap the lighter one is seen.
@@ -287,12 +294,17 @@ def canvases(
     num_objects: how many, or the (lowest, highest) number. One that finds no place in a hundred is left out.
     canvas: side, or (height, width), in pixels.
     side: (lowest, highest) side of an object.
+    texture: strength of the canvas's texture, see `Scenes`; likewise `ground`.
+    ground: kind of the texture.
+    max_overlap: share of an object's square that another one may cover; 1: places are drawn without regard to
+      the others.
     length: number of canvases; default: as many as objects.
     seed: of everything.
   """
   return Scenes(
     source, num_objects=num_objects, canvas=canvas, side=side, places=100, blend='lighter',
-    length=length, annotations=('multi_label',), seed=seed,
+    texture=texture, ground=ground, max_overlap=max_overlap, length=length,
+    annotations=('multi_label',), seed=seed,
   )  # fmt: skip
 
 

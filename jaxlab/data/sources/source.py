@@ -2,7 +2,8 @@
 
 A record holds `image` (uint8 `[height, width, channels]`), `label` (np.int32) and `index` (np.int32, its
 position in the source); where an image shows several classes, `multi_label` (float32 `[num_classes]`, 1 for
-each that is there) besides `label` or in its place. A source also has `num_classes` and `class_names`.
+each that is there) besides `label` or in its place, and `known` (float32 `[num_classes]`, 0 for each of which
+nothing is told) where that is so of some. A source also has `num_classes` and `class_names`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -237,3 +237,24 @@ def test_unknown_grounds_blends_boxes_and_gaps_are_refused(wrong):
   (name,) = wrong
   with pytest.raises(ValueError, match=name):
     _scenes(**wrong)
+
+
+def test_canvases_may_have_a_ground_and_objects_on_each_other():
+  options = {'num_objects': (1, 4), 'canvas': 24, 'side': 12, 'length': 60, 'seed': 3}
+  free = {**options, 'texture': 1.0, 'ground': 'noise', 'max_overlap': 1.0}
+  canvases = data.canvases(_digits(), **free)
+  scenes = data.Scenes(_digits(), places=100, blend='lighter', **free)
+  counts, covered = set(), 0.0
+  for i in range(60):
+    record, scene = canvases[i], scenes[i]
+    np.testing.assert_array_equal(record['image'], scene['image'])
+    counts.add(int(scene['box_mask'].sum()))
+    assert record['image'].min() < 40 and len(np.unique(record['image'][:4, :4])) > 3
+    boxes = scene['boxes'][scene['box_mask']]
+    for a in range(len(boxes)):
+      for b in range(a):
+        low, high = np.maximum(boxes[a], boxes[b])[:2], np.minimum(boxes[a], boxes[b])[2:]
+        covered = max(covered, np.prod(np.clip(high - low, 0, None)) / 144)
+  assert counts == {1, 2, 3, 4} and covered > 0.5
+  with pytest.raises(ValueError, match='max_overlap is'):
+    data.canvases(_digits(), max_overlap=1.5)

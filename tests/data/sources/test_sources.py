@@ -168,6 +168,21 @@ def test_catalogue_lists_the_classes_of_an_image(catalogue_dir):
       data.Catalogue('tiny_colors', 'train', catalogue_dir, labels=labels)
 
 
+def test_catalogue_tells_which_classes_are_known_of_an_image(catalogue_dir):
+  options = {'labels': 'labels', 'unsure': 'objects/label'}
+  source = data.Catalogue('tiny_colors', 'train[:3]+train[4:]', catalogue_dir, **options)
+  assert len(source) == 6
+  for record in (source[i] for i in range(6)):
+    count = int(record['image'][0, 0, 0]) // 20 % 4
+    np.testing.assert_array_equal(record['multi_label'], [1, 0, 1])
+    # The second class is listed by objects alone, where there are two of them.
+    np.testing.assert_array_equal(record['known'], [1, count < 2, 1])
+  with pytest.raises(ValueError, match="unsure='labels' adds to labels"):
+    data.Catalogue('tiny_colors', 'train', catalogue_dir, unsure='labels')
+  with pytest.raises(ValueError, match='no class labels'):
+    data.Catalogue('tiny_colors', 'train', catalogue_dir, labels='labels', unsure='area')
+
+
 def test_catalogue_names_what_is_missing(catalogue_dir, tmp_path):
   command = f'tfds build cifar10 --file_format=array_record --data_dir={tmp_path}'
   with pytest.raises(FileNotFoundError, match=command):

@@ -26,6 +26,8 @@ def test_every_setting_says_what_it_needs(paper, setting):
     ('gml', 'fashion_mnist', ['apt install dataset-fashion-mnist', '$JAXLAB_FASHION_MNIST_DIR']),
     ('mls', 'fashion_mnist', ['apt install dataset-fashion-mnist', 'tfds build fashion_mnist ']),
     ('mls', 'coco_400', ['COCO 2017: tfds build coco/2017 --file_format=array_record']),
+    ('csra', 'voc2007_resnet101', ['PASCAL VOC 2007: tfds build voc/2007', 'timm/resnet101.tv_in1k']),
+    ('csra', 'wider_vit_base', ['wider_attribute_trainval.json', 'below data/WIDER_Attribute/Image']),
     ('qwt', 'llama3_8b', ['c4.npy, wikitext2.npy', 'huggingface.co/meta-llama/Meta-Llama-3-8B']),
     ('ssql', 'imagenet_resnet50', ['ILSVRC2012_img_train.tar', 'tfds build imagenet2012']),
   ],

@@ -66,6 +66,7 @@ def test_several_labels_of_an_image_have_a_loss_each():
   share = 1 / (1 + np.exp(-logits))
   expected = -np.where(present, np.log(share), np.log(1 - share)).mean(-1)
   np.testing.assert_allclose(scored['loss'], expected, rtol=1e-5)
+  np.testing.assert_allclose(scored['correct'], [1, 2 / 3], rtol=1e-5)
 
 
 def test_images_with_several_labels_are_looked_at_before_they_are_used():
