@@ -15,7 +15,8 @@ labels are corrected.
   python -m experiments.pencil --config=cifar10_symmetric --workdir=DIR
   python -m experiments.pencil --config=folder --config.data.train_options.root=FOLDER ...   # your own images
 
-It ends with a list of the labels, `labels.csv`: given and corrected one, confidence, doubt.
+It ends with a list of the labels, `labels.csv`: given and corrected one, confidence, doubt. Where images show
+several classes, each class is a label of its own with two outcomes (`multi_label`).
 """
 
 import dataclasses
@@ -89,18 +90,32 @@ class Settings(noisy_labels.Settings):
   runs: tuple[str, ...] = ('ce', 'pencil')
 
 
+def cross_entropies(logits: Array, labels: Array, seen: Seen) -> Array:
+  """Returns each image's binary cross-entropies, averaged over classes."""
+  del seen
+  return losses.multi_label_bce(logits, labels)
+
+
 def training(config: Settings, name: str) -> Run:
   """Returns the training of a row."""
   if name == 'ce':
-    return noisy_labels.training_run(config, TITLES[name])
+    given = {'loss': cross_entropies} if config.data.multi_label else {}
+    return noisy_labels.training_run(config, TITLES[name], **given)
   own, steps = config.pencil, noisy_labels.steps_per_epoch(config)
+  several = config.data.multi_label
   terms = {'alpha': own.alpha, 'beta': own.beta, 'compatibility': own.compatibility}
 
   def joint(logits: Array, label_logits: Array, labels: Array) -> Array:
     return losses.pencil_loss(logits, label_logits, labels, **terms)
 
+  def outcomes(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Returns logits and labels of all outcomes: where an image shows several classes, of there or not."""
+    if not several:
+      return logits, labels
+    return jnp.stack([jnp.zeros_like(logits), logits], -1), labels.astype(jnp.int32)
+
   def loss(logits: Array, labels: Array, seen: Seen) -> Array:
-    label_logits = seen.rows['logits']
+    label_logits, (logits, labels) = seen.rows['logits'], outcomes(logits, labels)
     return jnp.select(
       [seen.step < own.start * steps, seen.step < own.end * steps],
       [losses.cross_entropy(logits, labels), joint(logits, label_logits, labels)],
@@ -108,6 +123,7 @@ def training(config: Settings, name: str) -> Run:
     )
 
   def update(logits: Array, labels: Array, seen: Seen) -> PyTree:
+    logits, labels = outcomes(logits, labels)
     mean = lambda label_logits: jnp.mean(joint(logits, label_logits, labels))  # noqa: E731
     moved = seen.rows['logits'] - own.rate * jax.grad(mean)(seen.rows['logits'])
     learns = (seen.step >= own.start * steps) & (seen.step < own.end * steps)
@@ -123,7 +139,7 @@ def training(config: Settings, name: str) -> Run:
 
 def rows(config: Settings, sources: Sources) -> PyTree:
   """Returns what the table of records starts with."""
-  logits = losses.initial_label_logits(sources.given, config.data.num_classes, config.pencil.scale)
+  logits = losses.initial_label_logits(sources.given, config.data.outcomes, config.pencil.scale)
   true = np.full_like(sources.given, -1) if sources.true is None else sources.true
   return {'logits': np.asarray(logits), 'true': true}
 
@@ -184,16 +200,18 @@ def report(config: Settings, sources: Sources, found: Cleaned, workdir: pathlib.
   """Writes the corrected labels and their pictures."""
   noisy_labels.write_cleaned(workdir, sources.train, found)
   names = sources.train.class_names
-  noisy_labels.draw_confusion(config, found, names, workdir / 'corrections.png')
+  if not config.data.multi_label:
+    noisy_labels.draw_confusion(config, found, names, workdir / 'corrections.png')
   noisy_labels.draw_suspicious(sources.train, found, workdir / 'suspicious.png')
   changed = int(np.sum(found.label != found.given))
-  say(f'{changed} of {len(found.given)} labels are corrected: {workdir / "labels.csv"}')
+  say(f'{changed} of {found.given.size} labels are corrected: {workdir / "labels.csv"}')
 
 
 def say_reach(config: Settings) -> None:
   """Says so if label logits cannot move far enough for any label to change."""
   own, batch = config.pencil, config.recipe.batch_size
-  reach = own.rate / (batch * config.data.num_classes) * (own.end - own.start)
+  entries = batch * config.data.outcomes * int(np.prod(config.data.label_shape))
+  reach = own.rate / entries * (own.end - own.start)
   # Both the given label's logit and another's move by at most so much.
   if 2 * reach <= own.scale:
     say(

@@ -56,7 +56,10 @@ class Noise:
       yield f'rate={self.rate}: expected a share of labels in [0, 1).'
 
   def draw(self, rng: np.random.Generator, labels: np.ndarray, own: Images) -> np.ndarray:
-    """Returns noisy labels, int32 `[records]`."""
+    """Returns noisy labels, int32 of the shape of `labels`; each of several is wrong independently."""
+    if labels.ndim == 2:
+      draws = {'include_true': self.kind == 'symmetric'}
+      return data.symmetric_noise(rng, labels.ravel(), self.rate, 2, **draws).reshape(labels.shape)
     if self.kind in ('symmetric', 'others'):
       draws = {'include_true': self.kind == 'symmetric'}
       return data.symmetric_noise(rng, labels, self.rate, own.num_classes, **draws)
@@ -92,6 +95,16 @@ class NoisyImages(Images):
     """Records that are trained on."""
     return (self.train_size or 0) - self.held_out
 
+  @property
+  def outcomes(self) -> int:
+    """Of a label: the classes, or 2 for each class where an image shows several."""
+    return 2 if self.multi_label else self.num_classes
+
+  @property
+  def label_shape(self) -> tuple[int, ...]:
+    """Of a record's labels."""
+    return (self.num_classes,) if self.multi_label else ()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Experiment):
@@ -103,6 +116,8 @@ class Settings(Experiment):
     model: name and fields of the network.
     pretrained: name of public weights that it starts from, but for the classifier; '': from scratch.
     weights: a local file that holds them; '': they are downloaded.
+    class_attention: whether each class looks at places of its own, `models.ClassAttention` over the map that
+      the network would pool.
     recipe: of the training.
   """
 
@@ -111,6 +126,7 @@ class Settings(Experiment):
   model: Mapping[str, Any]
   pretrained: str = ''
   weights: str = ''
+  class_attention: bool = False
   recipe: Recipe
 
   @property
@@ -125,7 +141,7 @@ class Sources(NamedTuple):
   Attributes:
     train: records with the labels as they are given.
     test: clean records.
-    given: labels of the training records, int32 `[records]`.
+    given: labels of the training records, int32 `[records]`, or `[records, num_classes]` of 0 and 1.
     true: what they are; None: not known.
   """
 
@@ -153,7 +169,10 @@ def load(config: Settings) -> Sources:
   train, test = (harness_data.load(own, split) for split in ('train', 'test'))
   if own.held_out:
     train = data.subset(train, np.sort(rng.permutation(len(train))[own.held_out :]))
-  labels = data.source_labels(train)
+  if own.multi_label:
+    labels = data.materialize(train)['multi_label'].astype(np.int32)
+  else:
+    labels = data.source_labels(train)
   if own.noise is None:
     return Sources(train, test, labels, None)
   given = own.noise.draw(rng, labels, own)
@@ -192,14 +211,19 @@ def training_run(
     rules = training.row_rules(config.mesh.make(), r'extra/table(/.*)?')
     recipe = recipe.with_rules(rules)
   program = supervised.program(model, config.task, recipe, steps, loss=loss, table=table, **options)
-  own = {'model': config.model, 'augment': config.augment, 'pretrained': config.pretrained}
+  fields = 'model', 'augment', 'pretrained', 'class_attention'
+  own = {name: getattr(config, name) for name in fields}
   own |= decides or {}
   return Run(config, config.data, recipe, program, recipe.epochs * steps, own, title)
 
 
 def network(config: Settings) -> Any:
   """Returns the network that is trained."""
-  return networks.create(config.model, num_classes=config.data.num_classes)
+  count = config.data.num_classes
+  if not config.class_attention:
+    return networks.create(config.model, num_classes=count)
+  backbone = networks.create(config.model, num_classes=None)
+  return models.MapClassifier(backbone, models.ClassAttention(count))
 
 
 def train(
@@ -228,7 +252,9 @@ def train(
   if config.pretrained and 'start' not in options:
     given = {'file': known_sources.file(config.weights)} if config.weights else {}
     _, public = models.load_pretrained(config.pretrained, num_classes=None, **given)
-    head = models.anatomy(network(config)).head
+    if config.class_attention:
+      public = {name: {'backbone': tree} for name, tree in public.items()}
+    head = ('head',) if config.class_attention else models.anatomy(network(config)).head
     options |= {'start': public, 'fresh': [f'{path}/.*' for path in head]}
 
   def evaluate(variables: Variables) -> dict[str, float]:
@@ -261,8 +287,6 @@ def check(config: Settings) -> Iterator[str]:
     steps = size // recipe.batch_size
     yield from found_by('recipe.schedule', recipe.schedule.make, recipe.epochs, steps)
   yield from check_batch(config.mesh, recipe.batch_size, 'recipe.batch_size')
-  if config.data.multi_label:
-    yield 'data.multi_label: expected one label an image.'
   if config.weights and not config.pretrained:
     yield f'weights={config.weights!r}: give the name of the weights, pretrained, too.'
   yield from found_by('model', network, config)
@@ -272,13 +296,13 @@ def check(config: Settings) -> Iterator[str]:
 
 
 class Cleaned(NamedTuple):
-  """Corrected labels of the training records.
+  """Corrected labels of the training records, `[records]` or, where images show several classes, one a class.
 
   Attributes:
-    given: int32 `[records]`.
-    label: int32 `[records]`, the corrected ones.
-    confidence: float32 `[records]`, in [0, 1], of the corrected label.
-    doubt: float32 `[records]`, in [0, 1]: of the given one.
+    given: int32.
+    label: int32, the corrected ones.
+    confidence: float32 in [0, 1], of the corrected label.
+    doubt: float32 in [0, 1]: of the given one.
   """
 
   given: np.ndarray
@@ -292,16 +316,28 @@ class Cleaned(NamedTuple):
 
 
 def cleaned(given: np.ndarray, label_logits: np.ndarray) -> Cleaned:
-  """Returns the labels that label logits `[rows, num_classes]` say; rows beyond the labels are ignored."""
+  """Returns the labels that label logits `[rows, ..., outcomes]` say; rows beyond the labels are ignored."""
   logits = np.asarray(label_logits)[: len(given)]
   probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
   label = logits.argmax(-1).astype(np.int32)
-  at = np.arange(len(given))
-  return Cleaned(given, label, probabilities[at, label], 1 - probabilities[at, given])
+  of = lambda labels: np.take_along_axis(probabilities, labels[..., None], -1)[..., 0]  # noqa: E731
+  return Cleaned(given, label, of(label), 1 - of(given))
+
+
+def named(label: np.ndarray, names: Sequence[str]) -> str:
+  """Returns the name of a label, or of all classes that an image shows.
+
+  >>> named(np.array(1), 'ab'), named(np.array([1, 0, 1]), 'abc')
+  ('b', 'a;c')
+  """
+  return ';'.join(names[k] for k in np.flatnonzero(label)) if np.ndim(label) else names[label]
 
 
 def write_cleaned(folder: pathlib.Path, source: data.Source, found: Cleaned) -> None:
-  """Writes `labels.csv` and `labels.npz`: index, path (of files), given and corrected label, confidence."""
+  """Writes `labels.csv` and `labels.npz`: index, path (of files), given and corrected label, confidence.
+
+  Of an image that shows several classes, the list has the least confidence of any, and the most doubt.
+  """
   if jax.process_index():
     return
   names, paths = source.class_names, getattr(source, 'paths', None)
@@ -310,8 +346,8 @@ def write_cleaned(folder: pathlib.Path, source: data.Source, found: Cleaned) -> 
   writer.writerow(['index', *(['path'] if paths else []), 'given', 'label', 'confidence', 'doubt'])
   for index in range(len(found.given)):
     path = [paths[index]] if paths else []
-    labels = names[found.given[index]], names[found.label[index]]
-    numbers = f'{found.confidence[index]:.4f}', f'{found.doubt[index]:.4f}'
+    labels = (named(own[index], names) for own in (found.given, found.label))
+    numbers = f'{found.confidence[index].min():.4f}', f'{found.doubt[index].max():.4f}'
     writer.writerow([index, *path, *labels, *numbers])
   (folder / 'labels.csv').write_text(text.getvalue())
   np.savez_compressed(folder / 'labels.npz', **found._asdict())
@@ -324,9 +360,9 @@ def correct_share(seen: Seen) -> Array:
 
 def label_shapes(config: Settings) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of the records' label logits, and of what is looked at in metrics alone."""
-  size = config.data.size
-  logits = jax.ShapeDtypeStruct((size, config.data.num_classes), jnp.float32)
-  return {'logits': logits, 'true': jax.ShapeDtypeStruct((size,), jnp.int32)}
+  shape = (config.data.size, *config.data.label_shape)
+  logits = jax.ShapeDtypeStruct((*shape, config.data.outcomes), jnp.float32)
+  return {'logits': logits, 'true': jax.ShapeDtypeStruct(shape, jnp.int32)}
 
 
 # --- Pictures ---
@@ -352,8 +388,11 @@ def draw_confusion(config: Settings, found: Cleaned, names: Sequence[str], path:
 def draw_suspicious(source: data.Source, found: Cleaned, path: Any, shape=(4, 8)) -> None:
   """Draws the records whose given label is doubted most, with given and corrected label."""
   rows, columns = shape
-  doubted = np.argsort(-found.doubt, kind='stable')
-  order = doubted[found.label[doubted] != found.given[doubted]][: rows * columns]
+  count = len(found.given)
+  doubt = found.doubt.reshape(count, -1).max(-1)
+  changed = np.any((found.label != found.given).reshape(count, -1), -1)
+  doubted = np.argsort(-doubt, kind='stable')
+  order = doubted[changed[doubted]][: rows * columns]
   rows = max(-(-len(order) // columns), 1)
   with pictures.drawn(
     path, rows, columns, size=(1.35 * columns, 1.6 * rows), squeeze=False
@@ -363,8 +402,8 @@ def draw_suspicious(source: data.Source, found: Cleaned, path: Any, shape=(4, 8)
     for axis, index in zip(axes.flat, order):
       image = np.asarray(data.DecodeImage(96)(source[int(index)])['image'])
       axis.imshow(image.squeeze(), cmap='gray')
-      names = (source.class_names[labels[index]] for labels in (found.given, found.label))
-      axis.set_title(' → '.join(names), fontsize=6)
+      labels = (named(own[index], source.class_names) for own in (found.given, found.label))
+      axis.set_title(' → '.join(labels), fontsize=6)
 
 
 def draw_curves(

@@ -33,6 +33,9 @@ from jaxlab.models.checkpoints import (
   read_state_dict,
   to_torch,
 )
+from jaxlab.models.class_attention import (
+  ClassAttention,
+)
 from jaxlab.models.classifier_heads import (
   Classifier,
   LearnableWeightScaling,
@@ -182,6 +185,7 @@ __all__ = [
   'Bottleneck',
   'Branch',
   'CSRAMultiHead',
+  'ClassAttention',
   'Classifier',
   'ConvNeXt',
   'ConvNet',

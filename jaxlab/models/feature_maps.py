@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from jaxlab.models.anatomy import anatomy
 from jaxlab.models.classifier_heads import Classifier
+from jaxlab.models.convnet import ConvNet
 from jaxlab.models.intercept import Hook, Site, intercepting, path_string
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.vgg import VGG
@@ -33,9 +34,11 @@ def feature_map_path(model: nn.Module) -> str:
     return anatomy(model).block_paths[-1]
   if isinstance(model, VGG):
     return f'pool_{len(model.stage_sizes) - 1}'
+  if isinstance(model, ConvNet):
+    return f'pool{len(model.widths) - 1}'
   raise ValueError(
-    f'The map of features of {type(model).__name__} is not known (known are ResNet, VGG and ViT): name the '
-    'module that returns it by path=; models.module_paths(model, x) lists all paths.'
+    f'The map of features of {type(model).__name__} is not known (known are ResNet, VGG, ConvNet and ViT): '
+    'name the module that returns it by path=; models.module_paths(model, x) lists all paths.'
   )
 
 

@@ -8,7 +8,7 @@ import pytest
 import experiments
 
 NOTEBOOKS = sorted((pathlib.Path(experiments.__file__).parent / 'notebooks').glob('*.ipynb'))
-LONG = ('why_does_my_transformer_not_quantize',)
+LONG = ('pretrain_on_few_images', 'why_does_my_transformer_not_quantize')
 
 
 def install_cells(notebook):
@@ -17,8 +17,8 @@ def install_cells(notebook):
 
 def test_there_is_a_notebook_a_family_and_all_install_the_same():
   assert [path.stem for path in NOTEBOOKS] == [
-    'clean_my_labels', 'few_images', 'quantize_a_trained_network', 'the_worst_class',
-    'why_does_my_transformer_not_quantize',
+    'clean_my_labels', 'few_images', 'pretrain_on_few_images', 'quantize_a_trained_network',
+    'the_worst_class', 'why_does_my_transformer_not_quantize',
   ]  # fmt: skip
   cells = [install_cells(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
   assert all(len(found) == 1 for found in cells)

@@ -124,6 +124,48 @@ def test_a_run_leaves_rows_a_list_of_labels_and_pictures(tmp_path):
     assert (tmp_path / f'{name}.png').stat().st_size > 5000
 
 
+def test_where_images_show_several_classes_each_is_a_label_with_two_outcomes(tmp_path):
+  small = "{'name': 'convnet', 'widths': (4,), 'pools': (4,), 'hidden': ()}"
+  config = launcher.load(
+    'pencil',
+    'multi_label',
+    [
+      *(text for text in TINY if not text.startswith(('model', 'data'))),
+      f'model={small}',
+      'data.train_options.length=48',
+      'data.test_options.length=20',
+      'data.train_size=48',
+      'pencil.rate=20000',
+    ],
+  )
+  sources = noisy_labels.load(config)
+  assert sources.given.shape == (48, 10) and 75 < sources.facts['label_accuracy'] < 95
+  program = pencil.programs(config)['pencil'].program
+  state = jax.jit(program.init)(jax.random.key(0))
+  table = jax.tree.map(jnp.asarray, padded(config, sources))
+  state = state.replace(step=jnp.int32(3), extra={**state.extra, 'table': table})  # second stage
+  found = sources.train.gather(np.arange(16))
+  batch = {name: jnp.asarray(found[name]) for name in ('image', 'multi_label', 'index')}
+  new, metrics = jax.jit(program.step)(state, {}, batch)
+  variables = {'params': state.params, **state.model_state}
+  logits, _ = noisy_labels.network(config).apply(
+    variables, config.task.inputs(batch), train=True, mutable=['batch_stats']
+  )
+  pairs = jnp.stack([jnp.zeros_like(logits), logits], -1)
+
+  def joint(rows):
+    return jnp.mean(losses.pencil_loss(pairs, rows, sources.given[:16], 0.1, 0.4))
+
+  rows = table['logits'][:16]
+  np.testing.assert_allclose(metrics['loss'], joint(rows), rtol=1e-5)
+  moved = rows - config.pencil.rate * jax.grad(joint)(rows)
+  np.testing.assert_allclose(new.extra['table']['logits'][:16], moved, atol=1e-3)
+  results = launcher.launch(config, tmp_path)
+  assert [row['name'] for row in results['rows']] == ['CE', 'PENCIL']
+  (line, *_) = csv.DictReader((tmp_path / 'labels.csv').open())
+  assert line['given'] == ';'.join(str(k) for k in np.flatnonzero(sources.given[0]))
+
+
 def test_noise_is_that_of_the_seed_and_records_can_be_held_out():
   config = tiny_config('data.held_out=28')
   first, again = noisy_labels.load(config), noisy_labels.load(config)

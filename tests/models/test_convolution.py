@@ -37,9 +37,19 @@ def value_and_gradients(conv, x, kernel, **options):
   return run(x, kernel)
 
 
-def assert_equals_plain(x, kernel, tolerance=1e-5, **options):
+def padded_first(x, kernel, *, padding, lhs_dilation, **options):
+  """XLA's convolution of inputs that are padded and dilated beforehand.
+
+  Some geometries it cannot differentiate itself: their programs abort while they are compiled.
+  """
+  sides = [(*side, step - 1) for side, step in zip(padding, lhs_dilation, strict=True)]
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+  return lax.conv_general_dilated(x, kernel, padding='VALID', **options)
+
+
+def assert_equals_plain(x, kernel, tolerance=1e-5, plain=lax.conv_general_dilated, **options):
   ours = value_and_gradients(models.conv_general_dilated, x, kernel, **options)
-  plain = value_and_gradients(lax.conv_general_dilated, x, kernel, **options)
+  plain = value_and_gradients(plain, x, kernel, **options)
   for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
     assert one.dtype == other.dtype
     scale = 1 + float(jnp.max(jnp.abs(other)))
@@ -70,6 +80,7 @@ def test_every_geometry_equals_the_plain_convolution(
   shapes = (2, *size, groups * channels), (*taps, channels, groups * multiplier)
   assert_equals_plain(
     *arrays(seed, *shapes),
+    plain=padded_first,
     window_strides=strides,
     padding=padding,
     lhs_dilation=dilation,

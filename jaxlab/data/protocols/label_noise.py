@@ -111,14 +111,16 @@ def next_class(groups: Sequence[int]) -> dict[int, int]:
 
 
 def noise_rate(given: np.ndarray, true: np.ndarray) -> float:
-  """Returns the share of labels that are not the true ones; a true label of -1 (no class at all) never is.
+  """Returns the share of labels, of any shape, that are not the true ones; one of -1 (no class) never is.
 
   >>> noise_rate(np.array([0, 1, 1, 0]), np.array([0, 1, 0, -1]))
   0.5
   """
   given, true = np.asarray(given), np.asarray(true)
-  if given.shape != true.shape or given.ndim != 1:
-    raise ValueError(f'given and true labels must be [records], got {given.shape}, {true.shape}.')
+  if given.shape != true.shape or not given.size:
+    raise ValueError(
+      f'given and true labels must be of one shape, got {given.shape}, {true.shape}.'
+    )
   return float(np.mean(given != true))
 
 

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxlab.data.sources.source import InMemory, Record, Source, as_labels, check_labels
+from jaxlab.data.sources.source import (
+  InMemory,
+  Record,
+  Source,
+  as_labels,
+  check_labels,
+  check_multi_labels,
+)
 
 
 class WithFields:
@@ -48,10 +55,11 @@ class Relabeled:
 
   Args:
     source: any source.
-    labels: integers `[records]`, classes of the source.
+    labels: integers `[records]`, classes of the source; or `[records, num_classes]`, 1 for each class that an
+      image shows and 0 for others, of records that hold `multi_label`.
 
   Attributes:
-    labels: int32 `[records]`.
+    labels: int32 `[records]`, of single labels.
 
   Raises:
     ValueError: for labels of another length, or outside of the source's classes.
@@ -62,18 +70,24 @@ class Relabeled:
   """
 
   def __init__(self, source: Source, labels: np.ndarray):
-    self._source, self.labels = source, as_labels(labels, 'labels')
+    self._source, labels = source, np.asarray(labels)
     self.num_classes, self.class_names = source.num_classes, source.class_names
-    if len(self.labels) != len(source):
-      raise ValueError(f'{len(self.labels)} labels for {len(source)} records.')
-    check_labels(self.labels, source.num_classes)
+    if len(labels) != len(source):
+      raise ValueError(f'{len(labels)} labels for {len(source)} records.')
+    if labels.ndim == 2:
+      self._field, self._labels = 'multi_label', labels.astype(np.float32)
+      check_multi_labels(self._labels, source.num_classes)
+    else:
+      self._field, self._labels = 'label', as_labels(labels, 'labels')
+      check_labels(self._labels, source.num_classes)
+      self.labels = self._labels
     if hasattr(source, 'paths'):
       self.paths = source.paths
     if hasattr(source, 'gather'):
-      self.gather = lambda indices: {**source.gather(indices), 'label': self.labels[indices]}
+      self.gather = lambda indices: {**source.gather(indices), self._field: self._labels[indices]}
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Record:
-    return {**self._source[index], 'label': self.labels[index]}
+    return {**self._source[index], self._field: self._labels[index]}

@@ -55,7 +55,7 @@ def test_no_noise_changes_nothing_and_classes_without_confusions_stay():
     (lambda: data.symmetric_noise(rng(), LABELS, 0.5, 5), 'classes'),
     (lambda: data.symmetric_noise(rng(), LABELS * 0, 0.5, 1), 'at least two'),
     (lambda: data.asymmetric_noise(rng(), LABELS / 3, 0.5, {}), 'labels'),
-    (lambda: data.noise_rate(LABELS, LABELS[:3]), 'must be'),
+    (lambda: data.noise_rate(LABELS, LABELS[:3]), 'of one shape'),
   ],
 )
 def test_what_does_not_fit_is_refused(call, message):
@@ -64,7 +64,8 @@ def test_what_does_not_fit_is_refused(call, message):
 
 
 def test_relabeled_records_keep_all_but_their_label():
-  source = data.InMemory({'image': np.zeros((3, 2, 2, 1), np.uint8), 'label': np.array([0, 1, 2])})
+  images = np.zeros((3, 2, 2, 1), np.uint8)
+  source = data.InMemory({'image': images, 'label': np.array([0, 1, 2])})
   other = data.Relabeled(source, np.array([2, 2, 1]))
   assert [int(other[i]['label']) for i in range(3)] == [2, 2, 1]
   assert other.gather(np.array([2, 0]))['label'].tolist() == [1, 2]
@@ -74,3 +75,9 @@ def test_relabeled_records_keep_all_but_their_label():
     data.Relabeled(source, np.array([0, 1]))
   with pytest.raises(ValueError, match='classes'):
     data.Relabeled(source, np.array([0, 1, 3]))
+  several = data.InMemory({'image': images, 'multi_label': np.eye(3, 2, dtype=np.float32)}, 2)
+  other = data.Relabeled(several, np.array([[1, 1], [0, 0], [0, 1]]))
+  assert other[0]['multi_label'].tolist() == [1, 1]
+  assert other.gather(np.array([2]))['multi_label'].dtype == np.float32
+  with pytest.raises(ValueError):
+    data.Relabeled(several, np.array([[1, 2], [0, 0], [0, 1]]))
