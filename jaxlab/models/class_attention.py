@@ -49,7 +49,7 @@ class ClassAttention(nn.Module):
     bias_init = torch_default_bias(dim)
     scores = nn.Dense(self.num_classes, bias_init=bias_init, name='attention', **options)(x)
     weights = HookPoint(name='weights')(jax.nn.softmax(scores, axis=1))
-    features = jnp.einsum('bnk,bnd->bkd', weights, x)
+    features = jnp.einsum('bnk,bnd->bkd', weights, x.astype(weights.dtype))
     kernel = self.param('kernel', self.kernel_init, (dim, self.num_classes))
     bias = self.param('bias', bias_init, (self.num_classes,))
     kernel, bias = kernel.astype(features.dtype), bias.astype(features.dtype)
