@@ -202,6 +202,70 @@ class Sentences(Records):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrays(Records):
+  """Labeled arrays of one shape, such as clouds of points: records `features`, `label`.
+
+  Attributes:
+    shape: of a record's features; None: not known before they are read, like
+    num_classes: number of labels, and
+    train_size: training records, for which the schedule is made.
+  """
+
+  shape: tuple[int, ...] | None = None
+  num_classes: int | None = None
+  train_size: int | None = None
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    return sources.needs(self.name, self.train_options.get('root'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table(Arrays):
+  """Rows of numbers with a label.
+
+  Attributes:
+    train: a file (`.npz`, `.csv`, LIBSVM), or a table that comes with scikit-learn, see
+      `jaxlab.data.load_table`, as are the others.
+    test: a file; empty: a share of the records is split off.
+    label_column: of a csv file.
+    test_share: of the split.
+    split_seed: of the split.
+    scaling: of the features.
+  """
+
+  name: Literal['table'] = 'table'
+  train: str
+  test: str = ''
+  label_column: int = -1
+  test_share: float = 0.3
+  split_seed: int = 42
+  scaling: Literal['none', 'standardize'] = 'none'
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if not 0 < self.test_share < 1:
+      yield f'test_share={self.test_share}: expected a share in (0, 1).'
+    if self.train in data.EMBEDDED_TABLES and self.test:
+      yield f'test={self.test!r}: the table {self.train!r} is split, and has no other test records.'
+    if not self.train:
+      yield 'train: expected a file; see test, and scaling.'
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Options of `jaxlab.data.load_table`."""
+    names = ('train', 'test', 'label_column', 'test_share', 'split_seed', 'scaling')
+    width = {'num_features': self.shape[0]} if self.shape else {}
+    return {name: getattr(self, name) for name in names} | width
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    return sources.tables(self.train, self.test)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Augment:
   """The augmentation of training images.
 
@@ -233,7 +297,7 @@ class Augment:
     return {k: v for k, v in options.items() if k not in ('kind', 'padding', 'flip')}
 
 
-def load(own: Images | Tokens | Sentences, split: str) -> data.Source:
+def load(own: Images | Tokens | Sentences | Arrays, split: str) -> data.Source:
   """Returns the `'train'` or `'test'` split, its labels and first records looked at.
 
   Labels of image folders are those of the training split, by name; a test split may lack some.
@@ -243,6 +307,8 @@ def load(own: Images | Tokens | Sentences, split: str) -> data.Source:
     FileNotFoundError: if they are not there; the message says how to get them.
   """
   options = dict(getattr(own, f'{split}_options'))
+  if isinstance(own, Table):
+    options |= own.options
   if isinstance(own, Sentences):
     options |= {'tokenizer': sources.file(own.tokenizer), 'length': own.length}
   if own.name == 'image_folder' and split != 'train' and 'root' in own.train_options:
@@ -251,8 +317,23 @@ def load(own: Images | Tokens | Sentences, split: str) -> data.Source:
   source = data.load(own.name, getattr(own, f'{split}_split'), **options)
   if isinstance(own, Images):
     check_classes(own, source, split)
-  check_source(own, source, split)
+  if isinstance(own, Arrays):
+    check_arrays(own, source, split)
+  else:
+    check_source(own, source, split)
   return source
+
+
+def check_arrays(own: Arrays, source: data.Source, split: str) -> None:
+  """Raises ValueError unless records are of the shape, the classes and the number that the setting says."""
+  if split == 'train' and own.train_size is not None:
+    check_size('data.train_size', own.train_size, source)
+  found = {'shape': source[0]['features'].shape, 'num_classes': source.num_classes}
+  for key, value in found.items():
+    if getattr(own, key) not in (None, value):
+      raise ValueError(
+        f'data.{key}={getattr(own, key)}, but {own.name} has {value}: set --config.data.{key}={value}.'
+      )
 
 
 def check_classes(own: Images, source: data.Source, split: str) -> None:

@@ -6,7 +6,11 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-EMBEDDED = ('digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'text')
+from jaxlab.data import EMBEDDED_TABLES
+
+EMBEDDED = (
+  'digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'digit_points', 'text',
+)  # fmt: skip
 
 _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
 # What data sets of the TFDS catalogue are called elsewhere.
@@ -65,6 +69,11 @@ def needs(name: str, root: str | None = None) -> str:
   if name == 'photographs':
     where = f'{root}/train and {root}/test' if root else 'scikit-learn and scikit-image'
     return f'photographs: those in {where}' + ('' if root else ' (pip install scikit-image)')
+  if name == 'point_clouds':
+    return (
+      f'ModelNet40, resampled: the lists modelnet40_*.txt and a folder of texts a class in {root} '
+      '(modelnet40_normal_resampled.zip, shapenet.cs.stanford.edu/media)'
+    )
   if name == 'image_folder':
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   if name == 'listed_images':
@@ -86,6 +95,16 @@ def listed(name: str, files: Sequence[str], root: str) -> str:
   return (
     f'{title}: the lists {", ".join(files)}{lists}, a line "path label" for every image; below {root} the '
     f'photographs at these paths ({origin}): {layout}'
+  )
+
+
+def tables(train: str, test: str) -> str:
+  """Returns what the files of a table are."""
+  if train in EMBEDDED_TABLES:
+    return f'nothing: {train} comes with scikit-learn'
+  return (
+    f"{', '.join(filter(None, (train, test)))}: a table (.npz, .csv, or LIBSVM's text as of "
+    'www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets)'
   )
 
 

@@ -101,9 +101,7 @@ class ImageTask:
 
   def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
     """Returns `loss` and `correct` of each image."""
-    outputs = outputs.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
-    return {'loss': loss, 'correct': is_correct(outputs, targets)}
+    return class_scores(outputs, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +127,59 @@ class MultiLabelTask(ImageTask):
     right = jnp.mean(((outputs > 0) == (targets > 0)).astype(jnp.float32), -1)
     correct = jnp.where(jnp.any(jnp.isnan(outputs), -1), jnp.nan, right)
     return {'loss': losses.multi_label_bce(outputs, targets), 'correct': correct}
+
+
+@dataclasses.dataclass(frozen=True)
+class PointAugment:
+  """The augmentation of clouds of points: `jaxlab.data.{random_point_dropout, random_scale_shift}`."""
+
+  dropout: float = 0.0
+  scale: tuple[float, float] = (1.0, 1.0)
+  shift: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTask:
+  """Classification of arrays, rows of a table or clouds: records `features` float, `label`, `index`."""
+
+  shape: tuple[int, ...]
+  augment: PointAugment = dataclasses.field(default=PointAugment(), compare=False)
+
+  @property
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of the model in training."""
+    return {'train': True}
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    index = jax.ShapeDtypeStruct((size,), jnp.int32)
+    features = jax.ShapeDtypeStruct((size, *self.shape), jnp.float32)
+    return {'features': features, 'label': index, 'index': index}
+
+  def inputs(self, batch: Batch) -> Array:
+    """Returns the features."""
+    return batch['features']
+
+  def augmented(self, keys: Array, batch: Batch) -> Array:
+    """Returns the features under the augmentation."""
+    own, x = self.augment, batch['features']
+    if own == PointAugment():
+      return x
+
+    def change(key: Array, points: Array) -> Array:
+      drop, move = jax.random.split(key)
+      points = data.random_point_dropout(drop, points, own.dropout)
+      return data.random_scale_shift(move, points, own.scale, own.shift)
+
+    return jax.vmap(change)(keys, x)
+
+  def targets(self, batch: Batch) -> Array:
+    """Returns the labels."""
+    return batch['label']
+
+  def score(self, outputs: Array, targets: Array) -> dict[str, Array]:
+    """Returns `loss` and `correct` of each record."""
+    return class_scores(outputs, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +370,13 @@ class BoxTask:
   def score(self, outputs: Any, targets: Batch) -> dict[str, Array]:
     """Returns what the detector's own function says of each image."""
     return self.scorer(outputs, targets)
+
+
+def class_scores(outputs: Array, labels: Array) -> dict[str, Array]:
+  """Returns `loss`, the softmax cross-entropy, and `correct` of each logit vector."""
+  outputs = outputs.astype(jnp.float32)
+  loss = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+  return {'loss': loss, 'correct': is_correct(outputs, labels)}
 
 
 def is_correct(outputs: Array, labels: Array) -> Array:

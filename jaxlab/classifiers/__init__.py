@@ -1,7 +1,7 @@
-"""Classifiers that are trained on cached features, in seconds and without the network behind them.
+"""Classifiers of tables and cached features, trained in seconds, without the network behind them.
 
 `fit_max_margin` is IbM2: it finds the widest noise under which a linear head still fits a few labeled
-features, and trains the head there.
+features, and trains the head there. `NRSClassifier` is a classifier of scikit-learn for tables.
 """
 
 from jaxlab.classifiers.bisection import (
@@ -23,9 +23,11 @@ from jaxlab.classifiers.noisy_head import (
   perturbed_loss,
   train_head,
 )
+from jaxlab.classifiers.random_subspace import NRSClassifier
 
 __all__ = [
   'MaxMargin',
+  'NRSClassifier',
   'Search',
   'add_noise',
   'bisect_epsilon',

@@ -80,6 +80,11 @@ from jaxlab.data.sources.load import (
 from jaxlab.data.sources.photographs import (
   Photographs,
 )
+from jaxlab.data.sources.point_clouds import (
+  PointClouds,
+  digit_points,
+  unit_sphere,
+)
 from jaxlab.data.sources.scenes import (
   Scenes,
   canvases,
@@ -102,6 +107,11 @@ from jaxlab.data.sources.source import (
 from jaxlab.data.sources.subset import (
   class_subset,
   subset,
+)
+from jaxlab.data.sources.table import (
+  EMBEDDED_TABLES,
+  load_table,
+  read_table,
 )
 from jaxlab.data.sources.text import (
   ByteText,
@@ -170,6 +180,10 @@ from jaxlab.data.transforms.mixup import (
   mixup,
   mixup_loss,
 )
+from jaxlab.data.transforms.points import (
+  random_point_dropout,
+  random_scale_shift,
+)
 from jaxlab.data.transforms.randaugment import (
   rand_augment,
 )
@@ -182,6 +196,7 @@ __all__ = [
   'CIFAR10_CONFUSIONS',
   'CIFAR10_MEAN_STD',
   'CIFAR100_SUPERCLASSES',
+  'EMBEDDED_TABLES',
   'IMAGENET_MEAN_STD',
   'Aligned',
   'ByteText',
@@ -199,6 +214,7 @@ __all__ = [
   'Loader',
   'MixedSampler',
   'Photographs',
+  'PointClouds',
   'Relabeled',
   'Scenes',
   'Sentences',
@@ -227,6 +243,7 @@ __all__ = [
   'cutmix_box',
   'decode_image',
   'deterministic',
+  'digit_points',
   'draw_color_jitter',
   'draw_erasing',
   'draw_resized_crop',
@@ -243,6 +260,7 @@ __all__ = [
   'index_groups',
   'jitter_colors',
   'load',
+  'load_table',
   'make_loader',
   'materialize',
   'merge_background',
@@ -267,10 +285,13 @@ __all__ = [
   'random_gaussian_blur',
   'random_grayscale',
   'random_noise',
+  'random_point_dropout',
   'random_resized_crop',
   'random_rotation',
+  'random_scale_shift',
   'random_solarize',
   'read_split_file',
+  'read_table',
   'resized_crop_augment',
   'sample_episode',
   'sample_episodes',
@@ -287,4 +308,5 @@ __all__ = [
   'to_device',
   'to_float',
   'undersample_indices',
+  'unit_sphere',
 ]

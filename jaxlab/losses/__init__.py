@@ -115,6 +115,7 @@ from jaxlab.losses.self_supervised import (
   ssql_loss,
 )
 from jaxlab.losses.spectral import (
+  orthogonality_loss,
   top_singular_loss,
 )
 from jaxlab.losses.stability import (
@@ -174,6 +175,7 @@ __all__ = [
   'normalize',
   'nt_xent',
   'num_components',
+  'orthogonality_loss',
   'paco_loss',
   'pca_mimicking_loss',
   'pencil_loss',

@@ -1,4 +1,4 @@
-"""Penalties on the singular values of single weight matrices."""
+"""Penalties on the singular values of single matrices."""
 
 from __future__ import annotations
 
@@ -44,3 +44,27 @@ def top_singular_loss(kernel: ArrayLike, power: float = 2, count: int = 3) -> ja
   (kernel,) = accumulated(kernel)
   values = jnp.linalg.svd(kernel, full_matrices=False, compute_uv=False)[..., :count]
   return jnp.sum(values**power, -1)
+
+
+def orthogonality_loss(matrices: ArrayLike) -> jax.Array:
+  """Returns how far square matrices are from orthogonal ones, `|I - A A^T|_F` each, `[...]`.
+
+  The regularizer of PointNet's feature transform (Qi et al. 2017, section 3.3; squared there). Where a matrix
+  is orthogonal the gradient is 0.
+
+  Args:
+    matrices: `[..., size, size]`.
+
+  Raises:
+    ValueError: unless the matrices are square.
+
+  >>> orthogonality_loss(jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+  Array(3., dtype=float32)
+  """
+  (matrices,) = accumulated(matrices)
+  if matrices.ndim < 2 or matrices.shape[-1] != matrices.shape[-2]:
+    raise ValueError(f'matrices must be [..., size, size], got shape {matrices.shape}.')
+  product = matrices @ jnp.swapaxes(matrices, -1, -2)
+  square = jnp.sum(jnp.square(jnp.eye(matrices.shape[-1]) - product), (-1, -2))
+  positive = square > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)

@@ -115,11 +115,24 @@ from jaxlab.models.normalization import (
   BatchNorm,
   batch_normalize,
 )
+from jaxlab.models.pointnet import (
+  PointNet,
+  PointNetHead,
+)
 from jaxlab.models.position_embedding import (
   resample_position_embedding,
 )
 from jaxlab.models.pvt import (
   PVT,
+)
+from jaxlab.models.random_subspace import (
+  NRSHead,
+  NRSLayer,
+  expand_subspaces,
+  mlp_baseline,
+  nrs_net,
+  random_subspace_index,
+  subspace_convolution,
 )
 from jaxlab.models.residual_attention import (
   CSRAMultiHead,
@@ -201,8 +214,12 @@ __all__ = [
   'MLPHead',
   'MapClassifier',
   'MobileNetV2',
+  'NRSHead',
+  'NRSLayer',
   'Norm',
   'NormedLinear',
+  'PointNet',
+  'PointNetHead',
   'PreActivationBlock',
   'ResNet',
   'Site',
@@ -232,6 +249,7 @@ __all__ = [
   'csra_scores',
   'csra_temperatures',
   'eval_mode_hooks',
+  'expand_subspaces',
   'fast_convolutions',
   'feature_map',
   'feature_map_path',
@@ -246,11 +264,14 @@ __all__ = [
   'masked_autoencoder',
   'max_residual',
   'mean_embedding',
+  'mlp_baseline',
   'moco_projector',
   'module_paths',
   'narrow',
   'nearest_class_mean',
+  'nrs_net',
   'packed_axes',
+  'random_subspace_index',
   'read_state_dict',
   'require_resolution',
   'resample_position_embedding',
@@ -260,6 +281,7 @@ __all__ = [
   'simsiam_projector',
   'slice_params',
   'stack_blocks',
+  'subspace_convolution',
   'tau_normalize',
   'to_torch',
   'total_stride',

@@ -7,6 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from jaxlab.models.configurations import SIZES
+from jaxlab.models.pointnet import PointNet
 from jaxlab.models.swin import Swin
 from jaxlab.models.variants import VARIANTS, expand
 from jaxlab.models.vit import ViT
@@ -76,6 +77,10 @@ _TRANSFORMERS = (
 )
 
 
+# Over clouds of points.
+_POINT_NETWORKS = {'pointnet': (PointNet, {'num_classes': 40})}
+
+
 def names() -> list[str]:
   """Returns the image networks that `create` knows; those of transformers that timm knows, too."""
   return [*VARIANTS, *_WIDE_NAMES, *(name for names in _TRANSFORMERS for name in expand(names))]
@@ -99,7 +104,8 @@ def create(name: str, **overrides: Any) -> nn.Module:
   parameter-free shortcuts) have 10, as have wide residual networks `wrn{6n+4}_{k}` (`wrn28_10`), the small
   `convnet`, and `mlp` and `linear` over inputs of any shape.
 
-  Over tokens `[batch, time]`: the decoders `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,
+  Over clouds `[batch, points, 3]`: `pointnet`, 40 classes. Over tokens `[batch, time]`: the decoders
+  `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,
   `llama3_8b` and the encoders `bert_{base,large}`, `minilm_l6`; `from_config` builds any other size.
 
   Args:
@@ -127,7 +133,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
 
 def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
   """Returns the module class and the fields that belong to `name`."""
-  if variant := SIZES.get(name) or VARIANTS.get(name):
+  if variant := (SIZES | _POINT_NETWORKS).get(name) or VARIANTS.get(name):
     return variant
   if fields := _vit_fields(name):
     return ViT, fields
@@ -140,7 +146,7 @@ def _parse(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
     widths = tuple(width * factor for width in (16, 32, 64))
     if blocks and factor:
       return WideResNet, {'stage_sizes': (blocks,) * 3, 'widths': widths, 'num_classes': 10}
-  known = [*names(), *SIZES]
+  known = [*names(), *SIZES, *_POINT_NETWORKS]
   close = [other for other in known if name and other.startswith(name)][:3]
   close = close or difflib.get_close_matches(name, known, 3, 0.5)
   families = dict.fromkeys(re.match(r'[a-z]+?(v\d|(?=[_\d]|$))', other)[0] for other in known)

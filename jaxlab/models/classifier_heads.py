@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -146,7 +147,8 @@ class Classifier(nn.Module):
 
   Attributes:
     backbone: a network that returns pooled features, e.g. `create('resnet50', num_classes=None)`.
-    head: a module `features -> logits`, e.g. `LearnableWeightScaling(1000)` or `nn.Dense(1000)`.
+    head: a module `features -> logits`, e.g. `LearnableWeightScaling(1000)` or `nn.Dense(1000)`; one whose
+      call takes `train` is told.
   """
 
   backbone: nn.Module
@@ -154,7 +156,10 @@ class Classifier(nn.Module):
 
   def __call__(self, images: Array, train: bool = False) -> Array:
     """Returns logits `[batch, num_classes]` of the backbone's inputs."""
-    return self.head(self.features(images, train))
+    features = self.features(images, train)
+    if 'train' in inspect.signature(type(self.head).__call__).parameters:
+      return self.head(features, train)
+    return self.head(features)
 
   def features(self, images: Array, train: bool = False) -> Array:
     """Returns the backbone's features `[batch, features]` (`apply(..., method='features')`)."""

@@ -51,6 +51,8 @@ def make_optimizer(
     (patterns of parameters with q = 1, default `('ndim<=1',)`).
   - 'adamw': `w = w - lr (m / (sqrt(n) + eps) + wd w)` with the bias-corrected moments m, n. Options:
     `betas` ((0.9, 0.999)), `eps` (1e-8).
+  - 'adam': `w = w - lr m / (sqrt(n) + eps)`, the moments those of `g + wd w`, as PyTorch's Adam. Options as
+    'adamw'.
   - 'lamb': `u = m / (sqrt(n) + eps) + wd w;  w = w - lr q u`, `q = |w| / |u|`, or 1 where a norm is zero.
     Options: `betas` ((0.9, 0.999)), `eps` (1e-6), `no_trust_ratio` (patterns of parameters with q = 1,
     default none).
@@ -60,7 +62,7 @@ def make_optimizer(
   them by path.) Of several patterns with a value, the first that matches a parameter counts.
 
   Args:
-    name: 'sgd', 'lars', 'adamw' or 'lamb'.
+    name: 'sgd', 'lars', 'adam', 'adamw' or 'lamb'.
     learning_rate: a number or a schedule `step -> value`.
     weight_decay: a number or a schedule.
     no_decay: patterns of parameters without weight decay. Default: `('ndim<=1',)` for 'lars', none for the
@@ -97,7 +99,7 @@ def make_optimizer(
     >>> print(updates['kernel'], updates['bias'])
     [-0.15 -0.15] [-0.1 -0.1]
   """
-  rules = {'sgd': _sgd, 'lars': _lars, 'adamw': _adamw, 'lamb': _lamb}
+  rules = {'sgd': _sgd, 'lars': _lars, 'adam': _adam, 'adamw': _adamw, 'lamb': _lamb}
   if name not in rules:
     raise ValueError(f'Unknown optimizer {name!r}: choose {", ".join(rules)}.')
   known = [p for p in inspect.signature(rules[name]).parameters if p != 'decay']
@@ -247,6 +249,10 @@ def _lars(
 
 def _adamw(decay, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
   return [optax.scale_by_adam(betas[0], betas[1], eps), decay]
+
+
+def _adam(decay, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+  return [decay, optax.scale_by_adam(betas[0], betas[1], eps)]
 
 
 def _lamb(

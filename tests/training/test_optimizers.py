@@ -73,19 +73,20 @@ def test_lars_agrees_with_reference(vectors, rtol):
     assert_close(stacked, vectors[f'out_{name}_sequence'], rtol)
 
 
-def test_adamw_follows_its_formula():
+@pytest.mark.parametrize('name', ['adam', 'adamw'])
+def test_adam_and_adamw_follow_their_formulas(name):
   def rate(step):
     return 0.1 / (step + 1)
 
   w, m, n = PARAMS['head']['kernel'].astype(float), 0.0, 0.0
   expected = []
   for t, grads in enumerate(GRADS, start=1):
-    g = grads['head']['kernel']
+    g = grads['head']['kernel'] + (0.3 * w if name == 'adam' else 0)
     m, n = 0.8 * m + 0.2 * g, 0.9 * n + 0.1 * g**2
     moments = (m / (1 - 0.8**t)) / (np.sqrt(n / (1 - 0.9**t)) + 1e-6)
-    w = w - rate(t - 1) * (moments + 0.3 * w)
+    w = w - rate(t - 1) * (moments + (0.3 * w if name == 'adamw' else 0))
     expected.append(w)
-  optimizer = make_optimizer('adamw', rate, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
+  optimizer = make_optimizer(name, rate, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
   history = trajectory(optimizer, PARAMS, GRADS)
   assert_close([state['head']['kernel'] for state in history], expected, 1e-5)
 
@@ -228,8 +229,8 @@ def test_a_pattern_that_matches_nothing_raises_with_paths(options):
   ('call', 'message'),
   [
     (
-      lambda: make_optimizer('adam', 0.1),
-      "Unknown optimizer 'adam': choose sgd, lars, adamw, lamb",
+      lambda: make_optimizer('adan', 0.1),
+      "Unknown optimizer 'adan': choose sgd, lars, adam, adamw, lamb",
     ),
     (lambda: make_optimizer('sgd', 0.1, betas=(0.9, 0.95)), "'sgd' has no option betas"),
     (lambda: make_optimizer('sgd', 0.1, decay=0.1), 'no option decay'),

@@ -17,6 +17,7 @@ from jaxlab.data.sources.image_folder import (
 )
 from jaxlab.data.sources.listed_images import ListedImages
 from jaxlab.data.sources.photographs import Photographs
+from jaxlab.data.sources.point_clouds import PointClouds, digit_points
 from jaxlab.data.sources.scenes import Scenes, canvases, pasted
 from jaxlab.data.sources.sentences import Sentences
 from jaxlab.data.sources.source import (
@@ -25,6 +26,7 @@ from jaxlab.data.sources.source import (
   in_memory,
 )
 from jaxlab.data.sources.subset import class_subset
+from jaxlab.data.sources.table import load_table
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
 from jaxlab.data.sources.wider_attribute import WiderAttribute
@@ -49,6 +51,9 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'tokens'`: windows of tokens of a `.npy` file, whose path is the split; options of `TokenFile`.
       - `'sentences'`: tokens of sentences, padded; options of `Sentences`.
       - `'photographs'`: random crops without labels; options of `Photographs`.
+      - `'table'`: rows of numbers, from files or embedded; options of `load_table`.
+      - `'digit_points'`: the digits' ink as clouds of points; options of `digit_points`.
+      - `'point_clouds'`: ModelNet's text files; options of `PointClouds`.
       - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`. Its classes are
         those of the split, or of the absolute path, `classes_of`, by name; without the option those of
         `train`, if there is such a folder; with None its own.
@@ -91,6 +96,12 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       return TokenFile(split, **options)
     if name == 'sentences':
       return Sentences(split, **options)
+    if name == 'table':
+      return load_table(split, **options)
+    if name == 'digit_points':
+      return digit_points(split, **options)
+    if name == 'point_clouds':
+      return PointClouds(split, **options)
     if name == 'photographs':
       return Photographs(split, **options)
     if name == 'image_folder':

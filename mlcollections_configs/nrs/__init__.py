@@ -1,0 +1,1 @@
+"""Settings of NRS (Cao et al., Pattern Recognition 2021)."""
