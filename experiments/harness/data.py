@@ -235,7 +235,7 @@ class Table(Arrays):
     scaling: of the features.
   """
 
-  name: Literal['table'] = 'table'
+  name: str = 'table'
   train: str
   test: str = ''
   label_column: int = -1
@@ -245,6 +245,8 @@ class Table(Arrays):
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
+    if self.name != 'table':
+      yield f"name={self.name!r}: expected 'table' of data with a file, train."
     if not 0 < self.test_share < 1:
       yield f'test_share={self.test_share}: expected a share in (0, 1).'
     if self.train in data.EMBEDDED_TABLES and self.test:
