@@ -4,6 +4,8 @@
 features, and trains the head there. `NRSClassifier` is a classifier of scikit-learn for tables.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from jaxlab.classifiers.bisection import (
   bisect_epsilon,
   bisect_epsilon_compiled,
@@ -23,7 +25,9 @@ from jaxlab.classifiers.noisy_head import (
   perturbed_loss,
   train_head,
 )
-from jaxlab.classifiers.random_subspace import NRSClassifier
+
+if TYPE_CHECKING:
+  from jaxlab.classifiers.random_subspace import NRSClassifier
 
 __all__ = [
   'MaxMargin',
@@ -41,3 +45,12 @@ __all__ = [
   'search_epsilon',
   'train_head',
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Imports `NRSClassifier` when it is asked for: its base classes are scikit-learn's, which is slow to load."""
+  if name == 'NRSClassifier':
+    from jaxlab.classifiers.random_subspace import NRSClassifier
+
+    return NRSClassifier
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
