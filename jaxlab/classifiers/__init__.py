@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  """Imports `NRSClassifier` when it is asked for: its base classes are scikit-learn's, which is slow to load."""
+  """Imports `NRSClassifier` when it is asked for: its base classes are of scikit-learn, slow to load."""
   if name == 'NRSClassifier':
     from jaxlab.classifiers.random_subspace import NRSClassifier
 
