@@ -86,6 +86,10 @@ CALLS = {
   'resized_crop_augment': lambda: data.resized_crop_augment(12)(KEY, IMAGE),
   'center_crop': lambda: data.center_crop(IMAGE, 8),
   'mixup': lambda: data.mixup(KEY, IMAGES, 0.2)[0],
+  'mix schedule': lambda: data.mwh_mix_probability(jnp.int32(3), 10),
+  'mix with probability': lambda: data.mix_with_probability(
+    KEY, IMAGES, 0.5, lambda key, x: data.mixup(key, x, 0.5)
+  )[::2],
   'normalize images': lambda: data.normalize(IMAGES, 0.5, 0.2),
   'cross_entropy': lambda: losses.cross_entropy(LOGITS, LABELS),
   'label_smoothing': lambda: losses.label_smoothing_cross_entropy(LOGITS, LABELS),

@@ -175,6 +175,10 @@ from jaxlab.data.transforms.image import (
   normalize,
   to_float,
 )
+from jaxlab.data.transforms.mix_schedule import (
+  mix_with_probability,
+  mwh_mix_probability,
+)
 from jaxlab.data.transforms.mixup import (
   mix_images,
   mixup,
@@ -265,8 +269,10 @@ __all__ = [
   'materialize',
   'merge_background',
   'mix_images',
+  'mix_with_probability',
   'mixup',
   'mixup_loss',
+  'mwh_mix_probability',
   'next_class',
   'noise_rate',
   'normalize',

@@ -127,8 +127,10 @@ def _wide_resnet(model: WideResNet) -> Anatomy:
       blocks.append(Block(path, (branch,), kind, projection))
       norms += [Norm(f'{path}/bn1'), Norm(f'{path}/bn2', f'{path}/conv1')]
       channels = model.widths[stage]
+  if model.final_norm:
+    norms.append(Norm('bn1'))
   head = () if model.num_classes is None else ('linear',)
-  return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, norms=(*norms, Norm('bn1')))
+  return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, norms=tuple(norms))
 
 
 @_describe.register

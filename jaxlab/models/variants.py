@@ -16,6 +16,7 @@ from jaxlab.models.pvt import PVT
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.t2t import T2TViT
 from jaxlab.models.vgg import VGG
+from jaxlab.models.wide_resnet import WideResNet
 
 Variant = tuple[type[nn.Module], dict[str, Any]]
 
@@ -156,12 +157,23 @@ _FURTHER_TRANSFORMERS: dict[str, Variant] = {
   't2t_vit_t_14': (T2TViT, {**_T2T_14, 'performer': False}),
 }
 
+# He et al. 2016 (arXiv 1603.05027) as much code for CIFAR has it: nothing stands behind the last block.
+_PREACT_RESNET18 = {
+  'stage_sizes': (2, 2, 2, 2),
+  'widths': (64, 128, 256, 512),
+  'strides': (1, 2, 2, 2),
+  'stem_width': 64,
+  'final_norm': False,
+  'num_classes': 10,
+}
+
 VARIANTS: dict[str, Variant] = {
   **_resnets(),
   **_convnets(),
   **_mobilenets(),
   **_FURTHER_TRANSFORMERS,
   'convnet': (ConvNet, {'num_classes': 10}),
+  'cifar_preact_resnet18': (WideResNet, _PREACT_RESNET18),
   'mlp': (MLP, {'hidden': (64, 64), 'num_classes': 10}),
   'linear': (MLP, {'hidden': (), 'num_classes': 10}),
 }

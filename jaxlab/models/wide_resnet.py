@@ -130,6 +130,7 @@ class WideResNet(nn.Module):
     widths: channels of each stage.
     strides: stride of each stage (surplus entries are ignored).
     stem_width: channels of `conv1`.
+    final_norm: whether `bn1` and its ReLU stand behind the last block.
     dropout: probability of dropping an entry between a block's convolutions.
     num_classes: size of the classifier `linear`; None returns the pooled features.
     conv: `'direct'`, or `'matmul'` for `conv_by_matmul`; the same function, on a CPU faster in a loop.
@@ -144,6 +145,7 @@ class WideResNet(nn.Module):
   widths: Sequence[int] = (160, 320, 640)
   strides: Sequence[int] = (1, 2, 2)
   stem_width: int = 16
+  final_norm: bool = True
   dropout: float = 0.0
   num_classes: int | None = None
   conv: str = 'direct'
@@ -170,7 +172,8 @@ class WideResNet(nn.Module):
   @property
   def stages(self) -> tuple[str, ...]:
     """The names of the parts of the backbone, in order: `('conv1', 'block1', ..., 'bn1')`."""
-    return ('conv1', *(f'block{i + 1}' for i in range(len(self.stage_sizes))), 'bn1')
+    blocks = (f'block{i + 1}' for i in range(len(self.stage_sizes)))
+    return ('conv1', *blocks, *(('bn1',) if self.final_norm else ()))
 
   @nn.compact
   def __call__(

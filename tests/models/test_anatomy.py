@@ -60,6 +60,7 @@ NETWORKS = {
   'cifar': (ResNet((2, 1), width=4, stem='cifar', shortcut='pad', num_classes=3), IMAGES),
   'no_stem': (ResNet((2, 1), width=4, stem='identity', num_classes=3), IMAGES),
   'wide': (WideResNet((1, 2), (4, 8), (1, 2), 4, num_classes=3), IMAGES),
+  'bare wide': (WideResNet((1,), (4,), (1,), 4, final_norm=False, num_classes=3), IMAGES),
   'mobilenet': (
     MobileNetV2((1, 2, 1), (8, 8, 8), (1, 2, 1), 2, 8, 8, num_classes=3),
     IMAGES,

@@ -25,7 +25,7 @@ def test_every_name_traces_with_its_number_of_classes(name):
     small = {'block_sizes': (2, 1)}
   elif name.startswith('t2t'):
     small = {'depth': 1}
-  elif name in ('convnet', 'mlp', 'linear', 'pvt_v2_b0'):
+  elif name in ('cifar_preact_resnet18', 'convnet', 'mlp', 'linear', 'pvt_v2_b0'):
     small = {}
   else:
     small = {'stage_sizes': (1,) * 3}

@@ -49,6 +49,29 @@ def test_wrn28_10_has_the_published_number_of_parameters():
     create('wrn27_10')
 
 
+def test_a_network_may_end_with_its_last_block():
+  model = create('cifar_preact_resnet18')
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images((1, 32, 32, 3)))
+  # conv3x3 and four stages of two blocks, three 1x1 shortcuts, norms in front of convolutions, a classifier.
+  widths = (64, 128, 256, 512)
+  expected, before = 27 * 64 + 512 * 10 + 10, 64
+  for width in widths:
+    expected += 2 * before + 9 * before * width + 2 * width + 9 * width * width
+    expected += before * width * (before != width) + 2 * (2 * width + 9 * width * width)
+    before = width
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes['params'])) == expected
+  assert model.stages[-1] == 'block4' and 'bn1' not in shapes['params']
+  bare = WideResNet(**TINY, final_norm=False)
+  x = images((2, 8, 8, 3))
+  variables = jax.jit(bare.init)(jax.random.key(0), x)
+  last = bare.apply(variables, x, stop=None)
+  raw = WideResNet(**TINY)
+  whole = jax.jit(raw.init)(jax.random.key(0), x)
+  params = {**whole['params'], **variables['params']}
+  before = raw.apply({**whole, 'params': params}, x, stop='bn1')
+  assert_close(last, before.mean((1, 2)), 1e-5)
+
+
 def test_stages_stride_and_features_are_the_last_width():
   model = WideResNet()
   shapes = {
