@@ -76,10 +76,12 @@ UNLABELED = {
   'dino_loss': lambda z, keep: losses.dino_loss(z, 0.3 * z[:4], 0.1 * z[0], 3),
 }
 # It takes labels and returns which classes are hard; it only compares labels, which have no range.
-# Their labels are no classes of logits.
+# Their labels are no classes of logits, or of those of a teacher.
 NOT_HERE = {
   'hard_categories',
   'initial_label_logits',
+  'mean_where_right',
+  'multi_label_bce',
   'multi_label_queue_loss',
   'neighbor_queue_loss',
   'supervised_contrastive_loss',
