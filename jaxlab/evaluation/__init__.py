@@ -73,6 +73,10 @@ from jaxlab.evaluation.recalls import (
   lowest_recall,
   recall_metrics,
 )
+from jaxlab.evaluation.retrieval import (
+  RetrievalScores,
+  retrieval_scores,
+)
 
 __all__ = [
   'Calibration',
@@ -83,6 +87,7 @@ __all__ = [
   'Neighbors',
   'OutlierStatistics',
   'Probe',
+  'RetrievalScores',
   'Tally',
   'average_precision',
   'channel_colinearity',
@@ -115,6 +120,7 @@ __all__ = [
   'probe_accuracy',
   'probe_logits',
   'recall_metrics',
+  'retrieval_scores',
   'shared_label_precision',
   'tally_compute',
   'tally_init',
