@@ -271,13 +271,17 @@ class Table(Arrays):
 class Augment:
   """The augmentation of training images.
 
-  `kind` 'none'; 'pad_crop': zeros around, a random part of the network's size, a random flip (He et al.
-  2016); or 'resized_crop': options of `jaxlab.data.resized_crop_augment`.
+  `kind` 'none'; 'pad_crop': zeros around (He et al. 2016), or with `fill` 'reflect' the image mirrored at its
+  border, a random part of the network's size, a random flip, and where `cutout` is not 0 a square of such a
+  side set to the mean (DeVries & Taylor 2017); or 'resized_crop': options of
+  `jaxlab.data.resized_crop_augment`.
   """
 
   kind: Literal['none', 'pad_crop', 'resized_crop'] = 'none'
   padding: int = 4
+  fill: Literal['constant', 'reflect'] = 'constant'
   flip: bool = True
+  cutout: int = 0
   scale: tuple[float, float] = (0.08, 1.0)
   interpolation: Literal['bilinear', 'bicubic'] = 'bilinear'
   jitter: tuple[float, float, float, float] | None = None
@@ -296,7 +300,13 @@ class Augment:
   def crop_options(self) -> dict[str, Any]:
     """Options of `jaxlab.data.resized_crop_augment`."""
     options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    return {k: v for k, v in options.items() if k not in ('kind', 'padding', 'flip')}
+    own = ('kind', 'padding', 'fill', 'flip', 'cutout')
+    return {k: v for k, v in options.items() if k not in own}
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if self.cutout < 0 or (self.cutout and self.kind != 'pad_crop'):
+      yield f"cutout={self.cutout}: expected a side in pixels under kind='pad_crop', or 0 for none."
 
 
 def load(own: Images | Tokens | Sentences | Arrays, split: str) -> data.Source:

@@ -163,6 +163,7 @@ class Schedule:
   base: float
   name: str = 'cosine'
   end: float = 0.0
+  decay_epochs: float | None = None
   warmup_epochs: float = 0.0
   warmup_start: float = 0.0
   warmup_inclusive: bool = False

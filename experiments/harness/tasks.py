@@ -88,12 +88,18 @@ class ImageTask:
         self.view[0], **own.crop_options(), mean=self.mean, std=self.std
       )
       return data.draw_views(crop, keys, batch['image'], 1)[0]
-    crop = functools.partial(data.random_crop, size=self.view[:2], padding=own.padding)
+    crop = functools.partial(
+      data.random_crop, size=self.view[:2], padding=own.padding, mode=own.fill
+    )
     steps = [crop]
     if own.flip:
       steps.append(data.random_flip)
     images = jax.vmap(data.compose(*steps))(keys, data.to_float(batch['image']))
-    return data.normalize(images, self.mean, self.std)
+    images = data.normalize(images, self.mean, self.std)
+    if not own.cutout:
+      return images
+    each = jax.vmap(lambda key: jax.random.fold_in(key, len(steps)))(keys)
+    return jax.vmap(functools.partial(data.random_cutout, side=own.cutout))(each, images)
 
   def targets(self, batch: Batch) -> Array:
     """Returns the labels."""

@@ -45,6 +45,7 @@ from jaxlab.data.protocols.samplers import (
   ClassBalancedSampler,
   MixedSampler,
   SquareRootSampler,
+  TwoStreamSampler,
 )
 from jaxlab.data.protocols.subsets import (
   sample_subset,
@@ -225,6 +226,7 @@ __all__ = [
   'Source',
   'SquareRootSampler',
   'TokenFile',
+  'TwoStreamSampler',
   'WiderAttribute',
   'WithFields',
   'as_labels',

@@ -45,6 +45,9 @@ from jaxlab.models.classifier_heads import (
   nearest_class_mean,
   tau_normalize,
 )
+from jaxlab.models.cnn13 import (
+  CNN13,
+)
 from jaxlab.models.configurations import (
   from_config,
 )
@@ -151,6 +154,12 @@ from jaxlab.models.resnet import (
 from jaxlab.models.rotary import (
   rotary_embedding,
 )
+from jaxlab.models.shake_shake import (
+  ShakeShake,
+  ShakeShakeBlock,
+  ShiftConvDownsample,
+  shake,
+)
 from jaxlab.models.siamese import (
   Encoder,
   apply_in_turn,
@@ -186,6 +195,7 @@ from jaxlab.models.wide_resnet import (
 )
 
 __all__ = [
+  'CNN13',
   'GPT2',
   'MLP',
   'PVT',
@@ -222,6 +232,9 @@ __all__ = [
   'PointNetHead',
   'PreActivationBlock',
   'ResNet',
+  'ShakeShake',
+  'ShakeShakeBlock',
+  'ShiftConvDownsample',
   'Site',
   'Swin',
   'T2TViT',
@@ -277,6 +290,7 @@ __all__ = [
   'resample_position_embedding',
   'rotary_embedding',
   'sample_token',
+  'shake',
   'simsiam_predictor',
   'simsiam_projector',
   'slice_params',

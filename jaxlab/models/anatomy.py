@@ -28,6 +28,7 @@ from flax import linen as nn
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
 from jaxlab.models.bert import Bert
 from jaxlab.models.classifier_heads import Classifier
+from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
 from jaxlab.models.densenet import DenseNet
@@ -39,6 +40,7 @@ from jaxlab.models.mlp import MLP
 from jaxlab.models.mobilenetv2 import MobileNetV2
 from jaxlab.models.pvt import PVT
 from jaxlab.models.resnet import BLOCKS, BasicBlock, Bottleneck, ResNet
+from jaxlab.models.shake_shake import ShakeShake
 from jaxlab.models.siamese import Encoder
 from jaxlab.models.swin import Swin
 from jaxlab.models.t2t import T2TViT
@@ -130,6 +132,31 @@ def _wide_resnet(model: WideResNet) -> Anatomy:
   if model.final_norm:
     norms.append(Norm('bn1'))
   head = () if model.num_classes is None else ('linear',)
+  return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, norms=tuple(norms))
+
+
+@_describe.register
+def _shake_shake(model: ShakeShake) -> Anatomy:
+  blocks, norms, channels = [], [], model.stem_width
+  for stage, size in enumerate(model.stage_sizes):
+    for index in range(size):
+      path, strides = f'layer{stage + 1}_{index}', stage > 0 and index == 0
+      branches = []
+      for name in 'ab':
+        layers = tuple(f'{path}/conv_{name}{i}' for i in (1, 2))
+        branches.append(Branch('conv', layers, f'{path}/bn_{name}2'))
+        norms += [Norm(f'{path}/bn_{name}{i}', own) for i, own in enumerate(layers, 1)]
+      projection = ()
+      if strides:
+        projection = (f'{path}/downsample/conv',)
+        norms.append(Norm(f'{path}/downsample/bn', *projection))
+      elif channels != model.widths[stage]:
+        projection = (f'{path}/downsample_0',)
+        norms.append(Norm(f'{path}/downsample_1', *projection))
+      kind = 'projection' if projection else 'identity'
+      blocks.append(Block(path, tuple(branches), kind, projection))
+      channels = model.widths[stage]
+  head = () if model.num_classes is None else ('fc',)
   return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, norms=tuple(norms))
 
 
@@ -413,6 +440,14 @@ def _convnet(model: ConvNet) -> Anatomy:
   norms = tuple(Norm(f'bn{i}', conv) for i, conv in enumerate(convs))
   head = () if model.num_classes is None else ('fc',)
   return Anatomy(convs[:1], (), features, head, neck=(*convs[1:], *dense), norms=norms)
+
+
+@_describe.register
+def _cnn13(model: CNN13) -> Anatomy:
+  convs = tuple(f'conv{i}' for i in range(9))
+  norms = tuple(Norm(f'bn{i}', conv) for i, conv in enumerate(convs))
+  head = () if model.num_classes is None else ('fc',)
+  return Anatomy(convs[:1], (), 'avgpool', head, neck=convs[1:], norms=norms)
 
 
 @_describe.register

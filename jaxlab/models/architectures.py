@@ -101,8 +101,9 @@ def create(name: str, **overrides: Any) -> nn.Module:
   `vit_{size}_patch{p}_clip_quickgelu_{image size}` have the channels of its space;
   DINOv2's `vit_{size or giant}_patch{p}_[reg4_]dinov2` have none, and images of 518 pixels;
   `cifar_resnet{18,34,50}` (3x3 stem, no pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages,
-  parameter-free shortcuts) have 10, as have `cifar_preact_resnet18` and wide residual networks
-  `wrn{6n+4}_{k}` (`wrn28_10`), the small `convnet`, and `mlp` and `linear` over inputs of any shape.
+  parameter-free shortcuts) have 10, as have `cifar_preact_resnet18`, wide residual networks `wrn{6n+4}_{k}`
+  (`wrn28_10`), `shake_shake26_2x96d`, `cnn13`, the small `convnet`, and `mlp` and `linear` over inputs of any
+  shape.
 
   Over clouds `[batch, points, 3]`: `pointnet`, 40 classes. Over tokens `[batch, time]`: the decoders
   `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,

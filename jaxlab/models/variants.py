@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
 from jaxlab.models.densenet import DenseNet
@@ -14,6 +15,7 @@ from jaxlab.models.mlp import MLP
 from jaxlab.models.mobilenetv2 import EfficientNet, MobileNetV2, scaled_fields
 from jaxlab.models.pvt import PVT
 from jaxlab.models.resnet import ResNet
+from jaxlab.models.shake_shake import ShakeShake
 from jaxlab.models.t2t import T2TViT
 from jaxlab.models.vgg import VGG
 from jaxlab.models.wide_resnet import WideResNet
@@ -174,6 +176,8 @@ VARIANTS: dict[str, Variant] = {
   **_FURTHER_TRANSFORMERS,
   'convnet': (ConvNet, {'num_classes': 10}),
   'cifar_preact_resnet18': (WideResNet, _PREACT_RESNET18),
+  'cnn13': (CNN13, {'num_classes': 10}),
+  'shake_shake26_2x96d': (ShakeShake, {'num_classes': 10}),
   'mlp': (MLP, {'hidden': (64, 64), 'num_classes': 10}),
   'linear': (MLP, {'hidden': (), 'num_classes': 10}),
 }

@@ -183,6 +183,7 @@ def make_schedule(
   epochs: float,
   steps_per_epoch: int,
   end: float = 0.0,
+  decay_epochs: float | None = None,
   warmup_epochs: float = 0.0,
   warmup_start: float = 0.0,
   warmup_inclusive: bool = False,
@@ -198,6 +199,8 @@ def make_schedule(
     epochs: length of the training, warm-up included; may be a fraction.
     steps_per_epoch: optimizer steps in an epoch.
     end: last value of a cosine.
+    decay_epochs: of 'cosine', when it reaches its end, warm-up included; None: with the training. A longer
+      one is cut off: the ramp-down of Mean Teacher's code.
     warmup_epochs: length of the linear warm-up, counted in steps; may be a fraction.
     warmup_start: value at step 0, if there is a warm-up.
     warmup_inclusive: see `with_warmup`.
@@ -220,6 +223,10 @@ def make_schedule(
     raise ValueError(f'Unknown schedule {name!r}: choose {", ".join(known[:-1])} or {known[-1]}.')
   if end and not name.startswith('cosine'):
     raise ValueError(f'end={end} belongs to the cosine schedules, not to {name!r}.')
+  if decay_epochs is not None and (name != 'cosine' or decay_epochs <= 0):
+    raise ValueError(
+      f'decay_epochs={decay_epochs} belongs to the schedule cosine, not to {name!r}, and is positive.'
+    )
   if bool(milestones) != (name == 'multistep'):
     raise ValueError(
       f'milestones belong to the schedule multistep and to it alone, got {milestones!r} for {name!r}.'
@@ -240,7 +247,8 @@ def make_schedule(
   if name == 'constant':
     schedule = constant(base)
   elif name == 'cosine':
-    schedule = cosine(base, round(epochs * steps_per_epoch) - warmup_steps, end)
+    length = epochs if decay_epochs is None else decay_epochs
+    schedule = cosine(base, round(length * steps_per_epoch) - warmup_steps, end)
   elif name == 'cosine_per_epoch':
     whole = math.ceil(epochs) - round(warmup_epochs)
     if round(warmup_epochs) != warmup_epochs:

@@ -11,6 +11,7 @@ from random_variables import random_images, random_variables
 
 from jaxlab import models
 from jaxlab.models import (
+  CNN13,
   GPT2,
   MLP,
   VGG,
@@ -32,6 +33,7 @@ from jaxlab.models import (
   MobileNetV2,
   Norm,
   ResNet,
+  ShakeShake,
   Swin,
   ViT,
   WideResNet,
@@ -91,6 +93,8 @@ NETWORKS = {
   'llama': (Llama(**DECODER, hidden=12), TOKENS),
   'llama_tied': (Llama(**DECODER, hidden=12, tied=True), TOKENS),
   'convnet': (ConvNet((4, 5), 2, (2, 1), (6,), 3), IMAGES),
+  'cnn13': (CNN13((4, 4, 5, 4, 4), num_classes=3), IMAGES),
+  'shake_shake': (ShakeShake((2, 1), (4, 6), 3, num_classes=3), IMAGES),
   'mlp': (MLP((4, 5, 6), 3), VECTORS),
   'linear': (MLP((), 3), VECTORS),
   'features': (ResNet((1,), width=4, stem='cifar'), IMAGES),
@@ -145,7 +149,7 @@ def test_a_block_keeps_the_shape_where_its_shortcut_is_the_identity(name):
     return y
 
   if not parts.blocks:
-    assert isinstance(getattr(model, 'backbone', model), MLP | ConvNet)
+    assert isinstance(getattr(model, 'backbone', model), MLP | ConvNet | CNN13)
     return
   hooks = [Hook(any_of(parts.block_paths), call=visit)]
   init = lambda x: model.init(jax.random.key(0), x)  # noqa: E731
@@ -338,7 +342,7 @@ def test_every_named_network_has_an_anatomy():
     model = models.create(name)
     parts = anatomy(model)
     assert parts.head or parts.tied or model.num_classes is None
-    assert parts.blocks or name in ('convnet', 'mlp', 'linear')
+    assert parts.blocks or name in ('convnet', 'cnn13', 'mlp', 'linear')
 
 
 class Own(nn.Module):

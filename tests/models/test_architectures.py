@@ -25,11 +25,11 @@ def test_every_name_traces_with_its_number_of_classes(name):
     small = {'block_sizes': (2, 1)}
   elif name.startswith('t2t'):
     small = {'depth': 1}
-  elif name in ('cifar_preact_resnet18', 'convnet', 'mlp', 'linear', 'pvt_v2_b0'):
+  elif name in ('cifar_preact_resnet18', 'convnet', 'cnn13', 'mlp', 'linear', 'pvt_v2_b0'):
     small = {}
   else:
     small = {'stage_sizes': (1,) * 3}
-  ten = name.startswith(('cifar', 'convnet', 'wrn', 'mlp', 'linear'))
+  ten = name.startswith(('cifar', 'convnet', 'cnn13', 'shake', 'wrn', 'mlp', 'linear'))
   assert ten == (create(name).num_classes == 10)
   for num_classes in (create(name).num_classes, 7, None):
     model = create(name, **small, num_classes=num_classes)
@@ -71,7 +71,7 @@ def test_transformer_names_carry_patch_and_image_size():
 
 def test_image_networks_have_names_of_timm():
   theirs = json.loads((OWN_DIR / 'models' / 'timm_names.json').read_text())
-  own = ('cifar_', 'convnet', 'wrn', 'mlp', 'linear', 't2t_')
+  own = ('cifar_', 'convnet', 'cnn13', 'shake_', 'wrn', 'mlp', 'linear', 't2t_')
   assert [name for name in names() if not name.startswith(own) and name not in theirs] == []
   assert len(names()) == len(set(names()))
   with_weights = {name for name in DEFAULT_TAGS if name not in SIZES}

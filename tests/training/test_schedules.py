@@ -29,6 +29,21 @@ def test_a_displaced_cosine_agrees_with_official_code(vectors, rtol):
   assert_close(values(rate, epochs * steps), vectors['out_lr'], rtol)
 
 
+@golden('r2d2', 'stage1_lr')
+def test_a_cosine_that_is_cut_off_agrees_with_official_code(vectors, rtol):
+  # The code changes it every step, by the epoch as a fraction.
+  steps_per_epoch = 400
+  steps = np.round(vectors['in_epoch'] * steps_per_epoch)
+  np.testing.assert_allclose(steps / steps_per_epoch, vectors['in_epoch'], rtol=1e-12)
+  rate = schedules.make_schedule(
+    'cosine', vectors.param('base_lr'), epochs=300, steps_per_epoch=steps_per_epoch,
+    decay_epochs=vectors.param('rampdown_epochs'),
+  )  # fmt: skip
+  assert_close(jax.vmap(rate)(steps.astype(int)), vectors['out_lr'], rtol)
+  with pytest.raises(ValueError, match='decay_epochs=9 belongs to the schedule cosine'):
+    schedules.make_schedule('constant', 0.1, epochs=9, steps_per_epoch=2, decay_epochs=9)
+
+
 def test_a_displaced_cosine_without_warmup_is_the_cosine():
   found = values(schedules.displaced_cosine(0.3, 5, 4), 20)
   assert_close(found, values(schedules.cosine(0.3, 20), 20), 1e-5)

@@ -1,4 +1,4 @@
-"""Orders of training that weigh the classes: the argument `sampler` of `make_loader`.
+"""Orders of training that weigh classes or parts of a set: the argument `sampler` of `make_loader`.
 
 A sampler is a pure function `epoch -> indices` of its labels and its seed, so that a resumed loader draws
 what the uninterrupted one would have. Draws repeat records, often within a batch: give repetitions
@@ -202,6 +202,88 @@ class ClassAwareSampler(_Sampler):
         here = rows[cycles[rows] == cycle]
         ranks[here] = order[np.searchsorted(alike, classes[here]), ranks[here]]
     return self.members[self.starts[classes] + ranks]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TwoStreamSampler:
+  """Batches of two parts: records of one stream, each once an epoch, then some of a second, in cycles.
+
+  An epoch is a random order of `first`, without the records that fill no whole batch. `second` is gone
+  through in random orders, one behind the other, which begin anew with each epoch; where an order ends within
+  a batch, the next one puts off the records that the batch has already, so that none comes twice. For
+  semi-supervised training: unlabeled records and labeled ones.
+
+  Args:
+    first: integers, positions in the source.
+    second: integers, other positions.
+    batch_size: records of a batch.
+    second_size: of these, from the second stream.
+    seed: of the orders.
+
+  Attributes:
+    steps: batches of an epoch.
+
+  Raises:
+    ValueError: for streams that are empty, share a record or hold one twice, for parts of a batch that are
+      empty or larger than their stream, and for a seed below 0.
+
+  References:
+    Tarvainen & Valpola, Mean teachers are better role models, NeurIPS 2017, and its code.
+
+  >>> sampler = TwoStreamSampler(np.arange(4), np.arange(4, 7), batch_size=4, second_size=2)
+  >>> batches = sampler(epoch=0).reshape(sampler.steps, 4)
+  >>> sorted(batches[:, :2].ravel().tolist()), [len(set(row)) for row in batches[:, 2:].tolist()]
+  ([0, 1, 2, 3], [2, 2])
+  """
+
+  first: np.ndarray
+  second: np.ndarray
+  batch_size: int
+  second_size: int
+  seed: int = 0
+
+  def __post_init__(self):
+    for name in ('first', 'second'):
+      stream = np.asarray(getattr(self, name))
+      if stream.ndim != 1 or not stream.size or not np.issubdtype(stream.dtype, np.integer):
+        raise ValueError(
+          f'{name} has shape {stream.shape} and dtype {stream.dtype}, expected a non-empty vector of '
+          'integers.'
+        )
+      object.__setattr__(self, name, stream)
+    both = np.concatenate([self.first, self.second])
+    if len(np.unique(both)) < len(both):
+      raise ValueError('first and second hold a record twice, or share one.')
+    if not 0 < self.second_size < self.batch_size:
+      raise ValueError(
+        f'second_size is {self.second_size}, expected 1 to {self.batch_size - 1}, a part of the batch.'
+      )
+    for name, size in (('first', self.batch_size - self.second_size), ('second', self.second_size)):
+      if size > len(getattr(self, name)):
+        raise ValueError(f'{name} has {len(getattr(self, name))} records, a batch takes {size}.')
+    if self.seed < 0:
+      raise ValueError(f'seed is {self.seed}, expected a number >= 0.')
+
+  @property
+  def steps(self) -> int:
+    """Batches of an epoch."""
+    return len(self.first) // (self.batch_size - self.second_size)
+
+  def __call__(self, epoch: int) -> np.ndarray:
+    """Returns the records of an epoch, `[steps * batch_size]`, batch by batch."""
+    rng, size = np.random.default_rng((self.seed, epoch)), self.second_size
+    first = rng.permutation(self.first)[: self.steps * (self.batch_size - size)]
+    second = np.empty((self.steps, size), self.second.dtype)
+    rest = rng.permutation(self.second)
+    for row in second:
+      begun, rest = rest[:size], rest[size:]
+      if len(begun) < size:
+        rest = rng.permutation(self.second)
+        again = np.isin(rest, begun)
+        rest = np.concatenate([rest[~again], rest[again]])
+        begun, rest = np.concatenate([begun, rest[: size - len(begun)]]), rest[size - len(begun) :]
+      row[:] = begun
+    return np.concatenate([first.reshape(self.steps, -1), second], 1).ravel()
 
 
 def draw_epoch(sampler: Sampler, epoch: int, num_records: int) -> np.ndarray:

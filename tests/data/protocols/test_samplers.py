@@ -13,6 +13,7 @@ from jaxlab.data.protocols.samplers import (
   ClassBalancedSampler,
   MixedSampler,
   SquareRootSampler,
+  TwoStreamSampler,
 )
 
 COUNTS = np.array([40, 12, 5, 2, 1])
@@ -171,6 +172,42 @@ def test_state_of_another_sampler_is_refused():
     loader(slow).set_state(loader(fast).get_state())
 
 
+@given(
+  st.integers(1, 30), st.integers(1, 12), st.integers(1, 8), st.integers(1, 8), st.integers(0, 9)
+)
+@settings(max_examples=50, deadline=None)
+def test_a_batch_of_two_streams_holds_its_share_of_each_and_no_record_twice(
+  unlabeled, labeled, a, b, epoch
+):
+  a, b = min(a, unlabeled), min(b, labeled)
+  both = np.random.default_rng(1).permutation(100)[: unlabeled + labeled]
+  sampler = TwoStreamSampler(both[:unlabeled], both[unlabeled:], a + b, b, seed=3)
+  batches = sampler(epoch).reshape(sampler.steps, a + b)
+  assert sampler.steps == unlabeled // a
+  assert all(len(np.unique(row)) == a + b for row in batches)
+  first, second = batches[:, :a].ravel(), batches[:, a:].ravel()
+  assert set(first) <= set(both[:unlabeled]) and len(set(first)) == len(first)
+  # Every record has had its turn before any has the next.
+  assert set(second) <= set(both[unlabeled:])
+  for length in range(labeled, len(second) + 1, labeled):
+    counts = np.unique(second[:length], return_counts=True)[1]
+    assert len(counts) == labeled and np.all(counts == length // labeled)
+  np.testing.assert_array_equal(sampler(epoch), sampler(epoch))
+
+
+def test_epochs_and_seeds_of_two_streams_differ_and_processes_share_a_batch():
+  make = lambda seed: TwoStreamSampler(np.arange(40), np.arange(40, 60), 8, 2, seed)  # noqa: E731
+  assert np.any(make(0)(0) != make(0)(1)) and np.any(make(0)(0) != make(1)(0))
+  options = {'batch_size': 8, 'sampler': make(0)}
+  whole = data.make_loader(_source(), **options)
+  parts = [
+    data.make_loader(_source(), **options, process_index=i, process_count=2) for i in range(2)
+  ]
+  for _ in range(7):
+    joined = np.concatenate([next(part)['index'] for part in parts])
+    np.testing.assert_array_equal(next(whole)['index'], joined)
+
+
 @pytest.mark.parametrize(
   ('call', 'message'),
   [
@@ -182,6 +219,14 @@ def test_state_of_another_sampler_is_refused():
     (lambda: ClassAwareSampler(LABELS, num_samples_per_class=0), 'num_samples_per_class is 0'),
     (lambda: MixedSampler(LABELS, balance=1.5), r'balance is 1\.5'),
     (lambda: MixedSampler(LABELS, num_epochs=0), 'num_epochs is 0'),
+    (lambda: TwoStreamSampler([], [1], 2, 1), r'first has shape \(0,\)'),
+    (lambda: TwoStreamSampler([0], [1.0], 2, 1), 'second has shape .* float64'),
+    (lambda: TwoStreamSampler([0, 1], [1], 2, 1), 'a record twice, or share one'),
+    (lambda: TwoStreamSampler([0], [1], 2, 2), 'second_size is 2, expected 1 to 1'),
+    (lambda: TwoStreamSampler([0], [1], 2, 0), 'second_size is 0'),
+    (lambda: TwoStreamSampler([0], [1], 3, 1), 'first has 1 records, a batch takes 2'),
+    (lambda: TwoStreamSampler([0, 2], [1], 4, 2), 'second has 1 records, a batch takes 2'),
+    (lambda: TwoStreamSampler([0], [1], 2, 1, seed=-1), 'seed is -1'),
   ],
 )
 def test_bad_samplers_are_named(call, message):

@@ -191,6 +191,26 @@ def test_a_crop_of_the_networks_size_is_a_part_of_the_stored_image():
     assert any(np.allclose(image, part, atol=1e-6) for part in parts)
 
 
+def test_a_crop_may_be_filled_with_the_mirrored_image_and_lose_a_square_behind_the_normalization():
+  fields = {'kind': 'pad_crop', 'padding': 2, 'fill': 'reflect', 'flip': False}
+  batch = {'image': jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)), jnp.uint8)}
+  plain, cut = (
+    np.asarray(
+      ImageTask(**IMAGE, view=(8, 8, 3), dtype='uint8', augment=own).augmented(KEYS, batch)
+    )
+    for own in (Augment(**fields), Augment(**fields, cutout=4))
+  )
+  stored = np.asarray(ImageTask(**IMAGE, view=(8, 8, 3), dtype='uint8').inputs(batch))
+  for image, whole in zip(plain, stored, strict=True):
+    mirrored = np.pad(whole, ((2, 2), (2, 2), (0, 0)), mode='reflect')
+    parts = [mirrored[i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
+    assert any(np.allclose(image, part, atol=1e-6) for part in parts)
+  changed = (cut != plain).any(-1)
+  assert (cut[changed] == 0).all() and (changed.sum((1, 2)) >= 4).all()
+  assert (changed.sum((1, 2)) <= 16).all()
+  assert list(Augment(cutout=4).check()) and not list(Augment(**fields, cutout=4).check())
+
+
 @pytest.mark.parametrize('name', ['sequence', 'box'])
 def test_records_of_a_last_batch_that_is_not_full_are_judged(name):
   task = TASKS[name]
