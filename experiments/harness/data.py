@@ -26,6 +26,10 @@ KNOWN: dict[str, dict[str, Any]] = {
     'num_classes': 10, 'train_size': 50000, 'stored_image': (32, 32, 3), 'num_threads': 8,
     'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2023, 0.1994, 0.2010),
   },
+  'svhn_cropped': {
+    'num_classes': 10, 'train_size': 73257, 'stored_image': (32, 32, 3), 'num_threads': 8,
+    'mean': (0.4377, 0.4438, 0.4728), 'std': (0.1980, 0.2010, 0.1970),
+  },
   'imagenet2012': {
     'num_classes': 1000, 'train_size': 1281167, 'stored_image': (256, 256, 3), 'image_size': 224,
     'test_split': 'validation', 'train_options': {'decode': False}, 'test_options': {'decode': False},

@@ -116,6 +116,7 @@ def train(
   begin: Callable[[TrainState], TrainState] | None = None,
   key: jax.Array | None = None,
   evaluate: Callable[[Variables], Mapping[str, float]] | None = None,
+  inspect: Callable[[TrainState], Mapping[str, float]] | None = None,
   revise: Callable[[TrainState], TrainState] | None = None,
 ) -> Trained:
   """Returns what a run ends with, from wherever `folder` was left.
@@ -130,6 +131,7 @@ def train(
     begin: what is done to the drawn state, behind `start`.
     key: of the drawn values; default: the seed's.
     evaluate: `variables -> metrics`, every `recipe.eval_every` steps.
+    inspect: `state -> metrics`, which are added to those of `evaluate`.
     revise: what is done to the state at `run.revise_at`.
 
   Raises:
@@ -149,6 +151,11 @@ def train(
     else f'{name}: {run.num_steps} steps'
   )
   judged = evaluate is not None and recipe.eval_every
+
+  def judge(state: TrainState) -> dict[str, float]:
+    found = dict(evaluate(variables_of(state)))
+    return found | dict(inspect(state) if inspect else {})
+
   try:
     state, history = fit(
       run.program,
@@ -162,7 +169,7 @@ def train(
       config={**run.identity, 'run': name},
       log_every=config.log_every,
       checkpoint_every=config.checkpoint_every,
-      evaluate=(lambda state: evaluate(variables_of(state))) if judged else None,
+      evaluate=judge if judged else None,
       eval_every=recipe.eval_every or None,
       best_metric=recipe.best_metric or None if judged else None,
       revise=revise,

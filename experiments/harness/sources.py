@@ -20,6 +20,7 @@ CATALOGUE = {
   'coco/2017': 'COCO 2017',
   'voc/2007': 'PASCAL VOC 2007',
   'cifar100': 'CIFAR-100',
+  'svhn_cropped': 'SVHN, cropped digits',
   'imagenet2012': 'ImageNet (ILSVRC 2012)',
   'imagenet2012_subset': 'the public 1 % or 10 % of ImageNet',
   'caltech_birds2011': 'CUB-200-2011',

@@ -1,0 +1,1 @@
+"""Settings of R2-D2."""
