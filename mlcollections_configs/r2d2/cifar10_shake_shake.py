@@ -2,8 +2,9 @@
 
   python -m experiments.r2d2 --config=cifar10_shake_shake --workdir=DIR
 
-Everything is that of the official script (DoctorKey/R2D2.pytorch) on four GPUs, learning rates times 4, but for
-stage 1, which its README runs on one. There each GPU normalizes its own part of a batch: `model.norm_groups=4`.
+Everything is that of the official script (DoctorKey/R2D2.pytorch) on four GPUs, learning rates times 4, but
+for stage 1, which its README runs on one. There each GPU normalizes its own part of a batch, here all
+normalize the whole; `--config.model.norm_groups=4` is as there, in stage 1, too.
 """
 
 from ml_collections import ConfigDict

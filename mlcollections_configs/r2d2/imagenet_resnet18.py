@@ -1,8 +1,8 @@
 """ImageNet with 10 % of the labels, ResNet-18; the paper's errors are 41.55 (top-1) and 19.52 % (top-5).
 
 128 labels a class, 128,000 in all (inferred: 10 % of each class are 73 to 130). Reprediction and stepped
-learning rates are the paper's, lengths and rates are inferred. The table of pseudo-labels takes 5.1 GB, split over
-the devices that share a batch; `rate * alpha / batch size` is that of CIFAR-10.
+learning rates are the paper's, lengths and rates are inferred. The table of pseudo-labels takes 5.1 GB, split
+over the devices that share a batch; `rate * alpha / batch size` is that of CIFAR-10.
 """
 
 from ml_collections import ConfigDict
