@@ -243,11 +243,13 @@ def draw(
   with pictures.drawn(picture, 1, 2, size=(10, 3.8)) as (left, right):
     for name in shown:
       own = config.mixing[name].probability(config.total_steps, config.steps_per_epoch)
-      left.plot(steps / config.steps_per_epoch, np.asarray(own(steps)), label=named[name], lw=1)
+      chance = np.asarray(own(steps))
+      # Of each step and the one behind it: where batches alternate, every other one is a half.
+      left.plot(steps[:-1] / config.steps_per_epoch, (chance[1:] + chance[:-1]) / 2)
       lines = [line for line in histories[name] if 'test_accuracy' in line]
       epochs = [line['step'] / config.steps_per_epoch for line in lines]
       right.plot(epochs, [line['test_accuracy'] for line in lines], marker='.', label=named[name])
-    left.set_ylabel('probability of mixing')
+    left.set_ylabel('probability of mixing, mean of two steps')
     right.set_ylabel('test accuracy (%)')
     for axis in (left, right):
       axis.set_xlabel('epoch')
