@@ -13,6 +13,7 @@ from jaxlab import (
   losses,
   models,
   parallel,
+  pruning,
   quantizers,
   training,
 )
@@ -26,6 +27,7 @@ ROOMS = (
     losses,
     models,
     parallel,
+    pruning,
     quantizers,
     quantizers.compensation,
   ),
@@ -35,7 +37,7 @@ ROOMS = (
 PROGRAM = """
 import sys
 from jaxlab import classifiers, data, evaluation, localization, losses, models, parallel, quantizers
-from jaxlab import training
+from jaxlab import pruning, training
 heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'grain', 'torch', 'PIL'}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge

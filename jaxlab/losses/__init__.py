@@ -42,6 +42,7 @@ from jaxlab.losses.distillation import (
   distillation_loss,
   dive_loss,
   flatten_distribution,
+  mixup_distillation_loss,
   virtual_example_counts,
 )
 from jaxlab.losses.feature_distillation import (
@@ -62,6 +63,7 @@ from jaxlab.losses.label_correction import (
   d2_loss,
   initial_label_logits,
   label_distribution_loss,
+  label_refinement_loss,
   pencil_loss,
   pencil_terms,
 )
@@ -170,6 +172,7 @@ __all__ = [
   'label_aware_smoothing',
   'label_aware_smoothing_loss',
   'label_distribution_loss',
+  'label_refinement_loss',
   'label_smoothing_cross_entropy',
   'ldam_loss',
   'ldam_margins',
@@ -180,6 +183,7 @@ __all__ = [
   'mean_where_right',
   'memory_bank_loss',
   'merge_linear',
+  'mixup_distillation_loss',
   'multi_label_bce',
   'multi_label_queue_loss',
   'multi_view_contrastive_loss',

@@ -12,6 +12,7 @@ from jaxlab.losses._arguments import (
   require_same_shape,
   require_share,
 )
+from jaxlab.losses.classification import cross_entropy
 from jaxlab.losses.long_tail import balanced_softmax_loss
 
 
@@ -53,6 +54,51 @@ def distillation_loss(
   terms = targets * (log_targets - jax.nn.log_softmax(student_logits / temperature))
   # Without it a class that is masked in both gives 0 * (inf - inf).
   return temperature**2 * jnp.sum(jnp.where(targets == 0, 0, terms), axis=-1)
+
+
+def mixup_distillation_loss(
+  student_logits: ArrayLike,
+  teacher_logits: ArrayLike,
+  labels: ArrayLike,
+  partner_labels: ArrayLike,
+  share: ArrayLike,
+  *,
+  temperature: ArrayLike = 2.0,
+  weight: ArrayLike = 0.7,
+) -> jax.Array:
+  """Distillation next to the cross-entropies of a mixed image's two labels, of each example (CURL).
+
+    weight * distillation_loss + (1 - weight) (share CE(label) + (1 - share) CE(partner's label))
+
+  Args:
+    student_logits: of mixed images, `[..., num_classes]`.
+    teacher_logits: of the same mixed images; no gradient.
+    labels: integers `[...]`, of the images.
+    partner_labels: integers `[...]`, of those that were mixed in.
+    share: of the first, in [0, 1].
+    temperature: see `distillation_loss`.
+    weight: share of the distillation, in [0, 1].
+
+  Returns:
+    `[...]`, float32 or wider.
+
+  Raises:
+    ValueError: if shapes or labels do not fit, or numbers are out of their range.
+
+  References:
+    Luo & Wu, Neural Network Pruning with Residual-Connections and Limited-Data, CVPR 2020
+    (https://arxiv.org/abs/1911.08114), section on limited data.
+
+  Examples:
+    >>> z, labels = jnp.zeros((1, 2)), jnp.array([0])
+    >>> round(float(mixup_distillation_loss(z, z, labels, 1 - labels, 0.6)[0]), 4)
+    0.2079
+  """
+  require_share(share=share, weight=weight)
+  told = distillation_loss(student_logits, teacher_logits, temperature)
+  first = cross_entropy(student_logits, labels)
+  second = cross_entropy(student_logits, partner_labels)
+  return weight * told + (1 - weight) * (share * first + (1 - share) * second)
 
 
 def flatten_distribution(

@@ -3,7 +3,8 @@
 PENCIL: Yi & Wu, Probabilistic End-to-end Noise Correction for Learning with Noisy Labels, CVPR 2019
 (https://arxiv.org/abs/1903.07788), and PENCIL: Deep Learning with Noisy Labels, TPAMI 2022
 (https://arxiv.org/abs/2202.08436). D2: Wang & Wu, Repetitive Reprediction Deep Decipher for Semi-Supervised
-Learning, AAAI 2020 (https://arxiv.org/abs/1908.04345).
+Learning, AAAI 2020 (https://arxiv.org/abs/1908.04345). CURL: Luo & Wu, Neural Network Pruning with
+Residual-Connections and Limited-Data, CVPR 2020 (https://arxiv.org/abs/1911.08114).
 
 p = softmax(logits) is the prediction, y = softmax(label_logits) the label distribution. No gradient is
 stopped: that of the label logits is the label's update, see `jaxlab.training.step_rows`.
@@ -17,8 +18,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import accumulated, require_not_negative, require_same_shape
+from jaxlab.losses._arguments import (
+  accumulated,
+  require_not_negative,
+  require_same_shape,
+  require_share,
+)
 from jaxlab.losses._labels import at_labels, require_classes, require_labels, wide
+from jaxlab.losses.classification import cross_entropy
 
 
 class PencilTerms(NamedTuple):
@@ -220,6 +227,42 @@ def d2_loss(
   elif kind == 'mse':
     divergence = jnp.sum(jnp.square(jnp.exp(sums.log_y) - jnp.exp(sums.log_p)), -1)
   return alpha * divergence + beta * sums.entropy
+
+
+def label_refinement_loss(
+  logits: ArrayLike, pseudo_logits: ArrayLike, labels: ArrayLike, weight: ArrayLike = 0.7
+) -> jax.Array:
+  """CURL's loss while a teacher's logits are refined, of each example.
+
+    weight * sum_j p_j (log p_j - log q_j) + (1 - weight) * -log p[label]
+
+  with q = softmax(pseudo_logits), which start as the teacher's logits of the image and take a plain gradient
+  step each time it is seen (`jaxlab.training.step_rows`, rate 1 in the code).
+
+  Args:
+    logits: of the small network, `[..., num_classes]`.
+    pseudo_logits: `[..., num_classes]`.
+    labels: integers `[...]`.
+    weight: share of the divergence, in [0, 1].
+
+  Returns:
+    `[...]`, float32 or wider.
+
+  Raises:
+    ValueError: if shapes or labels do not fit, or the weight is no share.
+
+  References:
+    CURL, section on label refinement.
+
+  Examples:
+    >>> loss = label_refinement_loss(jnp.zeros((1, 2)), jnp.zeros((1, 2)), jnp.array([0]))
+    >>> round(float(loss[0]), 4)
+    0.2079
+  """
+  require_same_shape(logits=logits, pseudo_logits=pseudo_logits)
+  require_share(weight=weight)
+  divergence = _sums(logits, pseudo_logits).divergence
+  return weight * divergence + (1 - weight) * cross_entropy(logits, labels)
 
 
 class _Sums(NamedTuple):

@@ -56,6 +56,10 @@ LABELED = {
   'gml_loss': lambda z, y, keep: losses.gml_loss(z, y, COUNTS[keep], power=1.5),
   'dive_loss': lambda z, y, keep: losses.dive_loss(z, 2 * z[::-1], y, COUNTS[keep])[0],
   'ncl_loss': lambda z, y, keep: losses.ncl_loss(experts(z), y, COUNTS[keep], num_hard=3),
+  'label_refinement_loss': lambda z, y, keep: losses.label_refinement_loss(z, 3 * z[::-1], y),
+  'mixup_distillation_loss': lambda z, y, keep: losses.mixup_distillation_loss(
+    z, 2 * z[::-1], y, y, 0.6
+  ),
   'pencil_loss': lambda z, y, keep: losses.pencil_loss(z, 3 * z[::-1], y),
   'pencil_terms': lambda z, y, keep: sum(
     losses.pencil_terms(z, 3 * z[::-1], y, compatibility='paper')

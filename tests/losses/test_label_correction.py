@@ -78,6 +78,42 @@ def test_d2_and_its_label_step_agree_with_official_code(vectors):
   np.testing.assert_allclose(jnp.sum(new, -1), jnp.sum(table, -1), rtol=1e-4, atol=1e-4)
 
 
+@golden('curl', 'label_refinement')
+def test_refined_labels_agree_with_official_code(vectors):
+  (table,) = float32(vectors['in_pseudo_logits'])
+  weight, rate = vectors.param('weight_kl'), vectors.param('label_lr')
+  for step in range(sum(name.startswith('in_index_step') for name in vectors)):
+    index, labels = vectors[f'in_index_step{step}'], vectors[f'in_labels_step{step}']
+
+    def loss(logits, rows, share=weight):
+      return jnp.mean(losses.label_refinement_loss(logits, rows, labels, share))  # noqa: B023
+
+    given = jnp.asarray(vectors[f'in_student_logits_step{step}']), table[index]
+    assert_close(loss(*given, 1.0), vectors[f'out_kl_loss_step{step}'])
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(*given)
+    assert_close(value, vectors[f'out_loss_step{step}'])
+    assert_close(gradients[0], vectors[f'grad_student_logits_step{step}'], 2e-5)
+    table = training.step_rows(table, index, gradients[1], rate)
+    assert_close(table, vectors[f'out_pseudo_logits_step{step}'], 1e-5)
+
+
+@golden('curl', 'mixup_kd_loss')
+def test_distillation_of_mixed_images_agrees_with_official_code(vectors):
+  share, weight = vectors.param('lambda'), vectors.param('weight_kd')
+  given = vectors['in_teacher_logits'], vectors['in_labels_a'], vectors['in_labels_b'], share
+
+  def loss(logits, weight=weight):
+    options = {'temperature': vectors.param('temperature'), 'weight': weight}
+    return jnp.mean(losses.mixup_distillation_loss(logits, *given, **options))
+
+  (logits,) = float32(vectors['in_student_logits'])
+  assert_close(loss(logits, 1.0), vectors['out_kd_loss'])
+  assert_close(loss(logits, 0.0), vectors['out_ce_loss'])
+  value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+  assert_close(value, vectors['out_loss'])
+  assert_close(gradient, vectors['grad_student_logits'], 2e-5)
+
+
 def test_where_the_gradient_vanishes_pseudo_labels_are_a_power_of_predictions():
   pseudo_logits = jnp.array([[2.0, 0.5, -1.0, 0.0]])
   gradient = jax.jit(jax.grad(lambda z: jnp.mean(losses.d2_loss(z, pseudo_logits, 0.1, 0.03))))

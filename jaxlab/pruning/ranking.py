@@ -1,0 +1,70 @@
+"""One list of all channels of a network, the least important of which are removed.
+
+Host code in NumPy, in float64: what stays is decided by comparisons that float32 would decide otherwise.
+"""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+
+def global_ranking(
+  scores: Mapping[str, np.ndarray],
+  num_remove: int,
+  *,
+  min_ratio: float = 0.3,
+  protected: Collection[str] = (),
+) -> dict[str, np.ndarray]:
+  """Removes the channels of the lowest scores over all groups, with a floor under each group.
+
+  All channels are sorted by score, ties by group and channel. Of the first `num_remove` each is removed,
+  unless its group is protected or keeps less than `min_ratio` of its channels by then: the floor is looked at
+  before a removal, so that a group of n ends with at least `ceil(min_ratio n) - 1`. Channels that are passed
+  over count, so fewer than `num_remove` are removed.
+
+  Args:
+    scores: of each channel, `[channels]` by group; the larger, the more important. Groups are channels that
+      are removed together, such as a residual trunk's in all of its blocks.
+    num_remove: entries of the list that are looked at.
+    min_ratio: in (0, 1].
+    protected: groups that stay whole.
+
+  Returns:
+    bool `[channels]` by group: what stays.
+
+  Raises:
+    ValueError: for numbers out of their range, scores that are no finite vectors, a protected group that is
+      not there, or a group of which nothing would be left.
+
+  References:
+    Luo & Wu, Neural Network Pruning with Residual-Connections and Limited-Data, CVPR 2020
+    (https://arxiv.org/abs/1911.08114), with the code's order of looking.
+
+  >>> scores = {'a': np.array([3.0, 1.0, 2.0]), 'b': np.array([0.5, 4.0, 5.0])}
+  >>> {name: keep.tolist() for name, keep in global_ranking(scores, 2).items()}
+  {'a': [True, False, True], 'b': [False, True, True]}
+  """
+  values = {name: np.asarray(own, np.float64) for name, own in scores.items()}
+  for name, own in values.items():
+    if own.ndim != 1 or not own.size or not np.isfinite(own).all():
+      raise ValueError(
+        f'scores[{name!r}] must be a vector of finite numbers, got shape {own.shape}.'
+      )
+  total = sum(own.size for own in values.values())
+  if not 0 <= num_remove <= total:
+    raise ValueError(f'num_remove={num_remove}: expected 0 to {total}, the channels of all groups.')
+  if not 0 < min_ratio <= 1:
+    raise ValueError(f'min_ratio={min_ratio}: expected a share in (0, 1].')
+  if unknown := sorted(set(protected) - set(values)):
+    raise ValueError(f'protected: {unknown} are none of the groups {", ".join(values)}.')
+  entries = [(name, channel) for name, own in values.items() for channel in range(own.size)]
+  order = np.argsort(np.concatenate(list(values.values())), kind='stable')
+  keep = {name: np.ones(own.size, bool) for name, own in values.items()}
+  for name, channel in (entries[place] for place in order[:num_remove]):
+    if name not in protected and keep[name].sum() / keep[name].size >= min_ratio:
+      keep[name][channel] = False
+  if empty := [name for name, own in keep.items() if not own.any()]:
+    raise ValueError(
+      f'nothing would be left of {", ".join(empty)}: protect it, or take a larger min_ratio.'
+    )
+  return keep
