@@ -9,7 +9,7 @@ from typing import Any
 from jaxlab.data import EMBEDDED_TABLES
 
 EMBEDDED = (
-  'digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'digit_points', 'text',
+  'digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'digit_points', 'rotated_digits', 'text',
 )  # fmt: skip
 
 _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
@@ -74,6 +74,10 @@ def needs(name: str, root: str | None = None) -> str:
     return (
       f'ModelNet40, resampled: the lists modelnet40_*.txt and a folder of texts a class in {root} '
       '(modelnet40_normal_resampled.zip, shapenet.cs.stanford.edu/media)'
+    )
+  if name == 'valued_images':
+    return (
+      f'images with a value each: lists of lines `path value [sigma]`, and below {root} the images'
     )
   if name == 'image_folder':
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'

@@ -210,11 +210,9 @@ def program(
       value = mean_loss(outputs, y)
     values = {name: fn(seen).astype(jnp.float32) for name, fn in watched.items()}
     largest = {name: jnp.maximum(state.extra[name], value) for name, value in values.items()}
-    metrics = {
-      'accuracy': jnp.mean(task.score(outputs, y)['correct']),
-      'learning_rate': schedule(state.step),
-      **values,
-    }
+    scores = {name: jnp.mean(own) for name, own in task.score(outputs, y).items() if name != 'loss'}
+    scores = {'accuracy' if name == 'correct' else name: own for name, own in scores.items()}
+    metrics = {**scores, 'learning_rate': schedule(state.step), **values}
     if table is not None:
       new = table.update(jax.lax.stop_gradient(outputs), y, seen)
       largest['table'] = write_rows(state.extra['table'], batch['index'], new)

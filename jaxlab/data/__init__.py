@@ -121,6 +121,12 @@ from jaxlab.data.sources.text import (
 from jaxlab.data.sources.token_file import (
   TokenFile,
 )
+from jaxlab.data.sources.valued_images import (
+  ValuedImages,
+  read_values,
+  rotated_digits,
+  value_grid,
+)
 from jaxlab.data.sources.wider_attribute import (
   WiderAttribute,
 )
@@ -192,6 +198,9 @@ from jaxlab.data.transforms.points import (
 from jaxlab.data.transforms.randaugment import (
   rand_augment,
 )
+from jaxlab.data.transforms.rescale import (
+  random_rescale,
+)
 from jaxlab.data.transforms.views import (
   draw_views,
   resized_crop_augment,
@@ -227,6 +236,7 @@ __all__ = [
   'SquareRootSampler',
   'TokenFile',
   'TwoStreamSampler',
+  'ValuedImages',
   'WiderAttribute',
   'WithFields',
   'as_labels',
@@ -294,13 +304,16 @@ __all__ = [
   'random_grayscale',
   'random_noise',
   'random_point_dropout',
+  'random_rescale',
   'random_resized_crop',
   'random_rotation',
   'random_scale_shift',
   'random_solarize',
   'read_split_file',
   'read_table',
+  'read_values',
   'resized_crop_augment',
+  'rotated_digits',
   'sample_episode',
   'sample_episodes',
   'sample_subset',
@@ -317,4 +330,5 @@ __all__ = [
   'to_float',
   'undersample_indices',
   'unit_sphere',
+  'value_grid',
 ]

@@ -77,6 +77,11 @@ from jaxlab.evaluation.retrieval import (
   RetrievalScores,
   retrieval_scores,
 )
+from jaxlab.evaluation.values import (
+  cumulative_score,
+  epsilon_error,
+  value_metrics,
+)
 
 __all__ = [
   'Calibration',
@@ -95,10 +100,12 @@ __all__ = [
   'colinearity_index',
   'confusion_matrix',
   'confusion_metrics',
+  'cumulative_score',
   'data_independence',
   'effective_rank',
   'ensemble',
   'episode_metrics',
+  'epsilon_error',
   'expected_calibration_error',
   'feature_std',
   'geometric_mean',
@@ -126,5 +133,6 @@ __all__ = [
   'tally_init',
   'tally_update',
   'top_k_accuracy',
+  'value_metrics',
   'weighted_knn',
 ]

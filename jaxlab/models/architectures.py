@@ -103,11 +103,11 @@ def create(name: str, **overrides: Any) -> nn.Module:
   `cifar_resnet{18,34,50}` (3x3 stem, no pooling) and `cifar_resnet{20,32,56,110}` (three narrow stages,
   parameter-free shortcuts) have 10, as have `cifar_preact_resnet18`, wide residual networks `wrn{6n+4}_{k}`
   (`wrn28_10`), `shake_shake26_2x96d`, `cnn13`, the small `convnet`, and `mlp` and `linear` over inputs of any
-  shape.
+  shape; `{thin,tiny}_agenet` (Gao et al. 2020) have 101, ages.
 
   Over clouds `[batch, points, 3]`: `pointnet`, 40 classes. Over tokens `[batch, time]`: the decoders
-  `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`,
-  `llama3_8b` and the encoders `bert_{base,large}`, `minilm_l6`; `from_config` builds any other size.
+  `gpt2[_medium,_large,_xl]`, `llama` (the 7B of 2023), `llama2_7b`, `llama3_8b` and the encoders
+  `bert_{base,large}`, `minilm_l6`; `from_config` builds any other size.
 
   Args:
     name: the network's name.

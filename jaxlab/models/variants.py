@@ -147,7 +147,22 @@ def _convnets() -> dict[str, Variant]:
   for depth, sizes in _VGGS.items():
     table[f'vgg{depth}'] = VGG, {'stage_sizes': sizes}
     table[f'vgg{depth}_bn'] = VGG, {'stage_sizes': sizes, 'batch_norm': True}
-  return {name: (kind, {**fields, 'num_classes': 1000}) for name, (kind, fields) in table.items()}
+  table = {name: (kind, {**fields, 'num_classes': 1000}) for name, (kind, fields) in table.items()}
+  return table | _agenets()
+
+
+def _agenets() -> dict[str, Variant]:
+  """Returns ThinAgeNet and TinyAgeNet (Gao et al. 2020): a VGG-16 of a half and a quarter of the channels.
+
+  Hybrid pooling, the last 2x2 maxima and the mean over what is left, is in place of the hidden layers. Their
+  outputs are ages 0 to 100.
+  """
+  table = {}
+  for name, width in (('thin', 32), ('tiny', 16)):
+    fields = {'stage_sizes': _VGGS['16'], 'widths': tuple(width * k for k in (1, 2, 4, 8, 8))}
+    fields |= {'batch_norm': True, 'conv_bias': False, 'hidden': None, 'num_classes': 101}
+    table[f'{name}_agenet'] = VGG, fields
+  return table
 
 
 # Table 1 of Wang et al. 2022 (smallest); table 2 of Yuan et al. 2021, `t` with full attention in the stem.

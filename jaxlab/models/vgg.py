@@ -26,11 +26,12 @@ class Block(nn.Module):
   batch_norm: bool = False
   norm_groups: int = 1
   dtype: Any = None
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[batch, height, width, channels]` to `[batch, height, width, features]`."""
-    x = square_conv(self.features, 3, use_bias=True, dtype=self.dtype, name='conv')(x)
+    x = square_conv(self.features, 3, use_bias=self.use_bias, dtype=self.dtype, name='conv')(x)
     if self.batch_norm:
       x = BatchNorm(groups=self.norm_groups, dtype=self.dtype, name='bn')(x, train)
     return HookPoint(name='relu')(nn.relu(x))
@@ -77,6 +78,7 @@ class VGG(nn.Module):
     batch_norm: whether a batch norm is behind each convolution.
     hidden: channels of the two hidden layers; None: there are none, `avgpool` is over the last pooled map.
     num_classes: size of the classifier; None returns the pooled features.
+    conv_bias: whether convolutions have a bias.
     norm_groups: groups of the batch with separate statistics, see `BatchNorm`.
     dtype: of the computation (parameters and statistics stay float32); None: as the input.
     remat: recompute each block's activations in the backward pass instead of storing them.
@@ -91,6 +93,7 @@ class VGG(nn.Module):
   batch_norm: bool = False
   hidden: int | None = 4096
   num_classes: int | None = None
+  conv_bias: bool = True
   norm_groups: int = 1
   dtype: Any = None
   remat: bool = False
@@ -114,7 +117,8 @@ class VGG(nn.Module):
         f'VGG: images of {x.shape[1]} x {x.shape[2]} pixels leave nothing behind {len(self.stage_sizes)} '
         f'stages; give at least {2 ** len(self.stage_sizes)}.'
       )
-    x = square_conv(self.widths[0], 3, use_bias=True, dtype=self.dtype, name='conv1')(x)
+    biased = {'use_bias': self.conv_bias, 'dtype': self.dtype}
+    x = square_conv(self.widths[0], 3, **biased, name='conv1')(x)
     if self.batch_norm:
       x = BatchNorm(groups=self.norm_groups, dtype=self.dtype, name='bn1')(x, train)
     x = HookPoint(name='relu1')(nn.relu(x))
@@ -126,6 +130,7 @@ class VGG(nn.Module):
           self.batch_norm,
           self.norm_groups,
           self.dtype,
+          self.conv_bias,
           name=f'blocks_{stage}_{index}',
         )
         x = own(x, train)

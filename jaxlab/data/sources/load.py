@@ -29,6 +29,7 @@ from jaxlab.data.sources.subset import class_subset
 from jaxlab.data.sources.table import load_table
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
+from jaxlab.data.sources.valued_images import ValuedImages, rotated_digits
 from jaxlab.data.sources.wider_attribute import WiderAttribute
 
 
@@ -54,6 +55,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'table'`: rows of numbers, from files or embedded; options of `load_table`.
       - `'digit_points'`: the digits' ink as clouds of points; options of `digit_points`.
       - `'point_clouds'`: ModelNet's text files; options of `PointClouds`.
+      - `'rotated_digits'`: digits with their angle as value; options of `rotated_digits`.
+      - `'valued_images'`: image files with values by lists; options of `ValuedImages`.
       - `'image_folder'`: options of `ImageFolder`; the split is a subfolder of `root`. Its classes are
         those of the split, or of the absolute path, `classes_of`, by name; without the option those of
         `train`, if there is such a folder; with None its own.
@@ -102,6 +105,10 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       return digit_points(split, **options)
     if name == 'point_clouds':
       return PointClouds(split, **options)
+    if name == 'rotated_digits':
+      return rotated_digits(split, **options)
+    if name == 'valued_images':
+      return ValuedImages(**options)
     if name == 'photographs':
       return Photographs(split, **options)
     if name == 'image_folder':

@@ -1,0 +1,1 @@
+"""Settings of DLDL-v2 (Gao et al., IJCAI 2018)."""
