@@ -57,6 +57,7 @@ def claims() -> tuple:
   return (
     claim('neighbors of its features at least 5 points better than untrained', 'knn_fp', 'untrained', 5.0),
     claim('fine-tuned better than from scratch', 'accuracy', 'from scratch'),
+    claim('CutMix makes better neighbors', 'knn_fp', 'without mixtures'),
     claim('CutMix makes images harder to tell', 'instance_accuracy', 'without mixtures', 5.0, False),
   )  # fmt: skip
 

@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
   config.fine_tuning = dict(recipe=recipe(60, 40, 0.05, 5e-4, 'cosine'))
   config.log_every = 50
   config.checkpoint_every = 500
+  config.claims = claims(16, 8)
   config.reported = (
     'Small images, cut networks and small data give a higher accuracy after fine-tuning than pretraining '
     'whole networks at 224 pixels, with several methods, networks and data sets (abstract; tables not seen).'
@@ -54,3 +55,29 @@ def variants(full: int, small: int, last_epochs: int) -> tuple[dict, ...]:
     dict(name=f'{full} px, cut', stages=(whole,), last_stage='attached'),
     dict(name=f'{small} px, cut', stages=(start,), last_stage='attached'),
   )
+
+
+def claims(full: int, small: int) -> tuple[dict, ...]:
+  """Returns the claims: half the side and a cut network cost at most 2 points, a stage of full size none."""
+  whole, start = f'{full} px', f'{small} px'
+  staged, cut = f'{small}, then {full} px', f'{full} px, cut'
+  return (
+    claim(f'{small} pixels at most 2 points below {full}', whole, start, -2.0),
+    claim(f'{small}, then {full} pixels not below {full}', whole, staged),
+    claim('the cut network at most 2 points below the whole one', whole, cut, -2.0),
+    claim(f'{full} pixels not below the network as drawn', 'untrained', whole),
+    claim(f'{small} pixels not below the network as drawn', 'untrained', start),
+    claim(f'{small} pixels at least 60 % cheaper', whole, start, 0.6, 'flops'),
+    claim('two stages no dearer', whole, staged, 0.0, 'flops'),
+    claim('the cut network cheaper', whole, cut, 0.0, 'flops'),
+  )
+
+
+def claim(
+  statement: str, baseline: str, method: str, margin: float = 0.0, metric: str = 'fine_tuned'
+) -> dict:
+  """Returns the claim that a row is better by `margin`; operations are better where they are fewer."""
+  return dict(
+    statement=statement, metric=metric, baseline=baseline, method=method, margin=margin,
+    higher_is_better=metric != 'flops',
+  )  # fmt: skip

@@ -19,4 +19,5 @@ def get_config() -> ConfigDict:
   config.model.strides = (2, 2, 2)
   config.recipe.epochs = 40
   config.variants = embedded.variants(28, 14, 10)
+  config.claims = embedded.claims(28, 14)
   return config

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     networks=3,
   )
   config.runs = ()
-  config.claims = embedded.get_config().claims
+  config.claims = embedded.localized()
   return config
 
 

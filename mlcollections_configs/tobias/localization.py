@@ -9,4 +9,5 @@ def get_config() -> ConfigDict:
   """Returns the settings."""
   config = embedded.get_config()
   config.runs = ()
+  config.claims = embedded.localized()
   return config
