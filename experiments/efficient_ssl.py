@@ -337,9 +337,12 @@ def draw(
   curves: Mapping[str, Sequence[Mapping[str, float]]],
   picture: pathlib.Path,
 ) -> None:
-  """Draws nearest neighbors over training, and the linear probe over what a step costs."""
+  """Draws nearest neighbors over training; where costs are measured, the linear probe over a step's, too."""
   per_epoch = pretraining.length(config).steps_per_epoch
-  with pictures.drawn(picture, 1, 2, size=(11, 4.2)) as (left, right):
+  priced = [item for item in rows if 'gigaflops' in item['metrics']]
+  panels = 1 + bool(priced)
+  with pictures.drawn(picture, 1, panels, size=(5.5 * panels, 4.2), squeeze=False) as axes:
+    left, right = axes[0, 0], axes[0, -1]
     for title, curve in curves.items():
       epochs = [line['step'] / per_epoch for line in curve]
       left.plot(epochs, [line['knn_fp'] for line in curve], marker='o', label=title)
@@ -348,10 +351,10 @@ def draw(
     left.set_ylabel('nearest neighbors, accuracy (%)')
     left.set_title(pictures.title(config))
     left.legend(frameon=False)
-    for item in rows[1:]:
-      cost = item['metrics'].get('gigaflops')
-      if cost is not None:
-        right.scatter(cost, item['metrics']['probe_fp'], label=item['name'])
+    if not priced:
+      return
+    for item in priced:
+      right.scatter(item['metrics']['gigaflops'], item['metrics']['probe_fp'], label=item['name'])
     right.set_xlim(left=0)
     right.set_xlabel('GFLOP a step')
     right.set_ylabel('linear probe, accuracy (%)')

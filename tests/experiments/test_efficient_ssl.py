@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from meshes import assert_same, on_one_and_on_eight
 
 from experiments import efficient_ssl
@@ -210,6 +211,17 @@ def test_a_collapse_is_said(capsys):
 def test_impossible_settings_are_named(changes, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config(*changes))
+
+
+def test_costs_that_were_not_measured_have_no_panel(tmp_path):
+  config, widths = tiny_config(SMALL), []
+  curves = {'single branch': [{'step': 2, 'knn_fp': 20.0}]}
+  for own in ({}, {'gigaflops': 1.0}):
+    rows = [{'name': name, 'metrics': {'knn_fp': 10.0, 'probe_fp': 30.0}} for name in 'ab']
+    rows[1]['metrics'] |= own
+    efficient_ssl.draw(config, rows, curves, tmp_path / 'drawn.png')
+    widths.append(imread(tmp_path / 'drawn.png').shape[1])
+  assert widths[1] == 2 * widths[0]
 
 
 def test_a_run_compares_one_view_with_two(tmp_path):
