@@ -129,6 +129,13 @@ from jaxlab.losses.pseudo_positives import (
 from jaxlab.losses.reconstruction import (
   mae_loss,
 )
+from jaxlab.losses.sample_selection import (
+  PairLoss,
+  Selection,
+  co_teaching_loss,
+  decoupling_loss,
+  peer_learning_loss,
+)
 from jaxlab.losses.self_supervised import (
   barlow_twins_loss,
   byol_loss,
@@ -152,8 +159,10 @@ from jaxlab.losses.stability import (
 __all__ = [
   'BankLoss',
   'DistributionLoss',
+  'PairLoss',
   'PencilTerms',
   'PrincipalComponents',
+  'Selection',
   'acsr_loss',
   'adjust_logits',
   'balanced_softmax_loss',
@@ -163,10 +172,12 @@ __all__ = [
   'barlow_twins_loss',
   'byol_loss',
   'class_balanced_weights',
+  'co_teaching_loss',
   'colinearity_loss',
   'cross_correlation',
   'cross_entropy',
   'd2_loss',
+  'decoupling_loss',
   'deferred_class_weights',
   'dex_loss',
   'dino_center_update',
@@ -220,6 +231,7 @@ __all__ = [
   'orthogonality_loss',
   'paco_loss',
   'pca_mimicking_loss',
+  'peer_learning_loss',
   'pencil_loss',
   'pencil_terms',
   'qfd_loss',

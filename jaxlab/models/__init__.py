@@ -22,6 +22,10 @@ from jaxlab.models.bert import (
   Bert,
   mean_embedding,
 )
+from jaxlab.models.bilinear import (
+  BilinearCNN,
+  bilinear_pool,
+)
 from jaxlab.models.block_outputs import (
   block_outputs,
 )
@@ -204,6 +208,7 @@ __all__ = [
   'BasicBlock',
   'BatchNorm',
   'Bert',
+  'BilinearCNN',
   'Block',
   'Bottleneck',
   'Branch',
@@ -251,6 +256,7 @@ __all__ = [
   'attach_stage',
   'barlow_projector',
   'batch_normalize',
+  'bilinear_pool',
   'block_outputs',
   'byol_mlp',
   'capture',

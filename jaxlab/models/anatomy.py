@@ -27,6 +27,7 @@ from flax import linen as nn
 
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
 from jaxlab.models.bert import Bert
+from jaxlab.models.bilinear import BilinearCNN
 from jaxlab.models.classifier_heads import Classifier
 from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
@@ -380,6 +381,12 @@ def _vgg(model: VGG) -> Anatomy:
   neck = () if model.hidden is None else ('pre_logits/fc1', 'pre_logits/fc2')
   parts = {'neck': neck, 'norms': tuple(norms) if model.batch_norm else ()}
   return Anatomy(('conv1',), tuple(blocks), 'avgpool', head, **parts)
+
+
+@_describe.register
+def _bilinear(model: BilinearCNN) -> Anatomy:
+  head = () if model.num_classes is None else ('fc',)
+  return dataclasses.replace(_vgg(model), features='pool', head=head)
 
 
 def _decoder(

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from jaxlab.models.bilinear import BilinearCNN
 from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
@@ -147,6 +148,7 @@ def _convnets() -> dict[str, Variant]:
   for depth, sizes in _VGGS.items():
     table[f'vgg{depth}'] = VGG, {'stage_sizes': sizes}
     table[f'vgg{depth}_bn'] = VGG, {'stage_sizes': sizes, 'batch_norm': True}
+    table[f'bcnn_vgg{depth}'] = BilinearCNN, {'stage_sizes': sizes}
   table = {name: (kind, {**fields, 'num_classes': 1000}) for name, (kind, fields) in table.items()}
   return table | _agenets()
 

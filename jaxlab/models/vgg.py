@@ -111,6 +111,16 @@ class VGG(nn.Module):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Returns logits `[batch, num_classes]`; without classifier features, `[batch, hidden or widths[-1]]`."""
+    x = self._maps(x, train)
+    if self.hidden is not None:
+      x = PreLogits(self.hidden, dtype=self.dtype, name='pre_logits')(x)
+    x = HookPoint(name='avgpool')(jnp.mean(x, (1, 2)))
+    if self.num_classes is None:
+      return x
+    return Head(self.num_classes, self.dtype, name='head')(x)
+
+  def _maps(self, x: Array, train: bool, last_pool: bool = True) -> Array:
+    """Returns the last feature map, behind its max-pooling or in front of it; for compact methods."""
     check_images(x)
     if min(x.shape[1:3]) < 2 ** len(self.stage_sizes):
       raise ValueError(
@@ -134,13 +144,9 @@ class VGG(nn.Module):
           name=f'blocks_{stage}_{index}',
         )
         x = own(x, train)
-      x = HookPoint(name=f'pool_{stage}')(nn.max_pool(x, (2, 2), (2, 2)))
-    if self.hidden is not None:
-      x = PreLogits(self.hidden, dtype=self.dtype, name='pre_logits')(x)
-    x = HookPoint(name='avgpool')(jnp.mean(x, (1, 2)))
-    if self.num_classes is None:
-      return x
-    return Head(self.num_classes, self.dtype, name='head')(x)
+      if last_pool or stage < len(self.stage_sizes) - 1:
+        x = HookPoint(name=f'pool_{stage}')(nn.max_pool(x, (2, 2), (2, 2)))
+    return x
 
 
 def adaptive_average(x: Array, height: int, width: int) -> Array:

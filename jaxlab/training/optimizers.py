@@ -52,7 +52,7 @@ def make_optimizer(
   - 'adamw': `w = w - lr (m / (sqrt(n) + eps) + wd w)` with the bias-corrected moments m, n. Options:
     `betas` ((0.9, 0.999)), `eps` (1e-8).
   - 'adam': `w = w - lr m / (sqrt(n) + eps)`, the moments those of `g + wd w`, as PyTorch's Adam. Options as
-    'adamw'.
+    'adamw'; the first of `betas` may be a schedule, whose present value corrects the bias, too.
   - 'lamb': `u = m / (sqrt(n) + eps) + wd w;  w = w - lr q u`, `q = |w| / |u|`, or 1 where a norm is zero.
     Options: `betas` ((0.9, 0.999)), `eps` (1e-6), `no_trust_ratio` (patterns of parameters with q = 1,
     default none).
@@ -251,8 +251,16 @@ def _adamw(decay, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
   return [optax.scale_by_adam(betas[0], betas[1], eps), decay]
 
 
-def _adam(decay, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-  return [decay, optax.scale_by_adam(betas[0], betas[1], eps)]
+def _adam(decay, betas: tuple[Rate, float] = (0.9, 0.999), eps: float = 1e-8):
+  first, second = betas
+  if not callable(first):
+    return [decay, optax.scale_by_adam(first, second, eps)]
+
+  def update(updates, state, params=None):
+    return optax.scale_by_adam(first(state.count), second, eps).update(updates, state, params)
+
+  init = optax.scale_by_adam(0.9, second, eps).init  # the state is the same for all of them
+  return [decay, optax.GradientTransformation(init, update)]
 
 
 def _lamb(

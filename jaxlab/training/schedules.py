@@ -152,6 +152,94 @@ def displaced_cosine(
   return schedule
 
 
+def shifted_cosine(base: float, epochs: int, warmup_epochs: int = 5) -> Schedule:
+  """Learning rate of each epoch in Peer-learning's official code: a cosine that counts from behind its start.
+
+    linspace(0, base, warmup_epochs)[t]                                t < warmup_epochs
+    base * (1 + cos(pi * (t - warmup_epochs + 1) / epochs)) / 2        afterwards
+
+  The first epoch has the rate 0 (without warm-up epochs there is none such), and as the phase is divided by
+  all epochs, the cosine ends before it reaches 0: at a quarter of `base` where a third is warm-up.
+
+  Args:
+    base: the rate of the last warm-up epoch.
+    epochs: of the training, warm-up included.
+    warmup_epochs: whole epochs.
+
+  Returns:
+    A function `epoch -> rate`; see `per_epoch`.
+
+  Raises:
+    ValueError: if the warm-up is not whole, negative, or longer than the training.
+
+  References:
+    Sun et al., Webly Supervised Fine-Grained Recognition, ICCV 2021, the official code.
+
+  Examples:
+    >>> [round(float(shifted_cosine(1.0, 4, 2)(epoch)), 3) for epoch in range(4)]
+    [0.0, 1.0, 0.854, 0.5]
+  """
+  if warmup_epochs != int(warmup_epochs) or not 0 <= warmup_epochs <= epochs:
+    raise ValueError(
+      f'shifted_cosine takes whole warmup_epochs, at most epochs={epochs}, got {warmup_epochs}.'
+    )
+
+  def schedule(epoch: ArrayLike) -> jax.Array:
+    epoch = _float(epoch)
+    ramp = base * epoch / max(warmup_epochs - 1, 1)
+    phase = math.pi * (epoch - warmup_epochs + 1) / epochs
+    return jnp.where(epoch < warmup_epochs, ramp, base * (1 + jnp.cos(phase)) / 2)
+
+  return schedule
+
+
+def drop_rate_ramp(drop_rate: float, ramp_epochs: int, epochs: int | None = None) -> Schedule:
+  """Share of examples that small-loss selection leaves out in each epoch.
+
+  `linspace(0, drop_rate, ramp_epochs)`, then constant: 0 in the first epoch, `drop_rate` from epoch
+  `ramp_epochs - 1` on; with a ramp of one epoch from epoch 1 on.
+
+  Args:
+    drop_rate: the last value, in [0, 1).
+    ramp_epochs: length of the ramp, at least 1.
+    epochs: of the training, which the ramp must not exceed; None: not checked.
+
+  Returns:
+    A function `epoch -> share`; see `per_epoch`.
+
+  Raises:
+    ValueError: for values out of range.
+
+  References:
+    Han et al., Co-teaching, NeurIPS 2018; Sun et al., ICCV 2021.
+
+  Examples:
+    >>> [round(float(drop_rate_ramp(0.5, 3)(epoch)), 3) for epoch in range(4)]
+    [0.0, 0.25, 0.5, 0.5]
+  """
+  if not 0 <= drop_rate < 1:
+    raise ValueError(f'drop_rate must be in [0, 1), got {drop_rate}.')
+  if ramp_epochs < 1 or (epochs is not None and ramp_epochs > epochs):
+    longest = '' if epochs is None else f' and at most epochs={epochs}'
+    raise ValueError(f'ramp_epochs must be at least 1{longest}, got {ramp_epochs}.')
+  return with_warmup(constant(drop_rate), ramp_epochs, inclusive=True)
+
+
+def switched(before: float, after: float, at: int) -> Schedule:
+  """`before` up to step (or epoch) `at - 1`, `after` from `at` on: such as Adam's beta1, from 0.9 to 0.1.
+
+  Raises:
+    ValueError: if `at` is negative.
+
+  Examples:
+    >>> [round(float(switched(0.9, 0.1, 40)(epoch)), 3) for epoch in (0, 39, 40)]
+    [0.9, 0.9, 0.1]
+  """
+  if at < 0:
+    raise ValueError(f'at must not be negative, got {at}.')
+  return lambda step: jnp.where(jnp.asarray(step) < at, *_float([before, after]))
+
+
 def multistep(
   base: float, milestones: Sequence[int], factor: float | Sequence[float] = 0.1
 ) -> Schedule:
@@ -193,8 +281,8 @@ def make_schedule(
   """Builds a schedule over steps from lengths in epochs.
 
   Args:
-    name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch), 'displaced_cosine' or
-      'multistep'.
+    name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch), 'displaced_cosine',
+      'shifted_cosine' (every epoch) or 'multistep'.
     base: the value after the warm-up.
     epochs: length of the training, warm-up included; may be a fraction.
     steps_per_epoch: optimizer steps in an epoch.
@@ -218,7 +306,8 @@ def make_schedule(
     >>> [round(float(schedule(step)), 4) for step in (0, 25, 50, 275)]
     [0.0, 0.05, 0.1, 0.05]
   """
-  known = ('constant', 'cosine', 'cosine_per_epoch', 'displaced_cosine', 'multistep')
+  known = ('constant', 'cosine', 'cosine_per_epoch', 'displaced_cosine', 'shifted_cosine')
+  known += ('multistep',)
   if name not in known:
     raise ValueError(f'Unknown schedule {name!r}: choose {", ".join(known[:-1])} or {known[-1]}.')
   if end and not name.startswith('cosine'):
@@ -237,11 +326,11 @@ def make_schedule(
     )
   if warmup_epochs > epochs:
     raise ValueError(f'warmup_epochs={warmup_epochs} is longer than the training, epochs={epochs}.')
-  if name == 'displaced_cosine':
+  if name in ('displaced_cosine', 'shifted_cosine'):
     if warmup_start or warmup_inclusive:
-      raise ValueError(
-        'displaced_cosine has a warm-up from 0: no warmup_start, no warmup_inclusive.'
-      )
+      raise ValueError(f'{name} has a warm-up of its own: no warmup_start, no warmup_inclusive.')
+    if name == 'shifted_cosine':
+      return per_epoch(shifted_cosine(base, math.ceil(epochs), warmup_epochs), steps_per_epoch)
     return displaced_cosine(base, epochs, steps_per_epoch, warmup_epochs)
   warmup_steps = round(warmup_epochs * steps_per_epoch)
   if name == 'constant':

@@ -37,6 +37,10 @@ def paco(smoothing):
   return loss
 
 
+def of_both(pair):
+  return pair.loss1 + pair.loss2
+
+
 # `(logits, labels, keep)`, where `keep` are the classes that the logits' axis has.
 LABELED = {
   'cross_entropy': lambda z, y, keep: losses.cross_entropy(z, y),
@@ -60,6 +64,11 @@ LABELED = {
   'mixup_distillation_loss': lambda z, y, keep: losses.mixup_distillation_loss(
     z, 2 * z[::-1], y, y, 0.6
   ),
+  'peer_learning_loss': lambda z, y, keep: of_both(
+    losses.peer_learning_loss(z, 2 * z[::-1], y, 0.0)
+  ),
+  'co_teaching_loss': lambda z, y, keep: of_both(losses.co_teaching_loss(z, 2 * z[::-1], y, 0.0)),
+  'decoupling_loss': lambda z, y, keep: of_both(losses.decoupling_loss(z, 2 * z[::-1], y)),
   'pencil_loss': lambda z, y, keep: losses.pencil_loss(z, 3 * z[::-1], y),
   'pencil_terms': lambda z, y, keep: sum(
     losses.pencil_terms(z, 3 * z[::-1], y, compatibility='paper')

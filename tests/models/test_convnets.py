@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_vectors import assert_close
+from golden_vectors import assert_close, golden
 from random_variables import random_images, random_variables, run, run_capture
 
-from jaxlab.models import VGG, ConvNet, ConvNeXt, DenseNet, from_torch, module_paths, to_torch
+from jaxlab.models import (
+  VGG,
+  BilinearCNN,
+  ConvNet,
+  ConvNeXt,
+  DenseNet,
+  bilinear_pool,
+  from_torch,
+  module_paths,
+  to_torch,
+)
 from jaxlab.models.vgg import adaptive_average
 
 CONVNEXT = {'depths': (1, 2), 'widths': (4, 8), 'layer_scale': 0.5, 'num_classes': 3}
@@ -18,6 +28,7 @@ NETWORKS = {
   'densenet': DenseNet(**DENSENET),
   'vgg': VGG(**VGG_FIELDS),
   'vgg_bn': VGG(**VGG_FIELDS, batch_norm=True),
+  'bilinear': BilinearCNN((2, 1), (4, 6), num_classes=3),
 }
 every = pytest.mark.parametrize('model', NETWORKS.values(), ids=NETWORKS)
 IMAGES = random_images((4, 16, 16, 3))
@@ -111,9 +122,50 @@ def test_without_hidden_layers_features_are_means_of_the_last_map():
   assert 'pre_logits' not in variables['params']
 
 
+@golden('peer_learning', 'bilinear_pool')
+def test_bilinear_pooling_and_its_gradient_agree_with_official_code(vectors):
+  x = np.moveaxis(vectors['in_features_nchw'], 1, -1)
+  y, back = jax.vjp(bilinear_pool, jnp.asarray(x, jnp.float32))
+  assert_close(y, vectors['out_pooled'], 2e-6)
+  (gradient,) = back(jnp.asarray(vectors['in_cotangent'], jnp.float32))
+  assert_close(np.moveaxis(gradient, -1, 1), vectors['grad_features_nchw'], 1e-5)
+
+
+def test_dead_channels_have_finite_correlations_and_gradients():
+  x = jnp.zeros((1, 2, 2, 3)).at[..., 0].set(1.0)
+  y, back = jax.jit(lambda x: jax.vjp(bilinear_pool, x))(x)
+  expected = np.sqrt(np.full(9, 1e-5) + np.eye(9)[0])
+  assert_close(y[0], expected / np.linalg.norm(expected), 1e-6)
+  # d y_1 / d x of channel 1 is that of sqrt(mean of x_0 x_1 + eps) at 0.
+  (gradient,) = back(jnp.zeros((1, 9)).at[0, 1].set(1.0))
+  slope = 0.5 / np.sqrt(1e-5) / 4 / np.linalg.norm(expected)
+  assert_close(gradient[0, ..., 1], np.full((2, 2), slope), 1e-4)
+  negative = jax.jit(bilinear_pool)(-jnp.ones((1, 1, 1, 2)).at[..., 0].set(-1.0))
+  assert np.isfinite(negative).all()
+
+
+def test_a_bilinear_network_classifies_the_map_in_front_of_the_last_pooling():
+  model = BilinearCNN((1, 1), (4, 6), num_classes=3)
+  vgg = VGG((1, 1), (4, 6), hidden=None, num_classes=None)
+  variables = random_variables(model, IMAGES)
+  features = {name: tree for name, tree in variables['params'].items() if name != 'fc'}
+  _, captured = run_capture(vgg, {'params': features}, ['blocks_1_0'], IMAGES)
+  pooled = np.asarray(bilinear_pool(captured['blocks_1_0']), np.float64)
+  fc = variables['params']['fc']
+  assert_close(run(model, variables, IMAGES), pooled @ fc['kernel'] + fc['bias'], 1e-5)
+  drawn = model.init(jax.random.key(0), IMAGES)['params']['fc']
+  assert not np.any(drawn['bias'])
+  assert abs(np.std(drawn['kernel']) / np.sqrt(2 / 36) - 1) < 0.2
+
+
 @pytest.mark.parametrize(
   'make, message',
   [
+    (lambda: bilinear_pool(jnp.ones((2, 3))), r'\[batch, height, width, channels\]'),
+    (lambda: bilinear_pool(jnp.ones((1, 2, 2, 3), int)), 'x must be floats'),
+    (lambda: bilinear_pool(-jnp.ones((1, 2, 2, 3))), 'down to -1: it belongs behind a ReLU'),
+    (lambda: bilinear_pool(jnp.ones((1, 2, 2, 3)), 0.0), 'eps must be positive'),
+    (lambda: BilinearCNN(hidden=8), 'hidden=8'),
     (lambda: ConvNeXt(**{**CONVNEXT, 'widths': (4,)}), '2 stages need as many widths'),
     (lambda: ConvNeXt(**CONVNEXT, kernel_size=4), 'kernel_size=4 is even'),
     (lambda: ConvNeXt(**CONVNEXT, drop_path=1.0), r'drop_path=1.0 is not in \[0, 1\)'),

@@ -7,6 +7,7 @@ from golden_vectors import assert_close, golden
 
 from jaxlab.training import optimizers
 from jaxlab.training.optimizers import make_optimizer
+from jaxlab.training.schedules import switched
 
 
 @pytest.fixture(params=['float32', 'float64'])
@@ -87,6 +88,20 @@ def test_adam_and_adamw_follow_their_formulas(name):
     w = w - rate(t - 1) * (moments + (0.3 * w if name == 'adamw' else 0))
     expected.append(w)
   optimizer = make_optimizer(name, rate, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6)
+  history = trajectory(optimizer, PARAMS, GRADS)
+  assert_close([state['head']['kernel'] for state in history], expected, 1e-5)
+
+
+def test_the_first_beta_of_adam_may_be_a_schedule():
+  """As PyTorch's, whose correction of the bias takes the present beta to the power of all steps."""
+  w, m, n = PARAMS['head']['kernel'].astype(float), 0.0, 0.0
+  expected = []
+  for t, grads in enumerate(GRADS, start=1):
+    beta, g = (0.9 if t <= 1 else 0.1), grads['head']['kernel']
+    m, n = beta * m + (1 - beta) * g, 0.99 * n + 0.01 * g**2
+    w = w - 0.1 * (m / (1 - beta**t)) / (np.sqrt(n / (1 - 0.99**t)) + 1e-8)
+    expected.append(w)
+  optimizer = make_optimizer('adam', 0.1, betas=(switched(0.9, 0.1, 1), 0.99))
   history = trajectory(optimizer, PARAMS, GRADS)
   assert_close([state['head']['kernel'] for state in history], expected, 1e-5)
 

@@ -54,6 +54,42 @@ def test_a_displaced_cosine_without_warmup_is_the_cosine():
     schedules.make_schedule('displaced_cosine', 0.1, epochs=5, steps_per_epoch=2, warmup_start=0.01)
 
 
+@golden('peer_learning', 'schedules')
+def test_a_shifted_cosine_and_a_ramp_of_drop_rates_agree_with_official_code(vectors, rtol):
+  epochs = vectors.param('num_epochs')
+  rate = schedules.make_schedule(
+    'shifted_cosine', vectors.param('base_lr'), epochs=epochs, steps_per_epoch=3,
+    warmup_epochs=vectors.param('warmup_epochs'),
+  )  # fmt: skip
+  assert_close(values(rate, 3 * epochs), np.repeat(vectors['out_lr_per_epoch'], 3), rtol)
+  ramp = schedules.drop_rate_ramp(vectors.param('drop_rate'), vectors.param('ramp_epochs'), epochs)
+  assert_close(values(ramp, epochs), vectors['out_drop_rate_per_epoch'], rtol)
+
+
+def test_warm_ups_and_ramps_of_one_epoch_begin_with_zero():
+  assert_close(values(schedules.drop_rate_ramp(0.4, 1), 3), [0, 0.4, 0.4], 1e-6)
+  found = values(schedules.shifted_cosine(2.0, 4, 1), 4)
+  assert_close(found, [0, *(1 + np.cos(np.pi * np.arange(1, 4) / 4))], 1e-6)
+  found = values(schedules.shifted_cosine(2.0, 4, 0), 4)
+  assert_close(found, 1 + np.cos(np.pi * np.arange(1, 5) / 4), 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (lambda: schedules.drop_rate_ramp(1.0, 3), r'drop_rate must be in \[0, 1\), got 1.0'),
+    (lambda: schedules.drop_rate_ramp(0.2, 0), 'ramp_epochs must be at least 1, got 0'),
+    (lambda: schedules.drop_rate_ramp(0.2, 9, 8), 'at most epochs=8, got 9'),
+    (lambda: schedules.shifted_cosine(0.1, 4, 5), 'at most epochs=4, got 5'),
+    (lambda: schedules.shifted_cosine(0.1, 4, 0.5), 'whole warmup_epochs'),
+    (lambda: schedules.switched(0.9, 0.1, -1), 'at must not be negative'),
+  ],
+)
+def test_what_small_loss_selection_cannot_be_scheduled_by(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
 @golden('ssl_baselines', 'dino_schedules')
 def test_cosine_with_inclusive_warmup_agrees_with_reference(vectors, rtol):
   epochs, steps_per_epoch = vectors.param('epochs'), vectors.param('steps_per_epoch')
