@@ -250,18 +250,27 @@ def train(
     )
     options['begin'] = begin
   if config.pretrained and 'start' not in options:
-    given = {'file': known_sources.file(config.weights)} if config.weights else {}
-    _, public = models.load_pretrained(config.pretrained, num_classes=None, **given)
-    if config.class_attention:
-      public = {name: {'backbone': tree} for name, tree in public.items()}
-    head = ('head',) if config.class_attention else models.anatomy(network(config)).head
-    options |= {'start': public, 'fresh': [f'{path}/.*' for path in head]}
+    options |= {'start': public(config), 'fresh': [f'{path}/.*' for path in head(config)]}
 
   def evaluate(variables: Variables) -> dict[str, float]:
     given = network(config), config.task, variables, sources.test
     return {'test': networks.accuracy(config, config.data, *given)}
 
   return runs.train(run, sources.train, folder, evaluate=evaluate, **options)
+
+
+def public(config: Settings) -> Variables:
+  """Returns the public weights that the network starts from, but for its classifier."""
+  given = {'file': known_sources.file(config.weights)} if config.weights else {}
+  _, found = models.load_pretrained(config.pretrained, num_classes=None, **given)
+  if config.class_attention:
+    found = {name: {'backbone': tree} for name, tree in found.items()}
+  return found
+
+
+def head(config: Settings) -> tuple[str, ...]:
+  """Returns the paths of the network's classifier."""
+  return ('head',) if config.class_attention else models.anatomy(network(config)).head
 
 
 def scores(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -278,18 +287,23 @@ METRICS = ('last', 'best', 'label_accuracy')
 
 def check(config: Settings) -> Iterator[str]:
   """Yields what is wrong with data and recipe."""
-  recipe, size = config.recipe, config.data.size
-  if config.data.train_size is None:
-    yield 'data.train_size: missing; the schedule is made for it.'
-  elif size < recipe.batch_size:
-    yield f'recipe.batch_size={recipe.batch_size} exceeds the {size} training records.'
-  elif recipe.epochs > 0:
-    steps = size // recipe.batch_size
-    yield from found_by('recipe.schedule', recipe.schedule.make, recipe.epochs, steps)
-  yield from check_batch(config.mesh, recipe.batch_size, 'recipe.batch_size')
+  yield from check_recipe(config, config.recipe, 'recipe')
   if config.weights and not config.pretrained:
     yield f'weights={config.weights!r}: give the name of the weights, pretrained, too.'
   yield from found_by('model', network, config)
+
+
+def check_recipe(config: Settings, recipe: Recipe, name: str) -> Iterator[str]:
+  """Yields what is wrong with a recipe `name` for the data."""
+  size = config.data.size
+  if config.data.train_size is None:
+    yield f'data.train_size: missing; the schedule of {name} is made for it.'
+  elif size < recipe.batch_size:
+    yield f'{name}.batch_size={recipe.batch_size} exceeds the {size} training records.'
+  elif recipe.epochs > 0:
+    steps = size // recipe.batch_size
+    yield from found_by(f'{name}.schedule', recipe.schedule.make, recipe.epochs, steps)
+  yield from check_batch(config.mesh, recipe.batch_size, f'{name}.batch_size')
 
 
 # --- Labels that are corrected ---
@@ -367,6 +381,8 @@ def label_shapes(config: Settings) -> dict[str, jax.ShapeDtypeStruct]:
 
 # --- Pictures ---
 
+PANELS = (('test', 'test accuracy (%)', 1), ('labels_correct', 'correct labels (%)', 100))
+
 
 def draw_confusion(config: Settings, found: Cleaned, names: Sequence[str], path: Any) -> None:
   """Draws how many records with a given label (rows) have which corrected one (columns)."""
@@ -407,18 +423,22 @@ def draw_suspicious(source: data.Source, found: Cleaned, path: Any, shape=(4, 8)
 
 
 def draw_curves(
-  config: Settings, histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Any, marks=()
+  config: Settings,
+  histories: Mapping[str, Sequence[Mapping[str, Any]]],
+  path: Any,
+  marks: Sequence[float] = (),
+  panels: Sequence[tuple[str, str, float]] = PANELS,
 ) -> None:
-  """Draws test accuracy over training, and the share of correct labels where it was watched.
+  """Draws test accuracy over training, and what else was watched.
 
   Args:
     config: the settings.
     histories: metrics of runs by their titles.
     path: of the picture.
     marks: epochs at which stages begin.
+    panels: metric, label and factor of each; those that no run has are left out.
   """
   each = steps_per_epoch(config)
-  panels = [('test', 'test accuracy (%)', 1), ('labels_correct', 'correct labels (%)', 100)]
   shown = [own for own in panels if any(own[0] in line for h in histories.values() for line in h)]
   colors = {title: f'C{index}' for index, title in enumerate(histories)}
   with pictures.drawn(path, 1, len(shown), size=(5.5 * len(shown), 4), squeeze=False) as axes:
