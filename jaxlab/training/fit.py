@@ -175,13 +175,17 @@ def fit(
       began = time.perf_counter()
       try:
         with stopping.at_once():
-          new = place(revise(state), sharded.state, 'revised state')
+          given = revise(state)
+          new = place(given, sharded.state, 'revised state')
       except BaseException:
         if checkpoints and step:
           checkpoints.save(step, state, position)
         raise
       progress.pause(time.perf_counter() - began)
-      return new
+      # Steps donate their state: an array that stands in it twice, or that others hold, must not be it.
+      leaves = zip(*map(jax.tree.leaves, (new, given, state)), strict=True)
+      own = [leaf if before is old else jnp.copy(leaf) for leaf, before, old in leaves]
+      return jax.tree.unflatten(jax.tree.structure(new), own)
 
     if start and due(start) and not checkpoints.scores(start):
       checkpoints.save(start, state, position, judge(start, state, position))

@@ -153,6 +153,23 @@ def test_a_state_is_revised_once_at_each_step_that_asks_for_it(tmp_path):
   chex.assert_trees_all_equal(jax.device_get(found), whole)
 
 
+def test_a_revised_state_may_hold_an_array_twice_and_of_others():
+  held = []
+
+  def revise(state):
+    first = jax.tree.leaves(state.params)[0]
+    new = jax.numpy.zeros_like(first)
+    held.append(new)
+    leaves = [new if leaf.shape == new.shape else leaf for leaf in jax.tree.leaves(state.opt_state)]
+    opt_state = jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves)
+    params = jax.tree.map(lambda leaf: new if leaf is first else leaf, state.params)
+    return state.replace(params=params, opt_state=opt_state)
+
+  state, _ = run(5, revise=revise, revise_at=[1, 3])
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+  assert not any(np.any(array) for array in held)
+
+
 def test_a_revision_that_raises_loses_no_step(tmp_path):
   def broken(state):
     raise RuntimeError('no labels')
