@@ -191,13 +191,13 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains each row's two networks."""
   sources, plan = noisy_labels.load(config), programs(config)
   steps = noisy_labels.steps_per_epoch(config)
-  operations, histories, lines = {}, {}, []
-  if config.compared:
-    operations = compared(config, plan)
+  histories, lines = {}, []
   for name in config.runs:
     start = first_step(config, plan, name, sources, workdir)
     trained = network_pairs.train(config, plan[name], sources, workdir / name, **start)
-    metrics = network_pairs.scores(trained.history, steps) | operations
+    metrics = network_pairs.scores(trained.history, steps)
+    if name == 'peer' and config.compared:
+      metrics |= compared(config, plan[name])
     histories[TITLES[name]] = [
       {**line, 'kept_right': network_pairs.precision([line])} if line.get('kept') else line
       for line in trained.history
@@ -215,11 +215,10 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   return results.results(config, lines, title='accuracies and shares in %')
 
 
-def compared(config: Settings, plan: Mapping[str, Run]) -> dict[str, float]:
+def compared(config: Settings, pair: Run) -> dict[str, float]:
   """Returns `operations`: those of a step of two networks over those of one alone on the same batch."""
-  recipe, first = config.recipe, config.runs[-1]
-  alone = noisy_labels.training_run(config, 'one network', recipe=recipe)
-  sides = {'one': costs.Side(alone.program), 'two': costs.Side(plan[first].program)}
+  alone = noisy_labels.training_run(config, 'one network')
+  sides = {'one': costs.Side(alone.program), 'two': costs.Side(pair.program)}
   found = costs.measure(sides, config.mesh.make(), repeats=0)
   return {'operations': found['two']['gigaflops'] / found['one']['gigaflops']}
 
