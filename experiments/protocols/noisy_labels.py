@@ -19,7 +19,7 @@ import numpy as np
 from experiments.harness import data as harness_data
 from experiments.harness import networks, pictures, runs, supervised
 from experiments.harness import sources as known_sources
-from experiments.harness.data import Augment, Images
+from experiments.harness.data import Augment, Images, Records
 from experiments.harness.runs import Run, Trained, Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import found_by
@@ -70,15 +70,60 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenNoise(Records):
+  """Unequal classes whose labels are wrong in two ways, see `jaxlab.data.make_ncifar`.
+
+  The data set is the one whose images are of no class.
+
+  Attributes:
+    closed_rate: share of labels that are moved to another class.
+    open_rate: share of images that are replaced by such of no class.
+    imbalance: largest class over smallest.
+    max_count: records of the largest class.
+    without: classes of the other data set that are left out, as they look like classes of this one.
+  """
+
+  closed_rate: float
+  open_rate: float
+  max_count: int
+  imbalance: float = 1.0
+  without: tuple[int, ...] = ()
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if not (self.closed_rate >= 0 <= self.open_rate and self.closed_rate + self.open_rate < 1):
+      yield (
+        f'closed_rate={self.closed_rate}, open_rate={self.open_rate}: expected rates of at least 0 with a '
+        'sum below 1.'
+      )
+    yield from found_by(
+      'imbalance, max_count', data.exponential_counts, 2, self.max_count, self.imbalance
+    )
+
+  @property
+  def needs(self) -> str:
+    """Where the images of no class come from, in a sentence."""
+    return known_sources.needs(self.name, self.train_options.get('root'))
+
+  def images(self) -> np.ndarray:
+    """Returns the images of no class."""
+    source = data.in_memory(data.load(self.name, self.train_split, **self.train_options))
+    keep = ~np.isin(source.arrays['label'], self.without)
+    return source.arrays['image'][keep]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyImages(Images):
   """Images of which training labels are wrong.
 
   Attributes:
     noise: that is put on the training labels, which are taken for true; None: they are noisy as they come.
+    open: in place of `noise`: images of no class and unequal classes, too.
     held_out: of the training records, drawn by the seed, are left out.
   """
 
   noise: Noise | None = None
+  open: OpenNoise | None = None
   held_out: int = 0
 
   def check(self) -> Iterator[str]:
@@ -89,10 +134,15 @@ class NoisyImages(Images):
       yield f"noise.kind='asymmetric': known for {known}, not for {self.name!r}; 'pair' is."
     if self.train_size is not None and not 0 <= self.held_out < self.train_size:
       yield f'held_out={self.held_out}: expected at least 0, below train_size={self.train_size}.'
+    if self.open and (self.noise or self.held_out):
+      yield 'open: expected neither noise nor held_out besides, the set is drawn as a whole.'
 
   @property
   def size(self) -> int:
     """Records that are trained on."""
+    if self.open:
+      own = self.open.max_count, self.open.imbalance
+      return int(data.exponential_counts(self.num_classes, *own).sum())
     return (self.train_size or 0) - self.held_out
 
   @property
@@ -169,6 +219,8 @@ def load(config: Settings) -> Sources:
   train, test = (harness_data.load(own, split) for split in ('train', 'test'))
   if own.held_out:
     train = data.subset(train, np.sort(rng.permutation(len(train))[own.held_out :]))
+  if own.open:
+    return _with_open_noise(own, rng, data.in_memory(train), test)
   if own.multi_label:
     labels = data.materialize(train)['multi_label'].astype(np.int32)
   else:
@@ -177,6 +229,18 @@ def load(config: Settings) -> Sources:
     return Sources(train, test, labels, None)
   given = own.noise.draw(rng, labels, own)
   return Sources(data.Relabeled(train, given), test, given, labels)
+
+
+def _with_open_noise(
+  own: NoisyImages, rng: np.random.Generator, train: data.InMemory, test: data.Source
+) -> Sources:
+  made = data.make_ncifar(
+    rng, train.arrays['image'], train.arrays['label'], own.open.images(), own.open.closed_rate,
+    own.open.open_rate, own.open.imbalance, max_count=own.open.max_count,
+  )  # fmt: skip
+  arrays = {'image': made['image'], 'label': made['noisy_label']}
+  noisy = data.InMemory(arrays, own.num_classes, train.class_names)
+  return Sources(noisy, test, made['noisy_label'], made['true_label'])
 
 
 def steps_per_epoch(config: Settings, recipe: Recipe | None = None) -> int:
@@ -232,6 +296,7 @@ def train(
   sources: Sources,
   folder: pathlib.Path,
   rows: Callable[[Sources], PyTree] | None = None,
+  evaluate: Callable[[Variables], Mapping[str, float]] | None = None,
   **options: Any,
 ) -> Trained:
   """Returns what a run ends with; `history` has its test accuracy `test` every `recipe.eval_every` steps.
@@ -242,6 +307,7 @@ def train(
     sources: the data.
     folder: of this run.
     rows: what the table of records starts with.
+    evaluate: `variables -> metrics`, in place of the test accuracy.
     **options: further ones of `runs.train`.
   """
   if rows is not None:
@@ -252,11 +318,11 @@ def train(
   if config.pretrained and 'start' not in options:
     options |= {'start': public(config), 'fresh': [f'{path}/.*' for path in head(config)]}
 
-  def evaluate(variables: Variables) -> dict[str, float]:
+  def accuracy(variables: Variables) -> dict[str, float]:
     given = network(config), config.task, variables, sources.test
     return {'test': networks.accuracy(config, config.data, *given)}
 
-  return runs.train(run, sources.train, folder, evaluate=evaluate, **options)
+  return runs.train(run, sources.train, folder, evaluate=evaluate or accuracy, **options)
 
 
 def public(config: Settings) -> Variables:

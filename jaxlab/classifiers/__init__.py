@@ -2,6 +2,7 @@
 
 `fit_max_margin` is IbM2: it finds the widest noise under which a linear head still fits a few labeled
 features, and trains the head there. `NRSClassifier` is a classifier of scikit-learn for tables.
+`filter_and_correct` tells clean labels from wrong ones by their losses.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 from jaxlab.classifiers.bisection import (
   bisect_epsilon,
   bisect_epsilon_compiled,
+)
+from jaxlab.classifiers.loss_mixture import (
+  Filtered,
+  clean_by_class,
+  filter_and_correct,
+  fit_gmm_1d,
 )
 from jaxlab.classifiers.max_margin import (
   MaxMargin,
@@ -30,13 +37,17 @@ if TYPE_CHECKING:
   from jaxlab.classifiers.random_subspace import NRSClassifier
 
 __all__ = [
+  'Filtered',
   'MaxMargin',
   'NRSClassifier',
   'Search',
   'add_noise',
   'bisect_epsilon',
   'bisect_epsilon_compiled',
+  'clean_by_class',
   'feature_std',
+  'filter_and_correct',
+  'fit_gmm_1d',
   'fit_max_margin',
   'margin_head',
   'noisy_accuracy',

@@ -40,6 +40,10 @@ from jaxlab.data.protocols.long_tail import (
   step_counts,
   undersample_indices,
 )
+from jaxlab.data.protocols.open_noise import (
+  CIFAR100_LIKE_CIFAR10,
+  make_ncifar,
+)
 from jaxlab.data.protocols.samplers import (
   ClassAwareSampler,
   ClassBalancedSampler,
@@ -209,6 +213,7 @@ from jaxlab.data.transforms.views import (
 __all__ = [
   'CIFAR10_CONFUSIONS',
   'CIFAR10_MEAN_STD',
+  'CIFAR100_LIKE_CIFAR10',
   'CIFAR100_SUPERCLASSES',
   'EMBEDDED_TABLES',
   'IMAGENET_MEAN_STD',
@@ -278,6 +283,7 @@ __all__ = [
   'load',
   'load_table',
   'make_loader',
+  'make_ncifar',
   'materialize',
   'merge_background',
   'mix_images',

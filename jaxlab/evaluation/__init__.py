@@ -70,7 +70,9 @@ from jaxlab.evaluation.recalls import (
   geometric_mean,
   group_recalls,
   harmonic_mean,
+  imbalanced_metrics,
   lowest_recall,
+  macro_f1,
   recall_metrics,
 )
 from jaxlab.evaluation.retrieval import (
@@ -111,11 +113,13 @@ __all__ = [
   'geometric_mean',
   'group_recalls',
   'harmonic_mean',
+  'imbalanced_metrics',
   'label_rank',
   'linear_probe_lars',
   'linear_probe_sgd',
   'logistic_probe',
   'lowest_recall',
+  'macro_f1',
   'mean_average_precision',
   'mean_cosine',
   'multi_label_metrics',

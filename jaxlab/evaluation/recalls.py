@@ -7,6 +7,7 @@ Learning, CVPR 2023, https://arxiv.org/abs/2303.03630).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -136,6 +137,82 @@ def confusion_metrics(
     **group_recalls(recalls, groups or {}),
   }
   return {name: float(value) for name, value in metrics.items()}
+
+
+def macro_f1(confusion: ArrayLike) -> jax.Array:
+  """Mean of the classes' F1, `2 P R / (P + R)`, 0 where both are 0 or a class is never predicted.
+
+  Args:
+    confusion: `[..., num_classes, num_classes]`, rows are labels; each needs a test example.
+
+  Returns:
+    `[...]` in [0, 1], float32 or wider.
+
+  Raises:
+    ValueError: as in `harmonic_mean`, or for another shape.
+
+  >>> round(float(macro_f1(np.array([[2, 0], [1, 1]]))), 4)
+  0.7333
+  """
+  shape = jnp.shape(confusion)
+  if len(shape) < 2 or shape[-1] != shape[-2]:
+    raise ValueError(f'confusion has shape {shape}, expected [..., num_classes, num_classes].')
+  confusion = jnp.asarray(confusion, float)
+  return _f1(confusion, _check(per_class_recall(confusion)))
+
+
+def imbalanced_metrics(
+  predictions: ArrayLike, labels: ArrayLike, num_classes: int
+) -> dict[str, float]:
+  """Yardsticks where classes are unequal in training or test data; host code.
+
+  Classes without test examples are left out, with a warning: also as labels of others.
+
+  Args:
+    predictions: integers `[examples]`.
+    labels: integers `[examples]`, the true ones.
+    num_classes: number of classes.
+
+  Returns:
+    Numbers in [0, 1]: `accuracy`, `macro_recall` (the mean of the recalls), `macro_f1`, `harmonic` (mean of
+    the recalls, 0 if one of them is), `lowest`.
+
+  Raises:
+    ValueError: classes out of range, lengths that differ, no examples.
+
+  >>> metrics = imbalanced_metrics(np.zeros(10, int), np.array([0] * 9 + [1]), num_classes=2)
+  >>> {name: round(value, 3) for name, value in metrics.items()}
+  {'accuracy': 0.9, 'macro_recall': 0.5, 'macro_f1': 0.474, 'harmonic': 0.0, 'lowest': 0.0}
+  """
+  if jnp.ndim(labels) != 1 or jnp.shape(predictions) != jnp.shape(labels) or not len(labels):
+    raise ValueError(
+      f'predictions have shape {jnp.shape(predictions)}, labels {jnp.shape(labels)}; expected '
+      '[examples] for both.'
+    )
+  confusion = np.asarray(confusion_matrix(predictions, labels, num_classes), np.float64)
+  there = confusion.sum(1) > 0
+  if not there.all():
+    missing = ', '.join(map(str, np.flatnonzero(~there)))
+    warnings.warn(f'classes without test examples are left out: {missing}.', stacklevel=2)
+  recalls = np.diag(confusion)[there] / confusion.sum(1)[there]
+  # A prediction of a missing class is wrong, and its column no class: recalls count it, precision need not.
+  found = {
+    'accuracy': np.trace(confusion) / confusion.sum(),
+    'macro_recall': recalls.mean(),
+    'macro_f1': _f1(jnp.asarray(confusion[there][:, there], float), jnp.asarray(recalls, float)),
+    'harmonic': 0.0 if np.any(recalls == 0) else 1 / np.mean(1 / recalls),
+    'lowest': recalls.min(),
+  }
+  return {name: float(value) for name, value in found.items()}
+
+
+def _f1(confusion: jax.Array, recall: jax.Array) -> jax.Array:
+  """Returns the mean F1 of the classes of a confusion matrix, whose recalls are given."""
+  predicted = jnp.sum(confusion, axis=-2)
+  right = jnp.diagonal(confusion, axis1=-2, axis2=-1)
+  precision = jnp.where(predicted > 0, right / jnp.maximum(predicted, 1), 0)
+  both = precision + recall
+  return jnp.mean(jnp.where(both > 0, 2 * precision * recall / jnp.where(both > 0, both, 1), 0), -1)
 
 
 def _replace_zeros(recalls: ArrayLike, zero_replacement: float) -> jax.Array:

@@ -9,11 +9,13 @@ cuts at random along the longer side of images whose shorter one has 448.
 
 from ml_collections import ConfigDict
 
+from mlcollections_configs.photographs import photographs
+
 
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = ConfigDict()
-  config.data = photographs('data/web_aircraft', 100, 13_503, size=512, view=448)
+  config.data = folders('data/web_aircraft', 100, 13_503)
   config.augment = dict(kind='pad_crop', padding=0)
   config.model = dict(name='bcnn_vgg16')
   config.pretrained = 'vgg16.tv_in1k'
@@ -37,15 +39,11 @@ def recipe(epochs: int, batch_size: int, base: float, weight_decay: float, steps
   )  # fmt: skip
 
 
-def photographs(root: str, num_classes: int, train_size: int, *, size: int, view: int) -> dict:
-  """Returns a data section: images of `size` pixels on the host, of which `view` are cut."""
-  return dict(
-    name='image_folder', num_classes=num_classes, train_size=train_size,
-    train_options=dict(root=root, decode=False), test_options=dict(root=root, decode=False),
-    train_decode=dict(size=size, draft=True), test_decode=dict(size=view),
-    stored_image=(size, size, 3), image_size=view, num_threads=16, num_workers=16,
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-  )  # fmt: skip
+def folders(root: str, num_classes: int, train_size: int) -> dict:
+  """Returns a data section: folders of photographs of which 448 pixels a side are seen."""
+  return photographs(
+    'image_folder', root, num_classes, train_size, size=512, view=448, test_resize=448
+  )
 
 
 def claims() -> tuple[dict, ...]:

@@ -12,7 +12,7 @@ from mlcollections_configs.peer_learning import web_aircraft
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = web_aircraft.get_config()
-  config.data = web_aircraft.photographs('data/web_bird', 200, 18_388, size=512, view=448)
+  config.data = web_aircraft.folders('data/web_bird', 200, 18_388)
   config.classifier.eval_every, config.recipe.eval_every = 287, 574
   config.reported = 'Plain 66.56 %, Decoupling 70.56 %, Co-teaching 73.85 %, Peer-learning 76.48 %.'
   return config

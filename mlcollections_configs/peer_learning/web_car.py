@@ -12,7 +12,7 @@ from mlcollections_configs.peer_learning import web_aircraft
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = web_aircraft.get_config()
-  config.data = web_aircraft.photographs('data/web_car', 196, 21_448, size=512, view=448)
+  config.data = web_aircraft.folders('data/web_car', 196, 21_448)
   config.classifier.eval_every, config.recipe.eval_every = 335, 670
   config.reported = 'Plain 67.42 %, Decoupling 75.00 %, Co-teaching 73.10 %, Peer-learning 78.52 %.'
   return config

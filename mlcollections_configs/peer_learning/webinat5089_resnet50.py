@@ -14,7 +14,7 @@ from mlcollections_configs.peer_learning import web_aircraft
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = web_aircraft.get_config()
-  config.data = web_aircraft.photographs('data/webinat5089', 5089, 1_184_520, size=512, view=448)
+  config.data = web_aircraft.folders('data/webinat5089', 5089, 1_184_520)
   config.model = dict(name='resnet50')
   config.pretrained = 'resnet50.tv_in1k'
   config.peer.drop_rate = 0.3

@@ -8,6 +8,7 @@ second stage from memory. The label logits take 56 MB.
 from ml_collections import ConfigDict
 
 from mlcollections_configs.pencil import embedded
+from mlcollections_configs.photographs import photographs
 
 STAGES = (5, 15, 25)
 
@@ -36,14 +37,3 @@ def get_config() -> ConfigDict:
   config.claims = embedded.claims()[:1]
   config.reported = 'Test accuracy 73.49 %, cross-entropy 68.94 %, the best method before 72.16 %.'
   return config
-
-
-def photographs(name: str, root: str, num_classes: int, train_size: int, **options: str) -> dict:
-  """Returns a data section: images of 256 pixels on the host, of which 224 are cut."""
-  return dict(
-    name=name, num_classes=num_classes, train_size=train_size,
-    train_options=dict(root=root, decode=False), test_options=dict(root=root, decode=False),
-    train_decode=dict(size=256, draft=True), test_decode=dict(size=224, resize=256),
-    stored_image=(256, 256, 3), image_size=224, num_threads=16, num_workers=8,
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **options,
-  )  # fmt: skip

@@ -12,6 +12,7 @@ see `clothing1m`. A label logit can move by 48 with ten classes: keep `pencil.ra
 from ml_collections import ConfigDict
 
 from mlcollections_configs.pencil import clothing1m, embedded
+from mlcollections_configs.photographs import photographs
 
 STAGES = (5, 15, 20)
 
@@ -19,7 +20,7 @@ STAGES = (5, 15, 20)
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = clothing1m.get_config()
-  config.data = clothing1m.photographs('image_folder', 'FOLDER', 10, 5000)
+  config.data = photographs('image_folder', 'FOLDER', 10, 5000)
   start, end, epochs = STAGES
   config.pencil.update(start=start, end=end, alpha=0.1, beta=0.4, rate=1536.0)
   config.recipe.update(epochs=epochs, eval_every=156)

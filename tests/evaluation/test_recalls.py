@@ -15,7 +15,9 @@ from jaxlab.evaluation.recalls import (
   geometric_mean,
   group_recalls,
   harmonic_mean,
+  imbalanced_metrics,
   lowest_recall,
+  macro_f1,
   recall_metrics,
 )
 
@@ -143,3 +145,39 @@ def test_metrics_of_a_confusion_matrix_are_those_of_its_examples():
 def test_bad_input_is_named(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@both_precisions
+@golden('friends_and_foes', 'imbalanced_metrics')
+def test_yardsticks_of_unequal_classes_agree_with_reference(vectors, x64):
+  with jax.enable_x64(x64):
+    classes, rtol = vectors.param('num_classes'), 1e-9 if x64 else 2e-6
+    arguments = vectors['in_predictions'], vectors['in_labels'], classes
+    confusion = confusion_matrix(*arguments)
+    np.testing.assert_array_equal(confusion, vectors['out_confusion_true_by_pred'])
+    assert_close(per_class_recall(confusion), vectors['out_per_class_recall'], 2e-7)
+    assert_close(macro_f1(confusion), vectors['out_macro_f1'], rtol)
+    found = imbalanced_metrics(*arguments)
+    names = {
+      'accuracy': 'accuracy', 'macro_recall': 'macro_recall', 'macro_f1': 'macro_f1',
+      'harmonic': 'harmonic_mean_recall', 'lowest': 'min_recall',
+    }  # fmt: skip
+    assert set(found) == set(names)
+    for own, reference in names.items():
+      assert_close(found[own], vectors[f'out_{reference}'], rtol)
+
+
+def test_classes_without_test_examples_are_left_out_with_a_warning():
+  predictions, labels = np.array([0, 2, 1, 2, 2]), np.array([0, 0, 2, 2, 2])
+  with pytest.warns(UserWarning, match='left out: 1, 3'):
+    found = imbalanced_metrics(predictions, labels, 4)
+  recalls = np.array([1 / 2, 2 / 3])
+  assert_close(found['macro_recall'], recalls.mean(), 1e-6)
+  assert_close(found['harmonic'], 1 / np.mean(1 / recalls), 1e-6)
+  precision = np.array([1, 2 / 3])
+  assert_close(found['macro_f1'], np.mean(2 * precision * recalls / (precision + recalls)), 1e-6)
+  assert found['accuracy'] == pytest.approx(0.6)
+  with pytest.raises(ValueError, match='expected'):
+    imbalanced_metrics(np.zeros(0, int), np.zeros(0, int), 2)
+  with pytest.raises(ValueError, match='num_classes, num_classes'):
+    macro_f1(np.ones((2, 3)))
