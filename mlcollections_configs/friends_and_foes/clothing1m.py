@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     schedule=dict(name='multistep', base=0.002, milestones=(1.5,), factor=0.1),
   )  # fmt: skip
   config.recipe.optimizer.weight_decay = 1e-3
+  config.runs = ('ce', 'ff', 'semi')
   config.log_every = 500
   config.checkpoint_every = 5000
   config.claims = embedded.claims()[:1]

@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
   config.ssl = embedded.simsiam(10, 0.05)
   config.warmup.batch_size = config.recipe.batch_size = 64
   config.recipe.update(epochs=15, eval_every=32)
-  config.recipe.schedule.base = 0.05
+  config.runs = ('ce', 'ff', 'semi')
   config.log_every = 32
   return config
