@@ -303,6 +303,8 @@ def revised(config: Settings, own: Friends, sources: Sources, state: TrainState)
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   yield from noisy_labels.check(config)
+  if config.data.multi_label:
+    yield 'data.multi_label: expected one label an image.'
   yield from noisy_labels.check_recipe(config, config.warmup, 'warmup')
   rows = [*TITLES.values(), *(f'F&F, {kind}' for kind in KINDS.values())]
   yield from results.check_claims(config, rows, METRICS)

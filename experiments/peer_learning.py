@@ -116,10 +116,7 @@ def training(config: Settings, name: str, step: str = 'whole') -> Run:
     beta1 = schedules.per_epoch(schedules.switched(early, own.late_beta1, own.late_epoch), steps)
     options = {'options': {'betas': (beta1, beta2)}}
   title, revise_at = TITLES[name], ()
-  decides = {
-    'model': config.model, 'augment': config.augment, 'pretrained': config.pretrained, 'peer': own,
-    'loss': name,
-  }  # fmt: skip
+  decides = {**noisy_labels.decided(config), 'peer': own, 'loss': name}
   if step == 'classifier':
     keeps = network_pairs.classifier(config)
     options |= {'frozen': network_pairs.frozen_features(config), 'best': keeps}
@@ -133,6 +130,8 @@ def training(config: Settings, name: str, step: str = 'whole') -> Run:
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   yield from noisy_labels.check(config)
+  if config.data.multi_label:
+    yield 'data.multi_label: expected one label an image.'
   rows = [*TITLES.values(), ALL]
   yield from results.check_claims(config, rows, [*network_pairs.METRICS, 'operations'])
   if unknown := [name for name in config.runs if name not in LOSSES]:

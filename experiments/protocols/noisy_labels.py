@@ -19,12 +19,13 @@ import numpy as np
 from experiments.harness import data as harness_data
 from experiments.harness import networks, pictures, runs, supervised
 from experiments.harness import sources as known_sources
-from experiments.harness.data import Augment, Images, Records
+from experiments.harness.data import Augment, Images
 from experiments.harness.runs import Run, Trained, Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import found_by
 from experiments.harness.supervised import Loss, Seen, Table
 from experiments.harness.tasks import ImageTask
+from experiments.protocols.open_noise import OpenNoise
 from jaxlab import data, models, training
 
 Array = jax.Array
@@ -70,49 +71,6 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenNoise(Records):
-  """Unequal classes whose labels are wrong in two ways, see `jaxlab.data.make_ncifar`.
-
-  The data set is the one whose images are of no class.
-
-  Attributes:
-    closed_rate: share of labels that are moved to another class.
-    open_rate: share of images that are replaced by such of no class.
-    imbalance: largest class over smallest.
-    max_count: records of the largest class.
-    without: classes of the other data set that are left out, as they look like classes of this one.
-  """
-
-  closed_rate: float
-  open_rate: float
-  max_count: int
-  imbalance: float = 1.0
-  without: tuple[int, ...] = ()
-
-  def check(self) -> Iterator[str]:
-    """Yields what is wrong with the values."""
-    if not (self.closed_rate >= 0 <= self.open_rate and self.closed_rate + self.open_rate < 1):
-      yield (
-        f'closed_rate={self.closed_rate}, open_rate={self.open_rate}: expected rates of at least 0 with a '
-        'sum below 1.'
-      )
-    yield from found_by(
-      'imbalance, max_count', data.exponential_counts, 2, self.max_count, self.imbalance
-    )
-
-  @property
-  def needs(self) -> str:
-    """Where the images of no class come from, in a sentence."""
-    return known_sources.needs(self.name, self.train_options.get('root'))
-
-  def images(self) -> np.ndarray:
-    """Returns the images of no class."""
-    source = data.in_memory(data.load(self.name, self.train_split, **self.train_options))
-    keep = ~np.isin(source.arrays['label'], self.without)
-    return source.arrays['image'][keep]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyImages(Images):
   """Images of which training labels are wrong.
 
@@ -141,8 +99,7 @@ class NoisyImages(Images):
   def size(self) -> int:
     """Records that are trained on."""
     if self.open:
-      own = self.open.max_count, self.open.imbalance
-      return int(data.exponential_counts(self.num_classes, *own).sum())
+      return self.open.size(self.num_classes)
     return (self.train_size or 0) - self.held_out
 
   @property
@@ -220,7 +177,8 @@ def load(config: Settings) -> Sources:
   if own.held_out:
     train = data.subset(train, np.sort(rng.permutation(len(train))[own.held_out :]))
   if own.open:
-    return _with_open_noise(own, rng, data.in_memory(train), test)
+    made = own.open.draw(rng, data.in_memory(train))
+    return Sources(made.train, test, made.given, made.true)
   if own.multi_label:
     labels = data.materialize(train)['multi_label'].astype(np.int32)
   else:
@@ -229,18 +187,6 @@ def load(config: Settings) -> Sources:
     return Sources(train, test, labels, None)
   given = own.noise.draw(rng, labels, own)
   return Sources(data.Relabeled(train, given), test, given, labels)
-
-
-def _with_open_noise(
-  own: NoisyImages, rng: np.random.Generator, train: data.InMemory, test: data.Source
-) -> Sources:
-  made = data.make_ncifar(
-    rng, train.arrays['image'], train.arrays['label'], own.open.images(), own.open.closed_rate,
-    own.open.open_rate, own.open.imbalance, max_count=own.open.max_count,
-  )  # fmt: skip
-  arrays = {'image': made['image'], 'label': made['noisy_label']}
-  noisy = data.InMemory(arrays, own.num_classes, train.class_names)
-  return Sources(noisy, test, made['noisy_label'], made['true_label'])
 
 
 def steps_per_epoch(config: Settings, recipe: Recipe | None = None) -> int:
@@ -275,10 +221,14 @@ def training_run(
     rules = training.row_rules(config.mesh.make(), r'extra/table(/.*)?')
     recipe = recipe.with_rules(rules)
   program = supervised.program(model, config.task, recipe, steps, loss=loss, table=table, **options)
-  fields = 'model', 'augment', 'pretrained', 'class_attention'
-  own = {name: getattr(config, name) for name in fields}
-  own |= decides or {}
+  own = {**decided(config), **(decides or {})}
   return Run(config, config.data, recipe, program, recipe.epochs * steps, own, title)
+
+
+def decided(config: Settings) -> dict[str, Any]:
+  """Returns the sections that decide what a training ends with besides seed, data and recipe."""
+  fields = 'model', 'augment', 'pretrained', 'class_attention'
+  return {name: getattr(config, name) for name in fields}
 
 
 def network(config: Settings) -> Any:
