@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import ArrayLike
 
 from jaxlab.models.initializers import kaiming_normal_fan_in
 from jaxlab.models.intercept import HookPoint
@@ -13,7 +12,7 @@ from jaxlab.tracing import is_concrete
 Array = jax.Array
 
 
-def bilinear_pool(x: ArrayLike, eps: float = 1e-5) -> Array:
+def bilinear_pool(x: Array, eps: float = 1e-5) -> Array:
   """Correlations of channels over positions: square roots, of length 1.
 
     Z = sum_hw x_hw x_hw^T / (height width);  y = sqrt(Z + eps) / |sqrt(Z + eps)|
