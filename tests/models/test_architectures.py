@@ -71,7 +71,19 @@ def test_transformer_names_carry_patch_and_image_size():
 
 def test_image_networks_have_names_of_timm():
   theirs = json.loads((OWN_DIR / 'models' / 'timm_names.json').read_text())
-  own = ('bcnn', 'cifar_', 'convnet', 'cnn13', 'shake_', 'wrn', 'mlp', 'linear', 't2t_', 'thin_', 'tiny_')
+  own = (
+    'bcnn',
+    'cifar_',
+    'convnet',
+    'cnn13',
+    'shake_',
+    'wrn',
+    'mlp',
+    'linear',
+    't2t_',
+    'thin_',
+    'tiny_',
+  )
   assert [name for name in names() if not name.startswith(own) and name not in theirs] == []
   assert len(names()) == len(set(names()))
   with_weights = {name for name in DEFAULT_TAGS if name not in SIZES}
