@@ -20,9 +20,8 @@ reprediction sharpens the labels that D2 flattens.
 
 import dataclasses
 import functools
-import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -107,14 +106,6 @@ class Settings(semi_supervised.Settings):
   tuning: Recipe
   method: Decipher
   runs: tuple[str, ...] = ('supervised', 'd2', 'r2d2')
-
-
-def schedule(milestones: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
-  """Returns the fields of a learning rate of steps: the first of `rates`, the next from each milestone on."""
-  factors = tuple(new / old for old, new in itertools.pairwise(rates))
-  return {
-    'name': 'multistep', 'base': rates[0], 'milestones': tuple(milestones), 'factor': factors
-  }  # fmt: skip
 
 
 def steps_per_epoch(config: Settings) -> dict[str, int]:

@@ -9,7 +9,6 @@ normalize the whole; `--config.model.norm_groups=4` is as there, in stage 1, too
 
 from ml_collections import ConfigDict
 
-from experiments.r2d2 import schedule
 from mlcollections_configs.r2d2 import embedded
 
 
@@ -33,7 +32,7 @@ def get_config() -> ConfigDict:
     epochs=600,
     batch_size=512,
     optimizer=sgd,
-    schedule=schedule((300, 375, 450, 525), (0.12, 0.12, 0.08, 0.04, 0.004)),
+    schedule=embedded.schedule((300, 375, 450, 525), (0.12, 0.12, 0.08, 0.04, 0.004)),
   )
   config.tuning = dict(epochs=50, batch_size=512, optimizer=sgd, schedule=dict(base=0.01))
   config.claims = embedded.claims()

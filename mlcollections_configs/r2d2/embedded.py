@@ -4,9 +4,11 @@ A small convolutional network. The pseudo-labels' step of 0.78 on the difference
 parts of a batch and the order of stages are the paper's; lengths and learning rates are made for small data.
 """
 
-from ml_collections import ConfigDict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
-from experiments.r2d2 import schedule
+from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
@@ -61,3 +63,11 @@ def claims() -> tuple[dict, ...]:
       higher_is_better=False, **both,
     ),
   )  # fmt: skip
+
+
+def schedule(milestones: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
+  """Returns the fields of a learning rate of steps: the first of `rates`, the next from each milestone on."""
+  factors = tuple(new / old for old, new in pairwise(rates))
+  return {
+    'name': 'multistep', 'base': rates[0], 'milestones': tuple(milestones), 'factor': factors
+  }  # fmt: skip

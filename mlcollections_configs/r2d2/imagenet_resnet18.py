@@ -7,7 +7,6 @@ over the devices that share a batch; `rate * alpha / batch size` is that of CIFA
 
 from ml_collections import ConfigDict
 
-from experiments.r2d2 import schedule
 from mlcollections_configs.r2d2 import embedded
 
 
@@ -25,7 +24,7 @@ def get_config() -> ConfigDict:
     epochs=60,
     batch_size=512,
     optimizer=sgd,
-    schedule=schedule((30, 38, 46, 54), (0.12, 0.12, 0.08, 0.04, 0.004)),
+    schedule=embedded.schedule((30, 38, 46, 54), (0.12, 0.12, 0.08, 0.04, 0.004)),
   )
   config.tuning = dict(epochs=20, batch_size=512, optimizer=sgd, schedule=dict(base=0.01))
   config.claims = embedded.claims()
