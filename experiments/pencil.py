@@ -31,8 +31,9 @@ import numpy as np
 from experiments.harness import launcher, results
 from experiments.harness.runs import Run, say
 from experiments.harness.supervised import Seen, Table
-from experiments.protocols import noisy_labels
-from experiments.protocols.noisy_labels import Cleaned, Sources
+from experiments.protocols import cleaned_labels, noisy_labels
+from experiments.protocols.cleaned_labels import Cleaned
+from experiments.protocols.noisy_labels import Sources
 from jaxlab import data, losses
 
 Array = jax.Array
@@ -129,8 +130,8 @@ def training(config: Settings, name: str) -> Run:
     learns = (seen.step >= own.start * steps) & (seen.step < own.end * steps)
     return {**seen.rows, 'logits': jnp.where(learns, moved, seen.rows['logits'])}
 
-  table = Table(noisy_labels.label_shapes(config), update)
-  watched = {'labels_correct': noisy_labels.correct_share} if config.data.noise else {}
+  table = Table(cleaned_labels.label_shapes(config), update)
+  watched = {'labels_correct': cleaned_labels.correct_share} if config.data.noise else {}
   decides = {'pencil': own, 'run': name}
   return noisy_labels.training_run(
     config, TITLES[name], loss=loss, table=table, watched=watched, decides=decides
@@ -186,7 +187,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     metrics = {**scores, 'fall': scores['best'] - scores['last'], **sources.facts}
     if name != 'ce':
       logits = jax.device_get(trained.state.extra['table']['logits'])
-      found = noisy_labels.cleaned(sources.given, logits)
+      found = cleaned_labels.cleaned(sources.given, logits)
       metrics |= {} if sources.true is None else {'label_accuracy': found.accuracy(sources.true)}
     lines.append(results.row(own.title, 'baseline' if name == 'ce' else 'method', metrics))
   marks = config.pencil.start, config.pencil.end
@@ -198,11 +199,11 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
 def report(config: Settings, sources: Sources, found: Cleaned, workdir: pathlib.Path) -> None:
   """Writes the corrected labels and their pictures."""
-  noisy_labels.write_cleaned(workdir, sources.train, found)
+  cleaned_labels.write_cleaned(workdir, sources.train, found)
   names = sources.train.class_names
   if not config.data.multi_label:
-    noisy_labels.draw_confusion(config, found, names, workdir / 'corrections.png')
-  noisy_labels.draw_suspicious(sources.train, found, workdir / 'suspicious.png')
+    cleaned_labels.draw_confusion(config, found, names, workdir / 'corrections.png')
+  cleaned_labels.draw_suspicious(sources.train, found, workdir / 'suspicious.png')
   changed = int(np.sum(found.label != found.given))
   say(f'{changed} of {found.given.size} labels are corrected: {workdir / "labels.csv"}')
 
