@@ -393,7 +393,9 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
         starts[start] = train(plan[start], folder=workdir / start, **given).variables
       revise = functools.partial(revised, config, own, sources)
       trained = train(plan[name], folder=workdir / name, start=starts[start], revise=revise)
-    histories[TITLES[name]] = trained.history
+    # Behind the warm-up, so that curves are over all supervised epochs.
+    before = 0 if name == 'ce' else config.warmup.epochs * noisy_labels.steps_per_epoch(config)
+    histories[TITLES[name]] = [{**line, 'step': line['step'] + before} for line in trained.history]
     judged = [line for line in trained.history if 'test' in line]
     scores = noisy_labels.scores(trained.history)
     metrics = {k: v for k, v in judged[-1].items() if k in METRICS}
