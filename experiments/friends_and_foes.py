@@ -161,11 +161,6 @@ def self_supervised(config: Settings) -> Run:
   )  # fmt: skip
 
 
-def features(config: Settings) -> str:
-  """Returns the pattern of all parameters but the classifier's."""
-  return f'(?!{"|".join(f"{path}/" for path in noisy_labels.head(config))}).*'
-
-
 def warm_up(config: Settings, own: Friends) -> Run:
   """Returns the warm-up of a variant."""
   decides = {'ssl': config.ssl if own.ssl else None}
@@ -174,7 +169,7 @@ def warm_up(config: Settings, own: Friends) -> Run:
     return noisy_labels.training_run(config, 'warm-up', recipe=recipe, decides=decides)
   run = noisy_labels.training_run(
     config, 'warm-up of the classifier', recipe=config.warmup, decides=decides,
-    frozen=(features(config),), options={'train': False}, repeats=True,
+    frozen=(noisy_labels.features(config),), options={'train': False}, repeats=True,
   )  # fmt: skip
   balanced = lambda source: data.ClassBalancedSampler(  # noqa: E731
     data.source_labels(source), seed=config.seed
@@ -212,7 +207,7 @@ def training(config: Settings, name: str) -> Run:
   title, own = VARIANTS[name]
   recipe = config.recipe
   if own.warmup == 'linear':
-    rates = ((features(config), config.correction.backbone_rate),)
+    rates = ((noisy_labels.features(config), config.correction.backbone_rate),)
     recipe = dataclasses.replace(
       recipe, optimizer=dataclasses.replace(recipe.optimizer, lr_multipliers=rates)
     )

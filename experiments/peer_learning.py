@@ -119,7 +119,7 @@ def training(config: Settings, name: str, step: str = 'whole') -> Run:
   decides = {**noisy_labels.decided(config), 'peer': own, 'loss': name}
   if step == 'classifier':
     keeps = network_pairs.classifier(config)
-    options |= {'frozen': network_pairs.frozen_features(config), 'best': keeps}
+    options |= {'frozen': (noisy_labels.features(config),), 'best': keeps}
     title, revise_at = f'{title}, classifiers', range(steps, num_steps, steps)
   elif config.classifier is not None:
     decides['start'] = training(config, name, 'classifier').identity

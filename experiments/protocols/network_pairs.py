@@ -251,12 +251,6 @@ def precision(lines: Sequence[Mapping[str, Any]]) -> float:
 METRICS = ('last', 'best', 'fall', 'better', 'disagreement', 'kept_correct')
 
 
-def frozen_features(config: Settings) -> tuple[str, ...]:
-  """Returns the patterns of all parameters of a network but its classifier's."""
-  heads = '|'.join(f'{path}/' for path in noisy_labels.head(config))
-  return (f'(?!{heads}).*',)
-
-
 def classifier(config: Settings) -> Callable[[Variables], PyTree]:
   """Returns `variables -> those that a training of the classifier alone changes`."""
   names = {path.split('/')[0] for path in noisy_labels.head(config)}

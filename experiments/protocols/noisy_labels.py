@@ -284,6 +284,11 @@ def head(config: Settings) -> tuple[str, ...]:
   return ('head',) if config.class_attention else models.anatomy(network(config)).head
 
 
+def features(config: Settings) -> str:
+  """Returns the pattern of all parameters of the network but the classifier's."""
+  return f'(?!{"|".join(f"{path}/" for path in head(config))}).*'
+
+
 def scores(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """Returns `last` and `best`, the test accuracy at the end and the best that a training passed, in %.
 

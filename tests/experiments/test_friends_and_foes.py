@@ -51,6 +51,12 @@ def test_training_records_have_both_kinds_of_noise_and_unequal_classes():
   assert len(found.test) == 351 and data.source_labels(found.test).max() == 6
 
 
+def test_classes_that_look_alike_are_left_out_of_ncifar():
+  config = launcher.load('friends_and_foes', 'ncifar10')
+  assert config.data.open.without == data.CIFAR100_LIKE_CIFAR10
+  assert config.data.size == data.exponential_counts(10, 5000, 10).sum()
+
+
 def test_the_warm_up_moves_the_classifier_alone():
   config = tiny_config()
   run = friends_and_foes.warm_up(config, Friends())
