@@ -6,6 +6,12 @@ from typing import Any
 import pytest
 
 
+def some(values: Sequence[Any], every: int) -> Iterator[Any]:
+  """Yields all values; all but each `every`-th are marked exhaustive."""
+  for index, value in enumerate(values):
+    yield pytest.param(value, marks=pytest.mark.exhaustive if index % every else ())
+
+
 def cells(
   rows: Sequence[Any], columns: Sequence[Any], every: int, always: Collection[Any] = ()
 ) -> Iterator[Any]:

@@ -8,7 +8,7 @@ import pytest
 import experiments
 
 NOTEBOOKS = sorted((pathlib.Path(experiments.__file__).parent / 'notebooks').glob('*.ipynb'))
-LONG = ('pretrain_on_few_images', 'why_does_my_transformer_not_quantize')
+LONG = ('few_images', 'pretrain_on_few_images', 'why_does_my_transformer_not_quantize')
 
 
 def install_cells(notebook):
