@@ -11,6 +11,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -273,8 +274,10 @@ def _opened(value: Any) -> Any:
   return _copied(value)
 
 
-def _hints(cls: type) -> dict[str, Any]:
-  return {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+  hints = typing.get_type_hints(cls)
+  return types.MappingProxyType({f.name: hints[f.name] for f in dataclasses.fields(cls)})
 
 
 def _fill(cls: type[T], values: Mapping[str, Any], path: str, problems: list[str]) -> T | None:
