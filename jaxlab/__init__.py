@@ -1,7 +1,7 @@
 """jaxlab: research methods as pure functions for JAX and Flax.
 
-`from jaxlab import losses, quantizers, models, classifiers, evaluation, localization, pruning, data,
-parallel, training`. Rooms load when they are first used.
+`from jaxlab import losses, quantizers, models, classifiers, compression, evaluation, localization,
+data, parallel, training`. Rooms load when they are first used.
 
 **Values that are not finite** are never turned into a plausible number. One rule for all rooms:
 
@@ -21,13 +21,13 @@ __version__ = '0.1.0'
 
 _ROOMS = (
   'classifiers',
+  'compression',
   'data',
   'evaluation',
   'localization',
   'losses',
   'models',
   'parallel',
-  'pruning',
   'quantizers',
   'training',
 )

@@ -7,13 +7,13 @@ import pytest
 
 from jaxlab import (
   classifiers,
+  compression,
   data,
   evaluation,
   localization,
   losses,
   models,
   parallel,
-  pruning,
   quantizers,
   training,
 )
@@ -21,13 +21,13 @@ from jaxlab import (
 ROOMS = (
   *(
     classifiers,
+    compression,
     data,
     evaluation,
     localization,
     losses,
     models,
     parallel,
-    pruning,
     quantizers,
     quantizers.compensation,
   ),
@@ -37,7 +37,7 @@ ROOMS = (
 PROGRAM = """
 import sys
 from jaxlab import classifiers, data, evaluation, localization, losses, models, parallel, quantizers
-from jaxlab import pruning, training
+from jaxlab import compression, training
 heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'grain', 'torch', 'PIL'}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge

@@ -17,7 +17,6 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike
 
-from jaxlab.losses._arguments import require_no_nan
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.heads import MLPHead
 from jaxlab.models.initializers import torch_default, torch_default_bias
@@ -82,7 +81,10 @@ def expand_subspaces(x: ArrayLike, index: ArrayLike, patch: int = 3) -> Array:
   """
   if jnp.ndim(x) != 2:
     raise ValueError(f'x must be [batch, dim], got shape {jnp.shape(x)}.')
-  require_no_nan(x=x)
+  if is_concrete(x) and (wrong := np.isnan(np.asarray(x)).any(1)).any():
+    raise ValueError(
+      f'x {jnp.shape(x)}: {wrong.sum()} rows hold NaN, the first is row {int(np.argmax(wrong))}.'
+    )
   x = jnp.asarray(x)
   x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
   area = patch * patch

@@ -69,10 +69,9 @@ def read_rows(table: PyTree, index: ArrayLike) -> PyTree:
   """Returns the rows at `index`, int `[batch]`, of all arrays of a table.
 
   Raises:
-    ValueError: if (concrete) an index is outside of the table.
+    ValueError: if the index is no integer vector, or (concrete) outside of the table.
   """
-  _require_index(table, index)
-  index = jnp.asarray(index)
+  index = _index(table, index)
   return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], table)
 
 
@@ -88,14 +87,16 @@ def write_rows(
     where: bool `[batch]`, which are written; None: all.
 
   Raises:
-    ValueError: if (concrete) an index is outside of the table, or comes twice.
+    ValueError: if rows are not of the table's structure and shapes, the index is no integer vector, or
+      (concrete) an index is outside of the table, or comes twice.
 
   Examples:
     >>> write_rows(jnp.zeros(4), jnp.array([2, 0]), jnp.array([5.0, 6.0])).tolist()
     [6.0, 0.0, 5.0, 0.0]
   """
-  _require_index(table, index)
+  index = _index(table, index)
   _require_distinct(index, where)
+  _require_rows(table, index, rows)
   at = _places(table, index, where)
   return jax.tree.map(
     lambda leaf, own: _set(jnp.asarray(leaf), at, own),
@@ -121,12 +122,14 @@ def step_rows(
     where: bool `[batch]`, which are updated; None: all.
 
   Raises:
-    ValueError: if (concrete) an index is outside of the table, or comes twice.
+    ValueError: as `write_rows`.
 
   Examples:
     >>> step_rows(jnp.ones((3, 1)), jnp.array([1]), jnp.array([[2.0]]), 0.25).tolist()
     [[1.0], [0.5], [1.0]]
   """
+  index = _index(table, index)
+  _require_rows(table, index, gradients)
   rows = jax.tree.map(lambda row, own: row - rate * own, read_rows(table, index), gradients)
   return write_rows(table, index, rows, where)
 
@@ -141,13 +144,29 @@ def _places(table: PyTree, index: ArrayLike, where: ArrayLike | None) -> jax.Arr
   return jnp.asarray(index) if where is None else jnp.where(jnp.asarray(where), index, size)
 
 
-def _require_index(table: PyTree, index: ArrayLike) -> None:
-  if is_concrete(index) and np.size(index):
-    size, values = jax.tree.leaves(table)[0].shape[0], np.asarray(index)
+def _require_rows(table: PyTree, index: ArrayLike, rows: PyTree) -> None:
+  """Raises ValueError unless `rows` hold a row of every array of the table for each index."""
+  wanted = jax.tree.map(lambda leaf: (*jnp.shape(index), *jnp.shape(leaf)[1:]), table)
+  given = jax.tree.map(jnp.shape, rows)
+  if wanted != given:
+    raise ValueError(f'rows of shapes {wanted} are wanted by this table and index, got {given}.')
+
+
+def _index(table: PyTree, index: ArrayLike) -> jax.Array:
+  """Returns the index as an array; raises ValueError unless it is a vector of rows of the table."""
+  sizes = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(table)}
+  if len(sizes) != 1:
+    raise ValueError(f'the arrays of a table have one number of rows, got {sorted(sizes)}.')
+  index = jnp.asarray(index)
+  if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+    raise ValueError(f'index must be integers [batch], got {index.dtype} {index.shape}.')
+  if is_concrete(index) and index.size:
+    size, values = sizes.pop(), np.asarray(index)
     if values.min() < 0 or values.max() >= size:
       raise ValueError(
         f'index must lie in 0 to {size - 1}, the rows of the table, got {values.min()} to {values.max()}.'
       )
+  return index
 
 
 def _require_distinct(index: ArrayLike, where: ArrayLike | None) -> None:

@@ -4,10 +4,6 @@ A small convolutional network. The pseudo-labels' step of 0.78 on the difference
 parts of a batch and the order of stages are the paper's; lengths and learning rates are made for small data.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
-
 from ml_collections import ConfigDict
 
 
@@ -65,9 +61,9 @@ def claims() -> tuple[dict, ...]:
   )  # fmt: skip
 
 
-def schedule(milestones: Sequence[int], rates: Sequence[float]) -> dict[str, Any]:
+def schedule(milestones: tuple[int, ...], rates: tuple[float, ...]) -> dict:
   """Returns the fields of a learning rate of steps: the first of `rates`, the next from each milestone on."""
-  factors = tuple(new / old for old, new in pairwise(rates))
+  factors = tuple(rates[i] / rates[i - 1] for i in range(1, len(rates)))
   return {
-    'name': 'multistep', 'base': rates[0], 'milestones': tuple(milestones), 'factor': factors
+    'name': 'multistep', 'base': rates[0], 'milestones': milestones, 'factor': factors
   }  # fmt: skip

@@ -74,6 +74,11 @@ def test_a_step_costs_the_rows_of_its_batch_and_not_those_of_the_table():
     (lambda table: training.read_rows(table, [6]), 'index must lie in 0 to 5'),
     (lambda table: training.write_rows(table, [1, 1], table[:2]), 'holds a row twice'),
     (lambda table: training.step_rows(table, [-1], table[:1], 1.0), 'got -1 to -1'),
+    (lambda table: training.write_rows(table, [0, 1], table[:2, :1]), r'\(2, 2\) are wanted'),
+    (lambda table: training.step_rows(table, [0, 1], table[:3], 1.0), r'got \(3, 2\)'),
+    (lambda table: training.write_rows({'a': table}, [0], {'b': table[:1]}), "got {'b'"),
+    (lambda table: training.read_rows(table, [0.0, 1.0]), 'index must be integers'),
+    (lambda table: training.read_rows({'a': table, 'b': table[:4]}, [0]), r'got \[4, 6\]'),
   ],
 )
 def test_rows_that_are_not_there_are_refused(call, message):

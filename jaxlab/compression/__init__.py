@@ -1,5 +1,5 @@
 """Making a trained network small: which channels stay, by scores of all of them."""
 
-from jaxlab.pruning.ranking import global_ranking
+from jaxlab.compression.ranking import global_ranking
 
 __all__ = ['global_ranking']

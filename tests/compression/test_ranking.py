@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from golden_vectors import golden
 
-from jaxlab.pruning import global_ranking
+from jaxlab.compression import global_ranking
 
 
 @golden('curl', 'global_ranking')
