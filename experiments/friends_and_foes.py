@@ -22,7 +22,7 @@ it may show no class at all. Yardstick: the mean of the classes' recalls at the 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -38,10 +38,16 @@ from experiments.harness.sections import Recipe
 from experiments.harness.settings import section
 from experiments.harness.supervised import Seen, Table
 from experiments.harness.tasks import ImageTask
-from experiments.protocols import noisy_labels, pretraining, siamese, siamese_methods
+from experiments.protocols import (
+  noisy_labels,
+  pretraining,
+  selected_labels,
+  siamese,
+  siamese_methods,
+)
 from experiments.protocols.noisy_labels import Sources
 from experiments.protocols.siamese_methods import Heads, Momentum
-from jaxlab import classifiers, data, evaluation, losses
+from jaxlab import classifiers, data, losses
 from jaxlab.training import TrainState, map_batches, pad_rows
 
 Array = jax.Array
@@ -77,8 +83,6 @@ VARIANTS: dict[str, tuple[str, Friends]] = {
   'no_correction': ('without correction', Friends(correct=False)),
 }
 TITLES = {'ce': 'CE', **{name: title for name, (title, _) in VARIANTS.items()}}
-# Rows of what becomes of the training examples under F&F.
-KINDS = {'clean': 'clean labels', 'closed': 'closed noise', 'open': 'open noise'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,7 +305,7 @@ def check(config: Settings) -> Iterator[str]:
   if config.data.multi_label:
     yield 'data.multi_label: expected one label an image.'
   yield from noisy_labels.check_recipe(config, config.warmup, 'warmup')
-  rows = [*TITLES.values(), *(f'F&F, {kind}' for kind in KINDS.values())]
+  rows = [*TITLES.values(), *(f'F&F, {kind}' for kind in selected_labels.KINDS.values())]
   yield from results.check_claims(config, rows, METRICS)
   if unknown := [name for name in config.runs if name not in TITLES]:
     yield f'runs: {unknown} are none of {", ".join(TITLES)}.'
@@ -346,36 +350,10 @@ def start_name(config: Settings, own: Friends) -> str:
   return f'warmup_{own.warmup}' + ('_ssl' if own.ssl and config.ssl is not None else '')
 
 
-def evaluated(config: Settings, test: data.Source) -> Callable[[Variables], dict[str, float]]:
-  """Returns `variables -> yardsticks` on the test records in %; `test` is the mean recall."""
-  model, labels = noisy_labels.network(config), data.source_labels(test)
-
-  def evaluate(variables: Variables) -> dict[str, float]:
-    predicted = map_batches(
-      functools.partial(predictions, variables, model=model, task=config.task),
-      test,
-      batch_size=config.eval_batch_size,
-      mesh=config.mesh.make(),
-      **harness_data.reading(config.data, 'test'),
-    )
-    found = evaluation.imbalanced_metrics(predicted, labels, config.data.num_classes)
-    return {'test': 100 * found['macro_recall'], **{k: 100 * v for k, v in found.items()}}
-
-  return evaluate
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'task'))
-def predictions(
-  variables: Variables, batch: Mapping[str, Array], *, model: nn.Module, task: ImageTask
-) -> Array:
-  """Returns the predicted class of each record."""
-  return jnp.argmax(model.apply(variables, task.inputs(batch), train=False), -1)
-
-
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains each row, and looks at what became of the training examples."""
   sources, plan = noisy_labels.load(config), programs(config)
-  evaluate, starts, histories, lines = evaluated(config, sources.test), {}, {}, []
+  evaluate, starts, histories, lines = selected_labels.recalls(config, sources.test), {}, {}, []
   train = functools.partial(noisy_labels.train, config, sources=sources, evaluate=evaluate)
   for name in config.runs:
     if name == 'ce':
@@ -398,12 +376,15 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     kinds = {}
     if name != 'ce' and sources.true is not None:
       table = jax.device_get(trained.state.extra['table'])
-      metrics |= outcome(table, sources)
-      kinds = dropped(table, sources)
+      metrics |= selected_labels.right(table, sources)
+      kinds = selected_labels.left_out(table, sources)
     role = 'method' if name == 'ff' else 'baseline' if name == 'ce' else 'reference'
     lines.append(results.row(TITLES[name], role, metrics))
     if name == 'ff':
-      rows = [(f'F&F, {KINDS[kind]}', 'reference', {'dropped': v}) for kind, v in kinds.items()]
+      rows = [
+        (f'F&F, {selected_labels.KINDS[kind]}', 'reference', {'dropped': v})
+        for kind, v in kinds.items()
+      ]
       lines += [results.row(*row) for row in rows]
   panels = (('test', 'mean recall of the classes (%)', 1),)
   noisy_labels.draw_curves(config, histories, workdir / 'recall_over_epochs.png', panels=panels)
@@ -420,24 +401,6 @@ def self_supervised_start(
   pretraining.say_collapse('SimSiam', trained.history)
   backbone = siamese.backbone_variables(trained.variables)
   return {'start': backbone, 'fresh': [f'{path}/.*' for path in noisy_labels.head(config)]}
-
-
-def outcome(table: Mapping[str, np.ndarray], sources: Sources) -> dict[str, float]:
-  """Returns the shares of right labels in % among kept examples and, if there are any, corrected ones."""
-  rows = {name: leaf[: len(sources.given)] for name, leaf in table.items()}
-  right = rows['label'] == sources.true
-  found = {'kept_right': 100 * float(np.mean(right[rows['keep']]))}
-  if rows['corrected'].any():
-    found['corrected_right'] = 100 * float(np.mean(right[rows['corrected']]))
-  return found
-
-
-def dropped(table: Mapping[str, np.ndarray], sources: Sources) -> dict[str, float]:
-  """Returns the share of examples that are left out, in %, of each kind that there is, see `KINDS`."""
-  left_out = ~table['keep'][: len(sources.given)]
-  is_open, right = sources.true == -1, sources.true == sources.given
-  kinds = {'clean': right, 'closed': ~right & ~is_open, 'open': is_open}
-  return {kind: 100 * float(np.mean(left_out[own])) for kind, own in kinds.items() if own.any()}
 
 
 if __name__ == '__main__':

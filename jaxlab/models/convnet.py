@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from jaxlab.models.initializers import Initializer, torch_default, torch_default_bias
 from jaxlab.models.intercept import HookPoint
+from jaxlab.models.mlp import linear_layers
 from jaxlab.models.normalization import BatchNorm
 from jaxlab.models.resnet import check_images, square_conv
 
@@ -82,12 +83,4 @@ class ConvNet(nn.Module):
         x = nn.max_pool(x, (side, side), (side, side))
       x = HookPoint(name=f'pool{index}')(x)
     x = x.reshape(len(x), -1)
-    for index, units in enumerate(self.hidden):
-      x = HookPoint(name=f'relu{index}')(nn.relu(self._dense(units, f'fc{index}', x)))
-    return x if self.num_classes is None else self._dense(self.num_classes, 'fc', x)
-
-  def _dense(self, features: int, name: str, x: Array) -> Array:
-    bias_init = torch_default_bias(x.shape[-1])
-    return nn.Dense(
-      features, kernel_init=self.kernel_init, bias_init=bias_init, dtype=self.dtype, name=name
-    )(x)
+    return linear_layers(x, self.hidden, self.num_classes, self.kernel_init, self.dtype)

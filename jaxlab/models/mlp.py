@@ -49,12 +49,26 @@ class MLP(nn.Module):
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(f'MLP: inputs must be floats [batch, ...], got {x.dtype} {x.shape}.')
     x = x.reshape(len(x), -1)
-    for index, features in enumerate(self.hidden):
-      x = HookPoint(name=f'relu{index}')(nn.relu(self._dense(features, f'fc{index}', x)))
-    return x if self.num_classes is None else self._dense(self.num_classes, 'fc', x)
+    return linear_layers(x, self.hidden, self.num_classes, self.kernel_init, self.dtype)
 
-  def _dense(self, features: int, name: str, x: Array) -> Array:
+
+def linear_layers(
+  x: Array,
+  hidden: Sequence[int],
+  num_classes: int | None,
+  kernel_init: Initializer,
+  dtype: Any = None,
+) -> Array:
+  """Returns linear layers with ReLUs between over `[batch, dim]`, children of the module that calls this.
+
+  Hidden layer i is `fc{i}` with hook point `relu{i}`, the classifier, unless `num_classes` is None, `fc`.
+  """
+
+  def dense(features: int, name: str, x: Array) -> Array:
     bias_init = torch_default_bias(x.shape[-1])
-    return nn.Dense(
-      features, kernel_init=self.kernel_init, bias_init=bias_init, dtype=self.dtype, name=name
-    )(x)
+    layer = nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype, name=name)
+    return layer(x)
+
+  for index, features in enumerate(hidden):
+    x = HookPoint(name=f'relu{index}')(nn.relu(dense(features, f'fc{index}', x)))
+  return x if num_classes is None else dense(num_classes, 'fc', x)

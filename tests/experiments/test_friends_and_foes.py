@@ -9,7 +9,7 @@ from experiments import friends_and_foes
 from experiments.friends_and_foes import Friends
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
-from experiments.protocols import noisy_labels
+from experiments.protocols import noisy_labels, selected_labels
 from jaxlab import data, losses
 
 TINY = (
@@ -139,8 +139,8 @@ def test_shares_are_of_each_kind_of_label():
     'label': np.array([0, 1, 1, 1, 2, 0]),
     'corrected': np.array([False, True, False, False, True, True]),
   }
-  assert friends_and_foes.dropped(table, given) == {'clean': 0, 'closed': 0, 'open': 50}
-  assert friends_and_foes.outcome(table, given) == {'kept_right': 75, 'corrected_right': 50}
+  assert selected_labels.left_out(table, given) == {'clean': 0, 'closed': 0, 'open': 50}
+  assert selected_labels.right(table, given) == {'kept_right': 75, 'corrected_right': 50}
 
 
 def test_a_run_filters_before_every_epoch_and_leaves_rows_and_a_picture(tmp_path, monkeypatch):
