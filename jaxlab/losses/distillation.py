@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import (
   accumulated,
+  require_not_negative,
   require_positive,
   require_same_shape,
   require_share,
@@ -65,10 +66,14 @@ def mixup_distillation_loss(
   *,
   temperature: ArrayLike = 2.0,
   weight: ArrayLike = 0.7,
+  label_weight: ArrayLike | None = None,
 ) -> jax.Array:
-  """Distillation next to the cross-entropies of a mixed image's two labels, of each example (CURL).
+  """Distillation next to the cross-entropies of a mixed image's two labels, of each example (CURL, UP-ViTs).
 
-    weight * distillation_loss + (1 - weight) (share CE(label) + (1 - share) CE(partner's label))
+    weight * distillation_loss + label_weight (share CE(label) + (1 - share) CE(partner's label))
+
+  CURL's label weight is `1 - weight`. UP-ViTs take 1, and 0.2 times the sum of the divergences over the 32
+  images of a device: as a mean over images the weight of distillation is 0.2 * 32, at temperature 1.
 
   Args:
     student_logits: of mixed images, `[..., num_classes]`.
@@ -77,7 +82,8 @@ def mixup_distillation_loss(
     partner_labels: integers `[...]`, of those that were mixed in.
     share: of the first, in [0, 1].
     temperature: see `distillation_loss`.
-    weight: share of the distillation, in [0, 1].
+    weight: of the distillation, in [0, 1] if there is no weight of the labels.
+    label_weight: of the labels; None: `1 - weight`.
 
   Returns:
     `[...]`, float32 or wider.
@@ -87,18 +93,23 @@ def mixup_distillation_loss(
 
   References:
     Luo & Wu, Neural Network Pruning with Residual-Connections and Limited-Data, CVPR 2020
-    (https://arxiv.org/abs/1911.08114), section on limited data.
+    (https://arxiv.org/abs/1911.08114), section on limited data. Yu & Wu, A Unified Pruning Framework for
+    Vision Transformers, 2023 (https://arxiv.org/abs/2111.15127), the official code.
 
   Examples:
     >>> z, labels = jnp.zeros((1, 2)), jnp.array([0])
     >>> round(float(mixup_distillation_loss(z, z, labels, 1 - labels, 0.6)[0]), 4)
     0.2079
   """
-  require_share(share=share, weight=weight)
+  require_share(share=share)
+  if label_weight is None:
+    require_share(weight=weight)
+    label_weight = 1 - weight
+  require_not_negative(weight=weight, label_weight=label_weight)
   told = distillation_loss(student_logits, teacher_logits, temperature)
   first = cross_entropy(student_logits, labels)
   second = cross_entropy(student_logits, partner_labels)
-  return weight * told + (1 - weight) * (share * first + (1 - share) * second)
+  return weight * told + label_weight * (share * first + (1 - share) * second)
 
 
 def flatten_distribution(

@@ -5,7 +5,12 @@ nothing is lost, and goes on where it was left.
 """
 
 from jaxlab.training.accumulate import accumulate_gradients
-from jaxlab.training.averaging import average_pytrees, running_average, warm_decay
+from jaxlab.training.averaging import (
+  average_pytrees,
+  running_average,
+  warm_decay,
+  warm_decay_per_epoch,
+)
 from jaxlab.training.batch_statistics import recompute_batch_stats
 from jaxlab.training.checkpoints import Checkpoints
 from jaxlab.training.colinearity_decay import (
@@ -77,5 +82,6 @@ __all__ = [
   'step_keys',
   'step_rows',
   'warm_decay',
+  'warm_decay_per_epoch',
   'write_rows',
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,41 @@ def warm_decay(decay: ArrayLike, count: ArrayLike) -> jax.Array:
   """
   count = jnp.asarray(count, jnp.result_type(float))
   return jnp.minimum(decay, (1 + count) / (10 + count))
+
+
+def warm_decay_per_epoch(decay: float, steps_per_epoch: int) -> Callable[[ArrayLike], jax.Array]:
+  """Returns the share that a moving average keeps behind a step, where it is updated once an epoch.
+
+  Behind the last step of the n-th epoch `warm_decay(decay, n)`, behind any other step 1: it stays.
+
+  Args:
+    decay: see `warm_decay`.
+    steps_per_epoch: optimizer steps.
+
+  Returns:
+    A function of the number of finished steps, which may be traced.
+
+  Raises:
+    ValueError: for a share out of range or an epoch without steps.
+
+  References:
+    Yu & Wu, A Unified Pruning Framework for Vision Transformers, 2023 (https://arxiv.org/abs/2111.15127), the
+    official code.
+
+  >>> share = warm_decay_per_epoch(0.999, 4)
+  >>> [round(float(share(step)), 4) for step in (3, 4, 5, 8)]
+  [1.0, 0.1818, 1.0, 0.25]
+  """
+  if not 0 <= decay <= 1 or steps_per_epoch < 1:
+    raise ValueError(
+      f'decay={decay}, steps_per_epoch={steps_per_epoch}: expected a share in [0, 1], and at least 1.'
+    )
+
+  def share(step: ArrayLike) -> jax.Array:
+    count, rest = jnp.divmod(jnp.asarray(step), steps_per_epoch)
+    return jnp.where(rest == 0, warm_decay(decay, jnp.maximum(count, 1)), 1.0)
+
+  return share
 
 
 def _averaged(leaf: ArrayLike) -> bool:

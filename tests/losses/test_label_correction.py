@@ -114,6 +114,24 @@ def test_distillation_of_mixed_images_agrees_with_official_code(vectors):
   assert_close(gradient, vectors['grad_student_logits'], 2e-5)
 
 
+@golden('up_vits', 'finetune_pieces')
+def test_the_sum_of_divergences_is_a_weight_of_their_mean(vectors):
+  size = len(vectors['in_labels'])
+  given = vectors['in_labels'], vectors['out_labels_b'], vectors['out_lambda']
+
+  def loss(logits, weight, label_weight):
+    options = {'temperature': 1.0, 'weight': weight, 'label_weight': label_weight}
+    told = losses.mixup_distillation_loss(logits, vectors['in_teacher_logits'], *given, **options)
+    return jnp.mean(told)
+
+  (logits,) = float32(vectors['in_student_logits'])
+  assert_close(loss(logits, 0.0, 1.0), vectors['out_ce'])
+  assert_close(loss(logits, size, 0.0), vectors['out_kl_sum'])
+  value, gradient = jax.jit(jax.value_and_grad(loss))(logits, 0.2 * size, 1.0)
+  assert_close(value, vectors['out_total'])
+  assert_close(gradient, vectors['grad_student_logits'], 2e-5)
+
+
 def test_where_the_gradient_vanishes_pseudo_labels_are_a_power_of_predictions():
   pseudo_logits = jnp.array([[2.0, 0.5, -1.0, 0.0]])
   gradient = jax.jit(jax.grad(lambda z: jnp.mean(losses.d2_loss(z, pseudo_logits, 0.1, 0.03))))

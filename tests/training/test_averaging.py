@@ -5,7 +5,12 @@ import optax
 import pytest
 from golden_vectors import assert_close, golden
 
-from jaxlab.training.averaging import average_pytrees, running_average, warm_decay
+from jaxlab.training.averaging import (
+  average_pytrees,
+  running_average,
+  warm_decay,
+  warm_decay_per_epoch,
+)
 
 
 def unstacked(vectors, dtype):
@@ -22,6 +27,24 @@ def test_a_moving_average_with_warm_decay_agrees_with_official_code(vectors):
     average = optax.incremental_update(new, average, 1 - share)
     found.append(average)
   assert_close(jnp.stack(found), vectors['out_shadow_sequence'], 5e-6)
+
+
+@golden('up_vits', 'finetune_pieces')
+def test_an_average_that_moves_once_an_epoch_agrees_with_official_code(vectors):
+  average, found = jnp.asarray(vectors['in_ema_initial']), []
+  share = warm_decay_per_epoch(vectors.param('ema_decay'), 4)
+  for step in range(1, 4 * len(vectors['in_ema_values']) + 1):
+    new = vectors['in_ema_values'][(step - 1) // 4]
+    average = optax.incremental_update(new, average, 1 - share(step))
+    found.append(average)
+  assert_close(jnp.stack(found[3::4]), vectors['out_ema'], 5e-6)
+  assert_close(found[6], vectors['out_ema'][0], 5e-6)
+
+
+def test_an_average_by_epochs_needs_a_share_and_steps():
+  for decay, steps in ((1.1, 4), (0.9, 0)):
+    with pytest.raises(ValueError, match=f'decay={decay}, steps_per_epoch={steps}'):
+      warm_decay_per_epoch(decay, steps)
 
 
 @golden('btm', 'merge_weights')

@@ -29,6 +29,13 @@ def test_a_displaced_cosine_agrees_with_official_code(vectors, rtol):
   assert_close(values(rate, epochs * steps), vectors['out_lr'], rtol)
 
 
+@golden('up_vits', 'finetune_pieces')
+def test_the_displaced_cosine_is_that_of_another_official_code_too(vectors, rtol):
+  base, epochs, steps = (vectors.param(name) for name in ('base_lr', 'epochs', 'steps_per_epoch'))
+  rate = schedules.displaced_cosine(base, epochs, steps, 2)
+  assert_close(values(rate, epochs * steps), vectors['out_lr'], rtol)
+
+
 @golden('r2d2', 'stage1_lr')
 def test_a_cosine_that_is_cut_off_agrees_with_official_code(vectors, rtol):
   # The code changes it every step, by the epoch as a fraction.

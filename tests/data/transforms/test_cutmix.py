@@ -20,6 +20,20 @@ def test_mixed_images_and_share_agree_with_official_code(vectors):
   np.testing.assert_array_equal(vectors['in_labels'][vectors['in_perm']], vectors['out_labels_b'])
 
 
+@golden('up_vits', 'finetune_pieces')
+def test_a_box_and_its_mixture_agree_with_official_code(vectors):
+  images = vectors['in_images_nchw'].transpose(0, 2, 3, 1)
+  x0, y0, x1, y1 = vectors.param('box')
+  corners = jnp.array([x0, y0, x1 - x0, y1 - y0])
+  # The center that was drawn is not stored; of an inner box the middle is one that gives it.
+  center = jnp.array([(x0 + x1) // 2, (y0 + y1) // 2])
+  box, share = data.cutmix_box(vectors.param('lambda_sampled'), center, images.shape[1:3])
+  np.testing.assert_array_equal(box, corners)
+  assert_close(share, vectors['out_lambda'], 1e-6)
+  mixed = data.paste_box(images, images[vectors['in_permutation']], box)
+  assert_close(mixed, vectors['out_mixed_images_nchw'].transpose(0, 2, 3, 1), 1e-6)
+
+
 @golden('idmm', 'mixed_instance_loss')
 def test_the_loss_of_mixtures_agrees_with_official_code(vectors):
   a, b, share = vectors['in_labels_a'], vectors['in_labels_b'], vectors.param('lambda')
