@@ -5,6 +5,8 @@ hidden neurons a part is kept, gives all between them. Host code in float64: whe
 blocks, float32 would round up to one block more.
 """
 
+from __future__ import annotations
+
 import math
 import warnings
 from typing import Literal, NamedTuple

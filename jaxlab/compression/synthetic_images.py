@@ -4,6 +4,8 @@ DeepInversion (Yin et al. 2020, arXiv 1912.08795) without its term of batch norm
 Such images judge what is made of a network where there are too few real ones to judge by.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
