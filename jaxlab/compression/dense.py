@@ -141,8 +141,8 @@ def dense_structure(
     Zhang et al., Dense Vision Transformer Compression with Few Samples, CVPR 2024
     (https://arxiv.org/abs/2403.18708), the official code, which refuses what is clipped here.
 
-  >>> dense_structure(25.0, BlockMacs(4.0, 6.0), 12)
-  DenseStructure(num_blocks=3, drop_ratio=0.7222222222222224)
+  >>> dense_structure(21.0, BlockMacs(4.0, 6.0), 12)
+  DenseStructure(num_blocks=3, drop_ratio=0.5)
   """
   whole = macs.attention + macs.mlp
   if not 0 < removed <= depth * whole * (1 + 1e-9):
