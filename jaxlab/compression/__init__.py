@@ -1,5 +1,13 @@
-"""Making a trained network small: which channels stay, by scores of all of them."""
+"""Making a trained network small.
 
+`structure(model)` tells which channels shrink together and which parts can be left out; `plan` says what
+stays, as data; `masked_apply` computes what would be left, at the shapes of the whole network, and
+`slice_network` makes the smaller one; `removal_scores` and `kernel_norms` say what matters.
+"""
+
+from jaxlab.compression import convolutional as _convolutional
+from jaxlab.compression import transformers as _transformers
+from jaxlab.compression.costs import multiply_accumulates, num_parameters, paired_latency
 from jaxlab.compression.dense import (
   BlockMacs,
   DenseStructure,
@@ -9,8 +17,12 @@ from jaxlab.compression.dense import (
   kept_neurons,
   vit_macs,
 )
+from jaxlab.compression.plan import Plan, compose, plan, renamed
 from jaxlab.compression.ranking import global_ranking
+from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
 from jaxlab.compression.selection import highest_channels, highest_channels_by_head
+from jaxlab.compression.slicing import mask_variables, masked_apply, masks, slice_network
+from jaxlab.compression.structure import Cut, Group, Structure, describe, shrunk, structure
 from jaxlab.compression.synthetic_images import (
   distinct_labels,
   require_recognized,
@@ -18,18 +30,40 @@ from jaxlab.compression.synthetic_images import (
   variation,
 )
 
+del _convolutional, _transformers
+
 __all__ = [
   'BlockMacs',
+  'Cut',
   'DenseStructure',
+  'Group',
+  'Plan',
+  'Structure',
   'block_macs',
+  'compose',
   'dense_structure',
+  'describe',
   'distinct_labels',
   'global_ranking',
   'highest_channels',
   'highest_channels_by_head',
   'kept_hidden',
   'kept_neurons',
+  'kernel_norms',
+  'mask_variables',
+  'masked_apply',
+  'masks',
+  'multiply_accumulates',
+  'num_parameters',
+  'paired_latency',
+  'plan',
+  'prediction_divergence',
+  'removal_scores',
+  'renamed',
   'require_recognized',
+  'shrunk',
+  'slice_network',
+  'structure',
   'synthesize',
   'variation',
   'vit_macs',

@@ -40,7 +40,7 @@ from jaxlab.models.llama import Llama
 from jaxlab.models.mlp import MLP
 from jaxlab.models.mobilenetv2 import MobileNetV2
 from jaxlab.models.pvt import PVT
-from jaxlab.models.resnet import BLOCKS, BasicBlock, Bottleneck, ResNet
+from jaxlab.models.resnet import BasicBlock, Bottleneck, ResNet
 from jaxlab.models.shake_shake import ShakeShake
 from jaxlab.models.siamese import Encoder
 from jaxlab.models.swin import Swin
@@ -87,13 +87,12 @@ def _describe(model: nn.Module) -> Anatomy:
 
 @_describe.register
 def _resnet(model: ResNet) -> Anatomy:
-  block = BLOCKS[model.block] if isinstance(model.block, str) else model.block
+  block = model.block_class
   if not (isinstance(block, type) and issubclass(block, BasicBlock | Bottleneck)):
     raise ValueError(
       f'The parts of a ResNet with block={block!r} are not known: name them by an Anatomy.'
     )
   layers = (1, 2, 3) if issubclass(block, Bottleneck) else (1, 2)
-  widths = model.widths or [model.width * 2**stage for stage in range(len(model.stage_sizes))]
   stems = {'deep': ('conv1_0', 'conv1_3', 'conv1_6'), 'identity': ()}
   stem = stems.get(model.stem, ('conv1',))
   after = {'deep': ('conv1_1', 'conv1_4', 'bn1'), 'identity': ()}.get(model.stem, ('bn1',))
@@ -104,8 +103,10 @@ def _resnet(model: ResNet) -> Anatomy:
   for stage, size in enumerate(model.stage_sizes):
     for index in range(size):
       path = f'layer{stage + 1}_{index}'
-      features = widths[stage] * block.expansion
+      features = model.stage_widths[stage]
       same = channels == features and (index > 0 or model.strides[stage] == 1)
+      if model.projections and index == 0:
+        same = not model.projections[stage]
       branch = Branch('conv', tuple(f'{path}/conv{i}' for i in layers), f'{path}/bn{layers[-1]}')
       norms += [Norm(f'{path}/bn{i}', f'{path}/conv{i}') for i in layers]
       projection = () if same or model.shortcut == 'pad' else (f'{path}/downsample_{down}',)
@@ -170,6 +171,8 @@ def _mobilenetv2(model: MobileNetV2) -> Anatomy:
     for index in range(size):
       path = f'blocks_{stage}_{index}'
       same = channels == model.widths[stage] and (index > 0 or model.strides[stage] == 1)
+      if model.shortcuts and index == 0:
+        same = model.shortcuts[stage]
       layers = tuple(f'{path}/{name}' for name in (*inner, *squeeze, last))
       normed = enumerate((*inner, last))
       own = [Norm(f'{path}/bn{i + 1}', f'{path}/{layer}') for i, layer in normed]
@@ -236,7 +239,26 @@ _LLAMA_BLOCK = (
 )
 
 
-def _split(made: Iterable[tuple[Block, tuple[Norm, Norm]]]) -> tuple[tuple[Block, ...], list[Norm]]:
+def _present(
+  made: Iterable[tuple[Block, tuple[Norm, ...]]],
+  attention_widths: Iterable[int] | None,
+  hidden_widths: Iterable[int] | None,
+) -> list[tuple[Block, tuple[Norm, ...]]]:
+  """Returns blocks and norms without the branches that have no channels."""
+  made = list(made)
+  widths = zip(attention_widths or [1] * len(made), hidden_widths or [1] * len(made), strict=True)
+  found = []
+  for (block, norms), sizes in zip(made, widths, strict=not made or made[0][0].stacked is None):
+    gone = [f'{block.path}/{name}' for name, size in zip(('norm1', 'norm2'), sizes) if not size]
+    if not sizes[0]:
+      gone.append(f'{block.path}/attention/norm')
+    branches = tuple(own for own, size in zip(block.branches, sizes, strict=True) if size)
+    kept = tuple(norm for norm in norms if norm.path not in gone)
+    found.append((dataclasses.replace(block, branches=branches), kept))
+  return found
+
+
+def _split(made: Iterable[tuple[Block, tuple[Norm, ...]]]) -> tuple[tuple[Block, ...], list[Norm]]:
   """Returns the blocks, and their norms in order."""
   made = list(made)
   return tuple(block for block, _ in made), [norm for _, norms in made for norm in norms]
@@ -248,9 +270,13 @@ def _vit(model: ViT) -> Anatomy:
     made = [_transformer_block('blocks', *_VIT_BLOCK, stacked=model.depth)]
   else:
     made = [_transformer_block(f'blocks_{i}', *_VIT_BLOCK) for i in range(model.depth)]
+  made = _present(made, model.attention_widths, model.hidden_widths)
   blocks, norms = _split(made)
   if model.layer_scale is not None:
-    blocks = tuple(_scaled(block, ('ls1', 'ls2')) for block in blocks)
+    scales = {'attention': 'ls1', 'mlp': 'ls2'}
+    blocks = tuple(
+      _scaled(block, tuple(scales[own.kind] for own in block.branches)) for block in blocks
+    )
   if model.pre_norm:
     norms = [Norm('norm_pre'), *norms]
   heads = ('head', 'head_dist') if model.distilled else ('head',)
@@ -299,8 +325,10 @@ def _t2t(model: T2TViT) -> Anatomy:
 @_describe.register
 def _pvt(model: PVT) -> Anatomy:
   blocks, transitions, norms = [], [], [Norm('patch_embed/norm', 'patch_embed/proj')]
+  first = 0
   for stage, depth in enumerate(model.depths):
-    path = f'stages_{stage}'
+    inside, made = slice(first, first + depth), []
+    path, first = f'stages_{stage}', first + depth
     if stage:
       layer = f'{path}/downsample/proj'
       branch = Branch('merge', (layer,), f'{path}/downsample')
@@ -316,7 +344,10 @@ def _pvt(model: PVT) -> Anatomy:
       inner = f'{own}/attention'
       if reduced:
         pair = (pair[0], Norm(f'{inner}/norm', f'{inner}/sr', (f'{inner}/kv',)), pair[1])
-      blocks, norms = [*blocks, block], [*norms, *pair]
+      made.append((block, pair))
+    widths = model.attention_widths, model.hidden_widths
+    own, own_norms = _split(_present(made, *(given and given[inside] for given in widths)))
+    blocks, norms = [*blocks, *own], [*norms, *own_norms]
     norms.append(Norm(f'{path}/norm'))
   head = () if model.num_classes is None else ('head',)
   parts = {'transitions': tuple(transitions), 'norms': tuple(norms)}

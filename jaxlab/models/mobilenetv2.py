@@ -89,6 +89,8 @@ class InvertedResidual(nn.Module):
     conv: `conv(features, kernel_size, stride, groups, name=...)` makes a convolution.
     norm: `norm(name=...)` makes a norm.
     dtype: of the computation within `se`.
+    inner: channels of the depthwise convolution, where they differ from what `expansion` says.
+    shortcut: whether the input is added; None: where the shape stays.
   """
 
   features: int
@@ -100,6 +102,8 @@ class InvertedResidual(nn.Module):
   conv: Callable[..., nn.Module] = square_conv
   norm: Callable[..., nn.Module] = BatchNorm
   dtype: Any = None
+  inner: int | None = None
+  shortcut: bool | None = None
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -107,7 +111,7 @@ class InvertedResidual(nn.Module):
     function, point = ACTIVATIONS[self.activation]
     y, norms, project = x, 0, 'conv_pw'
     if self.expansion is not None:
-      inner = scale_channels(x.shape[-1], self.expansion)
+      inner = self.inner or scale_channels(x.shape[-1], self.expansion)
       y = self.conv(inner, 1, name='conv_pw')(y)
       y = HookPoint(name=f'{point}1')(function(self.norm(name='bn1')(y, train)))
       norms, project = 1, 'conv_pwl'
@@ -120,7 +124,8 @@ class InvertedResidual(nn.Module):
       y = SqueezeExcite(reduced, self.activation, self.dtype, name='se')(y)
     y = self.conv(self.features, 1, name=project)(y)
     y = self.norm(name=f'bn{norms + 2}')(y, train)
-    return y + x if self.stride == 1 and x.shape == y.shape else y
+    added = self.stride == 1 and x.shape == y.shape
+    return y + x if added and self.shortcut is not False else y
 
 
 class MobileNetV2(nn.Module):
@@ -146,6 +151,10 @@ class MobileNetV2(nn.Module):
     padding: of 3x3 and larger convolutions: None for half the kernel on all sides, as PyTorch, or `'SAME'`
       for TensorFlow's, which pads more at the bottom and right.
     epsilon: of the norms.
+    inner_widths: channels of each block's depthwise convolution, blocks in order (without expansion its
+      input's, whatever stands here); None: as `expansion` says. With the next one what is left of a pruned
+      network (`jaxlab.compression`).
+    shortcuts: whether the first block of each stage adds its input; None: where the shape stays.
     dtype: of the computation (parameters and statistics stay float32); None: as the input.
     remat: recompute each block's activations in the backward pass instead of storing them.
 
@@ -167,6 +176,8 @@ class MobileNetV2(nn.Module):
   squeeze: float | None = None
   padding: str | None = None
   epsilon: float = 1e-5
+  inner_widths: Sequence[int] | None = None
+  shortcuts: Sequence[bool] | None = None
   dtype: Any = None
   remat: bool = False
 
@@ -185,6 +196,9 @@ class MobileNetV2(nn.Module):
         f'{kind}: {stages} stages need as many widths and strides, and kernel_sizes; got '
         f'widths={self.widths}, strides={self.strides}, kernel_sizes={self.kernel_sizes}.'
       )
+    for name, count in (('inner_widths', sum(self.stage_sizes)), ('shortcuts', stages)):
+      if (own := getattr(self, name)) is not None and len(own) != count:
+        raise ValueError(f'{kind}: {name} needs {count} entries, got {own}.')
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(f'{kind}: num_classes={self.num_classes}; give None for pooled features.')
     super().__post_init__()
@@ -205,6 +219,7 @@ class MobileNetV2(nn.Module):
     block = InvertedResidual
     if self.remat:
       block = nn.remat(block, static_argnums=(2,))
+    inner = iter(self.inner_widths or [None] * sum(self.stage_sizes))
     for stage, size in enumerate(self.stage_sizes):
       for index in range(size):
         x = block(
@@ -217,6 +232,8 @@ class MobileNetV2(nn.Module):
           conv=conv,
           norm=norm,
           dtype=self.dtype,
+          inner=next(inner),
+          shortcut=self.shortcuts[stage] if self.shortcuts and index == 0 else None,
           name=f'blocks_{stage}_{index}',
         )(x, train)
     x = norm(name='bn2')(conv(self.head_width, 1, name='conv_head')(x), train)

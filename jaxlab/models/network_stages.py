@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab.models.resnet import BLOCKS, ResNet
+from jaxlab.models.resnet import ResNet
 
 PyTree = Any
 
@@ -40,8 +40,11 @@ def truncate(model: ResNet, count: int = 1) -> ResNet:
   if not 0 <= count < stages:
     raise ValueError(f'count={count} of {stages} stages: expected 0 to {stages - 1}.')
   kept = stages - count
-  widths = model.widths and tuple(model.widths[:kept])
-  return model.clone(stage_sizes=tuple(model.stage_sizes[:kept]), widths=widths)
+  sizes = tuple(model.stage_sizes[:kept])
+  by_stage = ('widths', 'trunk_widths', 'projections')
+  fields = {name: (own := getattr(model, name)) and tuple(own[:kept]) for name in by_stage}
+  inner = model.inner_widths and tuple(model.inner_widths[: sum(sizes)])
+  return model.clone(stage_sizes=sizes, inner_widths=inner, **fields)
 
 
 def last_stage(model: ResNet) -> str:
@@ -63,9 +66,7 @@ def total_stride(model: ResNet) -> int:
 def feature_width(model: ResNet) -> int:
   """Returns the channels of a ResNet's pooled features."""
   _require_resnet(model)
-  widths = model.widths or [model.width * 2**stage for stage in range(len(model.stage_sizes))]
-  block = BLOCKS[model.block] if isinstance(model.block, str) else model.block
-  return widths[-1] * block.expansion
+  return model.stage_widths[-1]
 
 
 def require_resolution(model: nn.Module, size: int) -> None:

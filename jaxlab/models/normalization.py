@@ -177,6 +177,34 @@ def _layer_normalize_jvp(epsilon, primals, tangents):
   return y, (dh * scale + h * dscale + dbias).astype(y.dtype)
 
 
+def masked_layer_normalize(
+  x: Array, scale: Array, bias: Array, mask: Array, epsilon: float = 1e-5
+) -> Array:
+  """Returns the layer normalization of the channels of which `mask` is 1, and 0 in the others.
+
+  Mean and variance are those of the channels that stay: `layer_normalize` of `x` with the others cut out.
+
+  Args:
+    x: `[..., channels]`.
+    scale: `[channels]`.
+    bias: `[channels]`.
+    mask: `[channels]`, 0 or 1.
+    epsilon: added to the variance.
+
+  Returns:
+    Like `x`, in at least float32.
+
+  >>> x, mask = jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0])
+  >>> masked_layer_normalize(x, jnp.ones(3), jnp.zeros(3), mask, 0.0).round(3)
+  Array([-1.,  1.,  0.], dtype=float32)
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  count = jnp.sum(mask)
+  centered = (x - jnp.sum(x * mask, -1, keepdims=True) / count) * mask
+  variance = jnp.sum(jnp.square(centered), -1, keepdims=True) / count
+  return centered * jax.lax.rsqrt(variance + epsilon) * scale + bias * mask
+
+
 def _normalize_layer(
   x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array]:

@@ -33,25 +33,28 @@ class ReducedAttention(nn.Module):
   """Self-attention whose keys and values are those of a smaller map, `reduction` times less a side.
 
   The map is reduced by a convolution `sr` whose stride is its kernel size, and normalized. Hook points as in
-  ViTs: `query`, `key`, `value`, `softmax`.
+  ViTs: `query`, `key`, `value`, `softmax`. `width` are the channels of queries, keys and values, all heads;
+  None: as the input.
   """
 
   num_heads: int
   reduction: int = 1
   dtype: Any = None
+  width: int | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, height, width, channels]` to the same shape."""
     batch, height, width, channels = x.shape
-    heads = (self.num_heads, channels // self.num_heads)
-    query = linear(channels, self.dtype, 'q')(x).reshape(batch, height * width, *heads)
+    inner = self.width or channels
+    heads = (self.num_heads, inner // self.num_heads)
+    query = linear(inner, self.dtype, 'q')(x).reshape(batch, height * width, *heads)
     if self.reduction > 1:
       reduce = _conv(
         channels, self.reduction, self.reduction, padding='VALID', dtype=self.dtype, name='sr'
       )
       x = LayerNorm(1e-5, self.dtype, name='norm')(reduce(x))
-    pairs = linear(2 * channels, self.dtype, 'kv')(x).reshape(batch, -1, 2, *heads)
+    pairs = linear(2 * inner, self.dtype, 'kv')(x).reshape(batch, -1, 2, *heads)
     query, key, value = (
       HookPoint(name=name)(part)
       for name, part in (('query', query), ('key', pairs[:, :, 0]), ('value', pairs[:, :, 1]))
@@ -82,12 +85,18 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-  """A pre-norm block over maps; between attention and MLP lies the hook point `residual`."""
+  """A pre-norm block over maps; between attention and MLP lies the hook point `residual`.
+
+  `width` is the attention's, `hidden` the MLP's channels, where they differ from what the others say; 0: the
+  block has no such branch, and no norm in front of it.
+  """
 
   num_heads: int
   mlp_ratio: float
   reduction: int
   dtype: Any = None
+  width: int | None = None
+  hidden: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, survival: Array | None = None) -> Array:
@@ -97,9 +106,15 @@ class Block(nn.Module):
       return y if survival is None else y * survival[index][:, None, None, None].astype(y.dtype)
 
     norm = functools.partial(LayerNorm, 1e-6, self.dtype)
-    own = ReducedAttention(self.num_heads, self.reduction, self.dtype, name='attention')
-    x = HookPoint(name='residual')(x + kept(own(norm(name='norm1')(x)), 0))
-    hidden = int(x.shape[-1] * self.mlp_ratio)
+    if self.width != 0:
+      own = ReducedAttention(
+        self.num_heads, self.reduction, self.dtype, self.width, name='attention'
+      )
+      x = x + kept(own(norm(name='norm1')(x)), 0)
+    x = HookPoint(name='residual')(x)
+    hidden = int(x.shape[-1] * self.mlp_ratio) if self.hidden is None else self.hidden
+    if not hidden:
+      return x
     mlp = ConvMlp(hidden, self.dtype, name='mlp')
     return x + kept(mlp(norm(name='norm2')(x)), 1)
 
@@ -129,6 +144,8 @@ class Stage(nn.Module):
   reduction: int
   downsample: bool
   dtype: Any = None
+  attention_widths: Sequence[int] | None = None
+  hidden_widths: Sequence[int] | None = None
 
   @nn.compact
   def __call__(self, x: Array, survival: Array | None = None) -> Array:
@@ -138,7 +155,9 @@ class Stage(nn.Module):
     for index in range(self.depth):
       own = None if survival is None else survival[index]
       options = self.num_heads, self.mlp_ratio, self.reduction, self.dtype
-      x = Block(*options, name=f'blocks_{index}')(x, own)
+      widths = self.attention_widths and self.attention_widths[index]
+      hidden = self.hidden_widths and self.hidden_widths[index]
+      x = Block(*options, widths, hidden, name=f'blocks_{index}')(x, own)
     return LayerNorm(1e-6, self.dtype, name='norm')(x)
 
 
@@ -154,6 +173,9 @@ class PVT(nn.Module):
     mlp_ratios: hidden channels of the MLPs over the channels.
     reductions: of keys and values, each side.
     num_classes: size of the classifier; None returns the pooled features.
+    attention_widths: channels of each block's queries, keys and values, all heads, blocks of all stages in
+      order; None: `widths`. With the next one what is left of a pruned network (`jaxlab.compression`).
+    hidden_widths: hidden channels of each block's MLP; None: as `mlp_ratios` say.
     drop_path: as in `ViT`; needs the rng stream `drop_path`.
     dtype: of the computation (parameters stay float32); None: as the input.
 
@@ -168,6 +190,8 @@ class PVT(nn.Module):
   mlp_ratios: Sequence[float] = (8, 8, 4, 4)
   reductions: Sequence[int] = (8, 4, 2, 1)
   num_classes: int | None = None
+  attention_widths: Sequence[int] | None = None
+  hidden_widths: Sequence[int] | None = None
   drop_path: float = 0.0
   dtype: Any = None
 
@@ -175,7 +199,11 @@ class PVT(nn.Module):
     fields = ('widths', 'depths', 'num_heads', 'mlp_ratios', 'reductions')
     if len({len(getattr(self, name)) for name in fields}) > 1:
       raise ValueError(f'PVT: {", ".join(fields)} have one entry a stage each.')
-    if any(width % heads for width, heads in zip(self.widths, self.num_heads, strict=True)):
+    for name in ('attention_widths', 'hidden_widths'):
+      if (own := getattr(self, name)) is not None and len(own) != sum(self.depths):
+        raise ValueError(f'PVT: {name} needs {sum(self.depths)} entries, got {own}.')
+    divided = zip(self.widths, self.num_heads, strict=True)
+    if not self.attention_widths and any(width % heads for width, heads in divided):
       raise ValueError(f'PVT: widths={self.widths} do not divide by num_heads={self.num_heads}.')
     if not 0 <= self.drop_path < 1:
       raise ValueError(f'PVT: drop_path={self.drop_path} is not in [0, 1).')
@@ -200,10 +228,14 @@ class PVT(nn.Module):
     x = PatchMerge(self.widths[0], 7, 4, self.dtype, name='patch_embed')(x)
     done = 0
     for index, depth in enumerate(self.depths):
-      own = None if survival is None else survival[done : done + depth]
+      inside = slice(done, done + depth)
+      own = None if survival is None else survival[inside]
       stage = Stage(
         self.widths[index], depth, self.num_heads[index], self.mlp_ratios[index],
-        self.reductions[index], index > 0, self.dtype, name=f'stages_{index}',
+        self.reductions[index], index > 0, self.dtype,
+        self.attention_widths and self.attention_widths[inside],
+        self.hidden_widths and self.hidden_widths[inside],
+        name=f'stages_{index}',
       )  # fmt: skip
       x, done = stage(x, own), done + depth
     x = HookPoint(name='avgpool')(jnp.mean(x, (1, 2)))

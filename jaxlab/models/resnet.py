@@ -84,6 +84,9 @@ class _Block(nn.Module):
     activation: of `ACTIVATIONS`; its hook points are called `relu` whichever it is.
     conv: `conv(features, kernel_size, stride, name=...)` makes a convolution.
     norm: `norm(name=...)` makes a norm.
+    inner: output channels of the convolutions but the last, where they differ from what `features` says.
+    outer: output channels of the block, where they differ from `features` times the expansion.
+    project: whether the shortcut has a projection; None: where the shape changes.
   """
 
   features: int
@@ -95,7 +98,15 @@ class _Block(nn.Module):
   activation: str = 'relu'
   conv: Callable[..., nn.Module] = square_conv
   norm: Callable[..., nn.Module] = BatchNorm
+  inner: Sequence[int] | None = None
+  outer: int | None = None
+  project: bool | None = None
   expansion: ClassVar[int] = 1
+
+  @property
+  def outputs(self) -> int:
+    """Channels of the block's output."""
+    return self.outer or self.features * self.expansion
 
   def last_scale_init(self) -> Initializer:
     """Returns the initializer of the residual branch's last scale."""
@@ -107,8 +118,9 @@ class _Block(nn.Module):
 
   def skip(self, x: Array, train: bool) -> Array:
     """Returns the shortcut of `x`, brought to the branch's shape."""
-    features = self.features * self.expansion
-    if self.stride == 1 and x.shape[-1] == features:
+    features = self.outputs
+    same = self.stride == 1 and x.shape[-1] == features
+    if not self.project and (same or self.project is not None):
       return x
     if self.shortcut == 'pad':
       return HookPoint(name='downsample')(pad_shortcut(x, features, self.stride))
@@ -128,10 +140,11 @@ class BasicBlock(_Block):
     """Maps `[batch, height, width, channels]` to `[batch, height/stride, width/stride, features]`."""
     if self.cardinality != 1:
       raise ValueError('cardinality needs the bottleneck block; BasicBlock has no grouped form.')
-    y = self.conv(self.features, 3, self.stride, name='conv1')(x)
+    (inner,) = self.inner or (self.features,)
+    y = self.conv(inner, 3, self.stride, name='conv1')(x)
     y = self.norm(name='bn1')(y, train)
     y = HookPoint(name='relu1')(self.act(y))
-    y = self.conv(self.features, 3, name='conv2')(y)
+    y = self.conv(self.outputs, 3, name='conv2')(y)
     y = self.norm(name='bn2', scale_init=self.last_scale_init())(y, train)
     return HookPoint(name='relu2')(self.act(y + self.skip(x, train)))
 
@@ -144,14 +157,15 @@ class Bottleneck(_Block):
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
     """Maps `[batch, height, width, channels]` to `[batch, height/stride, width/stride, 4 features]`."""
-    inner = self.features * self.base_width // 64 * self.cardinality
-    y = self.conv(inner, 1, name='conv1')(x)
+    width = self.features * self.base_width // 64 * self.cardinality
+    first, second = self.inner or (width, width)
+    y = self.conv(first, 1, name='conv1')(x)
     y = self.norm(name='bn1')(y, train)
     y = HookPoint(name='relu1')(self.act(y))
-    y = self.conv(inner, 3, self.stride, groups=self.cardinality, name='conv2')(y)
+    y = self.conv(second, 3, self.stride, groups=self.cardinality, name='conv2')(y)
     y = self.norm(name='bn2')(y, train)
     y = HookPoint(name='relu2')(self.act(y))
-    y = self.conv(self.features * self.expansion, 1, name='conv3')(y)
+    y = self.conv(self.outputs, 1, name='conv3')(y)
     y = self.norm(name='bn3', scale_init=self.last_scale_init())(y, train)
     return HookPoint(name='relu3')(self.act(y + self.skip(x, train)))
 
@@ -171,6 +185,12 @@ class ResNet(nn.Module):
     block: `'basic'`, `'bottleneck'`, or a block class with the fields of these.
     width: channels of the stem.
     widths: channels of the stages before a bottleneck's expansion; None doubles from `width`.
+    trunk_widths: channels of each stage's outputs; None: `widths`, times 4 with bottlenecks. With the next
+      two what is left of a pruned network (`jaxlab.compression`).
+    inner_widths: output channels of each block's convolutions but the last, blocks in order: `(c,)` of a
+      basic block, `(c1, c2)` of a bottleneck; None: as `widths` say.
+    projections: whether the first block of each stage has a projection on its shortcut; None: where the shape
+      changes.
     strides: stride of each stage (surplus entries are ignored).
     stem: `'imagenet'` (7x7, stride 2, then max-pooling 3x3, stride 2), `'deep'` (three 3x3 in place of the
       7x7, with half the channels in between: `conv1_0`, `conv1_3`, `conv1_6`), `'cifar'` (3x3, stride 1) or
@@ -197,6 +217,9 @@ class ResNet(nn.Module):
   block: str | Any = 'basic'
   width: int = 64
   widths: Sequence[int] | None = None
+  trunk_widths: Sequence[int] | None = None
+  inner_widths: Sequence[Sequence[int]] | None = None
+  projections: Sequence[bool] | None = None
   strides: Sequence[int] = (1, 2, 2, 2)
   stem: str = 'imagenet'
   num_classes: int | None = None
@@ -226,11 +249,32 @@ class ResNet(nn.Module):
         f'ResNet: {stages} stages need as many widths and strides; got widths={self.widths}, '
         f'strides={self.strides}.'
       )
+    for name, count in (
+      ('trunk_widths', stages),
+      ('projections', stages),
+      ('inner_widths', sum(self.stage_sizes)),
+    ):
+      own = getattr(self, name)
+      if own is not None and len(own) != count:
+        raise ValueError(f'ResNet: {name} needs {count} entries, got {own}.')
     if self.shortcut == 'average' and set(self.strides[:stages]) - {1, 2}:
       raise ValueError(f"ResNet: shortcut='average' has strides of 1 and 2, got {self.strides}.")
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(f'ResNet: num_classes={self.num_classes}; give None for pooled features.')
     super().__post_init__()
+
+  @property
+  def block_class(self) -> type[nn.Module]:
+    """The class of the blocks."""
+    return BLOCKS[self.block] if isinstance(self.block, str) else self.block
+
+  @property
+  def stage_widths(self) -> tuple[int, ...]:
+    """Channels of each stage's outputs."""
+    if self.trunk_widths:
+      return tuple(self.trunk_widths)
+    widths = self.widths or [self.width * 2**stage for stage in range(len(self.stage_sizes))]
+    return tuple(features * self.block_class.expansion for features in widths)
 
   @nn.compact
   def __call__(self, x: Array, train: bool = False) -> Array:
@@ -253,10 +297,11 @@ class ResNet(nn.Module):
     if self.stem in ('imagenet', 'deep'):
       x = HookPoint(name='maxpool')(nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
 
-    block = BLOCKS[self.block] if isinstance(self.block, str) else self.block
+    block = self.block_class
     if self.remat:
       block = nn.remat(block, static_argnums=(2,))
     widths = self.widths or [self.width * 2**stage for stage in range(len(self.stage_sizes))]
+    inner = iter(self.inner_widths or [None] * sum(self.stage_sizes))
     for stage, size in enumerate(self.stage_sizes):
       for index in range(size):
         x = block(
@@ -269,6 +314,9 @@ class ResNet(nn.Module):
           activation=self.activation,
           conv=conv,
           norm=norm,
+          inner=next(inner),
+          outer=self.trunk_widths and self.trunk_widths[stage],
+          project=self.projections and (index == 0 and self.projections[stage]),
           name=f'layer{stage + 1}_{index}',
         )(x, train)
     x = HookPoint(name='avgpool')(jnp.mean(x, (1, 2)))

@@ -71,8 +71,11 @@ def _(model: Encoder, width: float) -> Encoder:
 
 @_narrow.register
 def _(model: ResNet, width: float) -> ResNet:
-  if model.cardinality != 1 or model.base_width != 64 or model.shortcut == 'pad':
-    raise ValueError("a ResNet is slimmable without groups, other base widths and shortcut='pad'.")
+  pruned = model.trunk_widths or model.inner_widths
+  if model.cardinality != 1 or model.base_width != 64 or model.shortcut == 'pad' or pruned:
+    raise ValueError(
+      "a ResNet is slimmable without groups, base widths and widths of its own, and shortcut='pad'."
+    )
   whole = model.widths or [model.width * 2**stage for stage in range(len(model.stage_sizes))]
   own, stem = [make_divisible(c * width) for c in whole], make_divisible(model.width * width)
   apart = model.stem == 'deep' and make_divisible(model.width // 2 * width) != stem // 2
@@ -90,6 +93,8 @@ def _(model: ResNet, width: float) -> ResNet:
 def _(model: ViT, width: float) -> ViT:
   if model.activation == 'swiglu':
     raise ValueError("a ViT is slimmable with GELUs alone, not with activation='swiglu'.")
+  if model.attention_widths or model.hidden_widths:
+    raise ValueError('a ViT is slimmable without attention_widths and hidden_widths.')
   own = make_divisible(model.width * width, math.lcm(8, model.num_heads))
   return model.clone(width=min(own, model.width))
 

@@ -80,6 +80,8 @@ class VGG(nn.Module):
     num_classes: size of the classifier; None returns the pooled features.
     conv_bias: whether convolutions have a bias.
     norm_groups: groups of the batch with separate statistics, see `BatchNorm`.
+    conv_widths: channels of each convolution in order, of a pruned network (`jaxlab.compression`); None:
+      `widths` of its stage.
     dtype: of the computation (parameters and statistics stay float32); None: as the input.
     remat: recompute each block's activations in the backward pass instead of storing them.
 
@@ -95,6 +97,7 @@ class VGG(nn.Module):
   num_classes: int | None = None
   conv_bias: bool = True
   norm_groups: int = 1
+  conv_widths: Sequence[int] | None = None
   dtype: Any = None
   remat: bool = False
 
@@ -103,6 +106,10 @@ class VGG(nn.Module):
       raise ValueError(
         f'VGG: {len(self.stage_sizes)} stages of at least one convolution need as many widths; got '
         f'stage_sizes={tuple(self.stage_sizes)}, widths={tuple(self.widths)}.'
+      )
+    if self.conv_widths is not None and len(self.conv_widths) != sum(self.stage_sizes):
+      raise ValueError(
+        f'VGG: conv_widths needs {sum(self.stage_sizes)} entries, got {self.conv_widths}.'
       )
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(f'VGG: num_classes={self.num_classes}; give None for pooled features.')
@@ -127,8 +134,10 @@ class VGG(nn.Module):
         f'VGG: images of {x.shape[1]} x {x.shape[2]} pixels leave nothing behind {len(self.stage_sizes)} '
         f'stages; give at least {2 ** len(self.stage_sizes)}.'
       )
+    stages = zip(self.widths, self.stage_sizes)
+    widths = iter(self.conv_widths or [width for width, size in stages for _ in range(size)])
     biased = {'use_bias': self.conv_bias, 'dtype': self.dtype}
-    x = square_conv(self.widths[0], 3, **biased, name='conv1')(x)
+    x = square_conv(next(widths), 3, **biased, name='conv1')(x)
     if self.batch_norm:
       x = BatchNorm(groups=self.norm_groups, dtype=self.dtype, name='bn1')(x, train)
     x = HookPoint(name='relu1')(nn.relu(x))
@@ -136,7 +145,7 @@ class VGG(nn.Module):
     for stage, size in enumerate(self.stage_sizes):
       for index in range(1 if stage == 0 else 0, size):
         own = block(
-          self.widths[stage],
+          next(widths),
           self.batch_norm,
           self.norm_groups,
           self.dtype,

@@ -7,7 +7,7 @@ Modules are named as in timm, `blocks.3.mlp.fc1` as `blocks_3/mlp/fc1` (and `att
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,18 +34,26 @@ class Attention(nn.Module):
 
   Hook points: `query`, `key`, `value` `[batch, tokens, heads, head width]` as projected, and `softmax`
   `[batch, heads, queries, keys]`. The softmax is taken in at least float32.
+
+  Attributes:
+    num_heads: attention heads.
+    qkv_bias: whether `qkv` has a bias.
+    dtype: of the computation.
+    channels: of queries, keys and values, all heads; None: as the input.
   """
 
   num_heads: int
   qkv_bias: bool = True
   dtype: Any = None
+  channels: int | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     """Maps `[batch, tokens, width]` to the same shape."""
     batch, tokens, width = x.shape
-    qkv = linear(3 * width, self.dtype, 'qkv', self.qkv_bias)(x)
-    qkv = qkv.reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+    channels = self.channels or width
+    qkv = linear(3 * channels, self.dtype, 'qkv', self.qkv_bias)(x)
+    qkv = qkv.reshape(batch, tokens, 3, self.num_heads, channels // self.num_heads)
     query, key, value = (
       HookPoint(name=name)(part[:, :, 0])
       for name, part in zip(('query', 'key', 'value'), jnp.split(qkv, 3, axis=2), strict=True)
@@ -68,6 +76,8 @@ class Block(nn.Module):
     activation: of the MLP: a name of `GELUS`, or `'swiglu'`.
     layer_scale: initial factor of `ls1` and `ls2` behind the branches; None: there are none.
     epsilon: of the LayerNorms.
+    channels: of the attention, see there; 0: the block has no attention, and no `norm1`.
+    hidden: channels of the MLP, where they differ from what `mlp_ratio` says; 0: no MLP, and no `norm2`.
   """
 
   num_heads: int
@@ -77,6 +87,8 @@ class Block(nn.Module):
   activation: str = 'gelu'
   layer_scale: float | None = None
   epsilon: float = 1e-6
+  channels: int | None = None
+  hidden: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, survival: Array | None = None) -> Array:
@@ -91,9 +103,15 @@ class Block(nn.Module):
         y = LayerScale(self.layer_scale, self.dtype, name=f'ls{index + 1}')(y)
       return y if survival is None else y * survival[index][:, None, None].astype(y.dtype)
 
-    x = x + branch(Attention(self.num_heads, self.qkv_bias, self.dtype, name='attention'), x, 0)
+    if self.channels != 0:
+      attention = Attention(
+        self.num_heads, self.qkv_bias, self.dtype, self.channels, name='attention'
+      )
+      x = x + branch(attention, x, 0)
     x = HookPoint(name='residual')(x)
-    hidden = int(x.shape[-1] * self.mlp_ratio)
+    hidden = int(x.shape[-1] * self.mlp_ratio) if self.hidden is None else self.hidden
+    if not hidden:
+      return x
     if self.activation == 'swiglu':
       mlp = SwiGLU(hidden, self.dtype, name='mlp')
     else:
@@ -157,6 +175,11 @@ class ViT(nn.Module):
     embed_prefix: whether `pos_embed` has rows for the tokens before the patches, too.
     pre_norm: whether there is a `norm_pre` before the blocks; then patches are projected without bias (CLIP).
     epsilon: of the LayerNorms.
+    attention_widths: channels of each block's queries, keys and values, all heads; None: `width`. With the
+      next two what is left of a pruned network (`jaxlab.compression`); 0: the block has no attention, and no
+      `norm1`.
+    attention_heads: attention heads of each block; None: `num_heads`.
+    hidden_widths: hidden channels of each block's MLP; None: as `mlp_ratio` says; 0: no MLP, and no `norm2`.
     dynamic_image_size: accept images of any size divisible by the patch, resampling `pos_embed`
       (`resample_position_embedding`).
     dtype: of the computation (parameters stay float32); None: as the input.
@@ -185,6 +208,9 @@ class ViT(nn.Module):
   embed_prefix: bool = True
   pre_norm: bool = False
   epsilon: float = 1e-6
+  attention_widths: Sequence[int] | None = None
+  attention_heads: Sequence[int] | None = None
+  hidden_widths: Sequence[int] | None = None
   dynamic_image_size: bool = False
   dtype: Any = None
   remat: bool = False
@@ -192,8 +218,9 @@ class ViT(nn.Module):
 
   def __post_init__(self):
     self._grid_of(*self._image_hw)
-    if self.width % self.num_heads:
+    if not self.attention_widths and self.width % self.num_heads:
       raise ValueError(f'ViT: width={self.width} is not divisible by num_heads={self.num_heads}.')
+    self._check_pruned()
     if self.pooling not in ('token', 'mean') or (self.distilled and self.pooling == 'mean'):
       raise ValueError(
         f"ViT: pooling={self.pooling!r}; choose 'token' or 'mean' (distilled: 'token' only)."
@@ -207,6 +234,18 @@ class ViT(nn.Module):
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(f'ViT: num_classes={self.num_classes}; give None for pooled features.')
     super().__post_init__()
+
+  def _check_pruned(self) -> None:
+    """Raises ValueError if widths of single blocks do not fit together."""
+    for name in ('attention_widths', 'attention_heads', 'hidden_widths'):
+      own = getattr(self, name)
+      if own is not None and (len(own) != self.depth or min(own, default=0) < 0):
+        raise ValueError(f'ViT: {name}={own}: expected {self.depth} numbers of at least 0.')
+      if own is not None and self.scan and len(set(own)) > 1:
+        raise ValueError(f'ViT: scan=True needs blocks of one shape, got {name}={own}.')
+    heads = self.attention_heads or (self.num_heads,) * self.depth
+    if any(width % max(own, 1) for width, own in zip(self.attention_widths or (), heads)):
+      raise ValueError(f'ViT: attention_widths={self.attention_widths} do not divide by {heads}.')
 
   @property
   def _image_hw(self) -> tuple[int, int]:
@@ -300,7 +339,6 @@ class ViT(nn.Module):
       survival = draw_survival(self.make_rng('drop_path'), rates, x.shape[0])
     block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
     options = {
-      'num_heads': self.num_heads,
       'mlp_ratio': self.mlp_ratio,
       'qkv_bias': self.qkv_bias,
       'dtype': self.dtype,
@@ -308,10 +346,18 @@ class ViT(nn.Module):
       'layer_scale': self.layer_scale,
       'epsilon': self.epsilon,
     }
+
+    def of_block(index: int) -> dict[str, Any]:
+      return options | {
+        'num_heads': self.attention_heads[index] if self.attention_heads else self.num_heads,
+        'channels': self.attention_widths and self.attention_widths[index],
+        'hidden': self.hidden_widths and self.hidden_widths[index],
+      }
+
     if not self.scan:
       for index in range(self.depth):
         own = None if survival is None else survival[index]
-        x = block(**options, name=f'blocks_{index}')(x, own)
+        x = block(**of_block(index), name=f'blocks_{index}')(x, own)
       return x
     run = nn.scan(
       lambda module, carry, own: (module(carry, own), None),
@@ -319,7 +365,7 @@ class ViT(nn.Module):
       split_rngs={'params': True},
       length=self.depth,
     )
-    return run(block(**options, name='blocks'), x, survival)[0]
+    return run(block(**of_block(0), name='blocks'), x, survival)[0]
 
 
 def draw_survival(key: Array, rates: np.ndarray, batch: int) -> Array:
