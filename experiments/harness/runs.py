@@ -210,11 +210,16 @@ def take_over(
 ) -> TrainState:
   """Returns a drawn state with the variables of `start`, all but those that match a pattern of `fresh`.
 
+  A moving average of the parameters (`supervised.program(average=...)`) starts with them, too.
+
   Raises:
     ValueError: for variables that `start` lacks or holds in another shape; all are listed.
   """
   new = matched(variables_of(state), start, fresh)
-  return state.replace(params=new.pop('params'), model_state=new)
+  params, extra = new.pop('params'), state.extra
+  if isinstance(extra, Mapping) and 'average' in extra:
+    extra = {**extra, 'average': params}
+  return state.replace(params=params, model_state=new, extra=extra)
 
 
 def matched(own: Variables, given: Mapping[str, PyTree], fresh: Sequence[str] = ()) -> Variables:

@@ -18,6 +18,7 @@ from jaxlab.training import (
   LossState,
   Out,
   Program,
+  TrainState,
   blank_rows,
   cast_floating,
   make_program,
@@ -105,6 +106,7 @@ def program(
   watched: Mapping[str, Callable[[Seen], Array]] = MappingProxyType({}),
   mix: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None,
   table: Table | None = None,
+  average: Callable[[Array], Array] | None = None,
   repeats: bool = False,
   draw: Callable[[Array], tuple[Array, dict[str, Array]]] = streams,
 ) -> Program:
@@ -142,6 +144,8 @@ def program(
     mix: `(key, inputs, step) -> (inputs, partners, share)`, in place of the recipe's mixup and CutMix; the
       loss is that of both targets, `share` of a record's own.
     table: state of every record; a batch then holds a record once, and nothing is mixed.
+    average: `finished steps -> share` that a moving average of what is trained keeps behind a step; it is
+      `state.extra['average']`, and starts with what the training starts with.
     repeats: whether a batch may hold a record twice: its copies are told apart by their place.
     draw: `key -> (key of the parameters, streams)`, see `streams`.
   """
@@ -173,6 +177,8 @@ def program(
     largest = {name: jnp.float32(-jnp.inf) for name in watched}
     if table is not None:
       largest['table'] = blank_rows(table.shapes)
+    if average is not None:
+      largest['average'] = params
     return Initial(params, {**variables, **(collections or {})}, largest, keys)
 
   def own_loss(
@@ -216,8 +222,16 @@ def program(
     if table is not None:
       new = table.update(jax.lax.stop_gradient(outputs), y, seen)
       largest['table'] = write_rows(state.extra['table'], batch['index'], new)
+    if average is not None:
+      largest['average'] = state.extra['average']
     kept = {**state.model_state, **changed}
     return value, Out(model_state=kept, extra=largest, metrics=metrics)
+
+  def moved(state: TrainState) -> TrainState:
+    own = optax.incremental_update(
+      state.params, state.extra['average'], 1 - average(state.step)
+    )
+    return state.replace(extra={**state.extra, 'average': own})
 
   given = {}
   if isinstance(teacher, Quantized):
@@ -226,7 +240,10 @@ def program(
     given['teacher'] = abstract_variables(teacher, task)
   if constants is not None:
     given['constants'] = constants
-  return make_program(init, own_loss, made, batch, frozen=given or None, **program_options)
+  after = None if average is None else moved
+  return make_program(
+    init, own_loss, made, batch, frozen=given or None, after=after, **program_options
+  )
 
 
 def mixed(key: Array, images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:

@@ -20,7 +20,7 @@ from jaxlab.compression.dense import (
 from jaxlab.compression.plan import Plan, compose, plan, renamed
 from jaxlab.compression.ranking import global_ranking
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
-from jaxlab.compression.selection import highest_channels, highest_channels_by_head
+from jaxlab.compression.selection import half_block, highest_channels, highest_channels_by_head
 from jaxlab.compression.slicing import mask_variables, masked_apply, masks, slice_network
 from jaxlab.compression.structure import Cut, Group, Structure, describe, shrunk, structure
 from jaxlab.compression.synthetic_images import (
@@ -45,6 +45,7 @@ __all__ = [
   'describe',
   'distinct_labels',
   'global_ranking',
+  'half_block',
   'highest_channels',
   'highest_channels_by_head',
   'kept_hidden',

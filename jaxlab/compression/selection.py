@@ -80,3 +80,35 @@ def _finite_vector(scores: np.ndarray) -> np.ndarray:
       + ('.' if scores.ndim != 1 or not scores.size else ' with some that are not.')
     )
   return scores
+
+
+def half_block(index: int, depth: int) -> tuple[str, ...]:
+  """Returns the parts of a transformer that are left out together, a block's worth, in steps of half a block.
+
+  2 i: block i; 2 i + 1: the MLP of block i and the attention of block i + 1, of which the last block has none
+  behind it; -1: the attention of block 0.
+
+  Args:
+    index: -1 to 2 depth - 1.
+    depth: number of blocks.
+
+  Returns:
+    Paths, as `structure(model).parts` of a `ViT` has them.
+
+  Raises:
+    ValueError: for another index.
+
+  References:
+    Yu & Wu, A Unified Pruning Framework for Vision Transformers, 2023 (https://arxiv.org/abs/2111.15127), the
+    official code.
+
+  >>> half_block(4, 12), half_block(5, 12)
+  (('blocks_2',), ('blocks_2/mlp', 'blocks_3/attention'))
+  """
+  if not -1 <= index < 2 * depth:
+    raise ValueError(f'index={index}: expected -1 to {2 * depth - 1}, of depth={depth}.')
+  block, odd = divmod(index, 2)
+  if not odd:
+    return (f'blocks_{block}',)
+  halves = ((block, 'mlp'), (block + 1, 'attention'))
+  return tuple(f'blocks_{own}/{part}' for own, part in halves if 0 <= own < depth)

@@ -97,7 +97,7 @@ def create(name: str, **overrides: Any) -> nn.Module:
   as TensorFlow does), `{vit,deit,deit3}_{size}_patch{p}_{image size}` (sizes tiny, small, base,
   large, huge), `deit_{size}_distilled_patch{p}_{image size}`, CLIP's image towers
   `vit_{size}_patch{p}_clip_{image size}` and `swin_{tiny,small,base,large}_patch{p}_window{w}_{image size}`
-  have 1000 classes, as have `pvt_v2_b0`, `t2t_vit_{7,14,t_14}` (Yuan et al. 2021) and the bilinear
+  have 1000 classes, as have `pvt_v2_b{0,1,2}`, `t2t_vit_{7,14,t_14}` (Yuan et al. 2021) and the bilinear
   `bcnn_vgg{11,13,16,19}`; CLIP's
   `vit_{size}_patch{p}_clip_quickgelu_{image size}` have the channels of its space;
   DINOv2's `vit_{size or giant}_patch{p}_[reg4_]dinov2` have none, and images of 518 pixels;

@@ -32,6 +32,9 @@ TIMM: Renames = (
   (r'^(conv0|norm0|norm5|denseblock\d+|transition\d+)\.', r'features.\1.'),
 )
 
+# timm's PVTs, whose merging layers have names.
+TIMM_PVT: Renames = TIMM[:1]
+
 # torchvision numbers layers, where it names none.
 TORCHVISION_VIT: Renames = (
   (r'^cls_token$', 'class_token'),
@@ -252,6 +255,7 @@ def renames_of(state_dict: StateDict, params: PyTree) -> Renames:
     'features.1.0.block.0.0.weight': TORCHVISION_EFFICIENTNET,
     'features.1.0.attn.qkv.weight': TORCHVISION_SWIN,
     '_conv_stem.weight': efficientnet_pytorch,
+    'stages.1.downsample.proj.weight': TIMM_PVT,
   }
   renames = next((renames for name, renames in marks.items() if name in state_dict), timm_names)
   return renames(params) if callable(renames) else renames

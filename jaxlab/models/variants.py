@@ -167,10 +167,13 @@ def _agenets() -> dict[str, Variant]:
   return table
 
 
-# Table 1 of Wang et al. 2022 (smallest); table 2 of Yuan et al. 2021, `t` with full attention in the stem.
+# Table 1 of Wang et al. 2022; table 2 of Yuan et al. 2021, `t` with full attention in the stem.
 _T2T_14 = {'width': 384, 'depth': 14, 'num_heads': 6, 'mlp_ratio': 3.0, 'num_classes': 1000}
+_PVT_B1 = {'widths': (64, 128, 320, 512), 'num_classes': 1000}
 _FURTHER_TRANSFORMERS: dict[str, Variant] = {
   'pvt_v2_b0': (PVT, {'num_classes': 1000}),
+  'pvt_v2_b1': (PVT, _PVT_B1),
+  'pvt_v2_b2': (PVT, {**_PVT_B1, 'depths': (3, 4, 6, 3)}),
   't2t_vit_7': (T2TViT, {'num_classes': 1000}),
   't2t_vit_14': (T2TViT, _T2T_14),
   't2t_vit_t_14': (T2TViT, {**_T2T_14, 'performer': False}),
@@ -252,6 +255,7 @@ _TAGS = (
   ('vit_large_patch14_clip_quickgelu_224', 'dfn2b'),
   ('vit_large_patch14_clip_quickgelu_336', 'openai'),
   ('vit_huge_patch14_clip_quickgelu_{224,378}', 'dfn5b'),
+  ('pvt_v2_b{0,1,2}', 'in1k'),
   ('swin_tiny_patch4_window7_224', 'ms_in1k'),
   ('swin_{small,base,large}_patch4_window7_224', 'ms_in22k_ft_in1k'),
   ('swin_{base,large}_patch4_window12_384', 'ms_in22k_ft_in1k'),

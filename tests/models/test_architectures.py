@@ -25,7 +25,9 @@ def test_every_name_traces_with_its_number_of_classes(name):
     small = {'block_sizes': (2, 1)}
   elif name.startswith('t2t'):
     small = {'depth': 1}
-  elif name in ('cifar_preact_resnet18', 'convnet', 'cnn13', 'mlp', 'linear', 'pvt_v2_b0'):
+  elif name.startswith('pvt'):
+    small = {'depths': (1,) * 4}
+  elif name in ('cifar_preact_resnet18', 'convnet', 'cnn13', 'mlp', 'linear'):
     small = {}
   else:
     small = {'stage_sizes': (1,) * 3}
@@ -53,6 +55,8 @@ def test_swin_names_carry_patch_window_and_image_size():
     ('swin_small_patch4_window7_224', 49_606_258),
     ('swin_base_patch4_window12_384', 87_903_584),
     ('pvt_v2_b0', 3_666_760),
+    ('pvt_v2_b1', 14_009_000),
+    ('pvt_v2_b2', 25_362_856),
   ],
 )
 def test_transformers_have_timms_number_of_parameters(name, parameters):

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness import supervised
+from experiments.harness import runs, supervised
 from experiments.harness.data import Augment
 from experiments.harness.sections import Optimizer, Recipe, Schedule
 from experiments.harness.tasks import ImageTask
 from jaxlab import models, quantizers
 from jaxlab.models import Hook
-from jaxlab.training import by_path, replace_by_gradient
+from jaxlab.training import by_path, replace_by_gradient, warm_decay_per_epoch
 
 TASK = ImageTask((4, 4, 1), (4, 4, 1), 'uint8', 0.0, 1.0)
 MODEL = models.create('mlp', hidden=(6, 5), num_classes=3)
@@ -226,6 +226,30 @@ def test_watched_values_are_metrics_and_their_maxima_are_carried(batch):
   state, metrics = jax.jit(program.step)(program.init(jax.random.key(0)), {}, batch)
   assert float(state.extra['largest']) == pytest.approx(maxima[0])
   assert float(metrics['largest']) <= maxima[0]
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_an_average_starts_with_what_the_training_starts_with_and_moves_by_its_share(
+  batch, microbatches
+):
+  recipe = dataclasses.replace(RECIPE, microbatches=microbatches)
+  average = warm_decay_per_epoch(0.999, 2)
+  program = supervised.program(MODEL, TASK, recipe, 2, average=average)
+  state = jax.jit(program.init)(jax.random.key(0))
+  start = {'params': jax.tree.map(lambda leaf: leaf + 1, state.params)}
+  state, step, seen = runs.take_over(state, start), jax.jit(program.step), []
+  for _ in range(4):
+    seen.append((state.extra['average'], state.params))
+    state, _ = step(state, {}, batch)
+  seen.append((state.extra['average'], state.params))
+  kernel = lambda tree: np.asarray(tree['fc1']['kernel'])  # noqa: E731
+  averages, params = (list(map(kernel, own)) for own in zip(*seen, strict=True))
+  np.testing.assert_array_equal(averages[0], params[0])
+  np.testing.assert_array_equal(averages[1], averages[0])
+  first = 2 / 11 * averages[0] + 9 / 11 * params[2]
+  np.testing.assert_allclose(averages[2], first, rtol=1e-5)
+  np.testing.assert_array_equal(averages[3], averages[2])
+  np.testing.assert_allclose(averages[4], 3 / 12 * first + 9 / 12 * params[4], rtol=1e-5)
 
 
 def test_shapes_of_variables_are_those_for_what_an_augmentation_cuts_out():
