@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -70,7 +69,7 @@ class Settings(Experiment):
   network: Network
   target: Mapping[str, Any]
   proxy: Subset = dataclasses.field(default_factory=lambda: Subset(per_class=5))
-  proxy_batch: int = 50
+  proxy_batch: int = 56
   candidates: int = 1
   recipe: Recipe
   cutmix: float = 0.5
@@ -101,60 +100,6 @@ def both(config: Settings) -> tuple[nn.Module, nn.Module]:
   return networks.create(config.network.model), networks.create(config.target)
 
 
-def blocks_of(found: compression.Structure) -> dict[str, list[str]]:
-  """Returns the blocks of each stage: paths up to the number."""
-  stages: dict[str, list[str]] = {}
-  for part in found.parts:
-    if match := re.fullmatch(r'(.*_)\d+', part):
-      stages.setdefault(match[1], []).append(part)
-  return stages
-
-
-def scored(full: nn.Module, small: nn.Module) -> list[str]:
-  """Returns what is left out, one channel at a time: all groups, and blocks of stages that get fewer."""
-  own, wanted = compression.structure(full), compression.structure(small)
-  fewer = [
-    block
-    for stage, blocks in blocks_of(own).items()
-    if len(blocks) > len(blocks_of(wanted).get(stage, ()))
-    for block in blocks
-  ]
-  return [*own.groups, *fewer]
-
-
-def selection(
-  full: nn.Module, small: nn.Module, scores: Mapping[str, np.ndarray]
-) -> compression.Plan:
-  """Returns the plan that leaves of each group, and of each stage's blocks, those of the highest scores.
-
-  Raises:
-    ValueError: unless the small network has the same groups, none of them larger, and its heads divide the
-      full network's channels.
-  """
-  own, wanted, drop = compression.structure(full), compression.structure(small), []
-  for stage, blocks in blocks_of(own).items():
-    count = len(blocks_of(wanted).get(stage, ()))
-    stays = compression.highest_channels(np.array([scores.get(b, 0.0) for b in blocks]), count)
-    drop += [block for index, block in enumerate(blocks) if index not in stays]
-  keep, heads = {}, {}
-  for name, group in own.groups.items():
-    new = compression.renamed(name, drop)
-    if new is None:
-      continue
-    if new not in wanted.groups:
-      raise ValueError(f'the target has no {new!r}, as the network has ({name}).')
-    size = wanted.groups[new].size
-    try:
-      if group.scaled:  # an attention, whose channels are regrouped
-        heads[name] = wanted.groups[new].heads
-        keep[name] = compression.highest_channels_by_head(scores[name], size, heads[name])
-      else:
-        keep[name] = compression.highest_channels(scores[name], size)
-    except ValueError as error:
-      raise ValueError(f'{name}, which becomes {new}: {error}') from None
-  return compression.plan(full, keep, drop, heads)
-
-
 def sliced(config: Settings, plan: compression.Plan, variables: Variables) -> Variables:
   """Returns the full network's variables, cut to the target's; the scale of scores is that of its heads."""
   full, small = both(config)
@@ -175,17 +120,23 @@ def random_scores(config: Settings) -> dict[str, np.ndarray]:
   """Returns scores that say nothing: the baseline's."""
   full, small = both(config)
   rng, sizes = np.random.default_rng((config.seed, 1)), compression.structure(full).sizes
-  drawn = {name: rng.random(sizes.get(name, 1)) for name in scored(full, small)}
+  drawn = {name: rng.random(sizes.get(name, 1)) for name in compression.shape_names(full, small)}
   return {name: own if name in sizes else own[0] for name, own in drawn.items()}
 
 
-def score_batch(config: Settings, variables: Variables, images: Array) -> dict[str, Array]:
-  """Returns the scores of some images, sums over them."""
+def score_batch(
+  config: Settings, variables: Variables, images: Array, mask: Array
+) -> dict[str, Array]:
+  """Returns the scores of some images, sums over those that `mask` counts."""
   full, small = both(config)
+
+  def score(pruned: Array, original: Array) -> Array:
+    return mask * compression.prediction_divergence(pruned, original, 'original_to_pruned')
+
+  names = compression.shape_names(full, small)
   return compression.removal_scores(
-    full, variables, images, names=scored(full, small), chunk=config.candidates,
-    score=functools.partial(compression.prediction_divergence, direction='original_to_pruned'),
-  )  # fmt: skip
+    full, variables, images, names=names, chunk=config.candidates, score=score
+  )
 
 
 def measure(config: Settings, net: Loaded, file: Any) -> dict[str, np.ndarray]:
@@ -215,8 +166,9 @@ def measure(config: Settings, net: Loaded, file: Any) -> dict[str, np.ndarray]:
   for number, batch in enumerate(batches):
     if number < done:
       continue
-    inputs = config.network.task.inputs(data.to_device(batch, sharding))
-    for name, value in jax.device_get(score(net.variables, inputs)).items():
+    batch = data.to_device(batch, sharding)
+    given = config.network.task.inputs(batch), batch['mask']
+    for name, value in jax.device_get(score(net.variables, *given)).items():
       total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
     if jax.process_index() == 0:
       partial = file.parent / f'{file.name}.partial'
@@ -249,7 +201,12 @@ def training(config: Settings, name: str) -> Run:
     teacher=full if taught else None, mix=mix if config.cutmix else None,
     average=warm_decay_per_epoch(config.decay, steps),
   )  # fmt: skip
-  decides = {'target': config.target, 'cutmix': config.cutmix, 'decay': config.decay, 'start': start}
+  decides = {
+    'target': config.target,
+    'cutmix': config.cutmix,
+    'decay': config.decay,
+    'start': start,
+  }
   if taught:
     decides |= {'weight': config.weight, 'network': config.network}
   if start == 'scores':
@@ -276,15 +233,9 @@ def check(config: Settings) -> Iterator[str]:
       if (own.train_size or 0) < recipe.batch_size:
         yield f'{name}.batch_size={recipe.batch_size} exceeds data.train_size={own.train_size}.'
   yield from check_batch(config.mesh, config.proxy_batch, 'proxy_batch')
-  count = 0
-  try:
-    count = config.proxy.of(own).train_size
-  except ValueError as error:
-    yield f'proxy: {error}'
+  yield from found_by('proxy', config.proxy.of, own)
   if config.proxy == Subset():
     yield 'proxy: expected total or per_class, images that scores are measured on.'
-  elif count and count % config.proxy_batch:
-    yield f'proxy_batch={config.proxy_batch} does not divide the {count} images of proxy.'
   if batch <= (own.train_size or 0):
     schedule = config.recipe.schedule.make
     yield from found_by('recipe.schedule', schedule, config.recipe.epochs, config.steps_per_epoch)
@@ -294,9 +245,7 @@ def check(config: Settings) -> Iterator[str]:
 def check_target(config: Settings) -> None:
   """Raises ValueError unless the target's shape can be cut out of the network."""
   full, _ = both(config)
-  made = selection(*both(config), random_scores(config))
-  if min(len(made.keep.get(name, range(9))) for name in made.sizes) < 2:
-    raise ValueError('of one channel a layer norm leaves nothing; keep at least 2.')
+  made = compression.shape_plan(*both(config), random_scores(config))
   jax.eval_shape(functools.partial(sliced, config, made), abstract(config, full))
 
 
@@ -316,7 +265,8 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run | Call]:
     )  # fmt: skip
     shape = (config.proxy_batch, *config.network.data.view)
     images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parallel.batch_sharding(mesh))
-    return functools.partial(score_batch, config), (given, images)
+    mask = jax.ShapeDtypeStruct(shape[:1], bool, sharding=images.sharding)
+    return functools.partial(score_batch, config), (given, images, mask)
 
   return found | {'scores': Call(make)}
 
@@ -327,8 +277,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   net = networks.load(config, config.network, workdir / 'full')
   plans = {}
   scores = measure(config, net, workdir / 'scores.npz')
-  plans['scores'] = selection(full, small, scores)
-  plans['random'] = selection(full, small, random_scores(config))
+  plans['scores'] = compression.shape_plan(full, small, scores)
+  plans['random'] = compression.shape_plan(full, small, random_scores(config))
   judge = functools.partial(networks.accuracy, config, config.network.data)
 
   def accuracy(model: nn.Module, variables: Variables) -> float:
@@ -341,7 +291,9 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     macs = compression.multiply_accumulates(model, shapes, image)
     return {'parameters': compression.num_parameters(shapes) / 1e6, 'macs': macs / 1e6}
 
-  rows = [results.row('full', 'reference', {'accuracy': accuracy(full, net.variables), **size(full)})]
+  rows = [
+    results.row('full', 'reference', {'accuracy': accuracy(full, net.variables), **size(full)})
+  ]
   for name in config.runs:
     title, role, start, taught = ROWS[name]
     given: dict[str, Any] = {'frozen': {'teacher': net.variables}} if taught else {}
@@ -352,7 +304,10 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       metrics['untuned'] = accuracy(small, given['start'])
     trained = runs.train(training(config, name), net.train, workdir / name, **given)
     averaged = {**trained.variables, 'params': trained.state.extra['average']}
-    metrics |= {'accuracy': accuracy(small, trained.variables), 'averaged': accuracy(small, averaged)}
+    metrics |= {
+      'accuracy': accuracy(small, trained.variables),
+      'averaged': accuracy(small, averaged),
+    }
     rows.append(results.row(title, role, {**metrics, **size(small)}))
   draw(config, rows, scores, plans['scores'], workdir / 'scores_and_accuracy.png')
   unit = 'accuracies in %; millions of parameters and of multiply-accumulates an image'

@@ -228,9 +228,7 @@ def program(
     return value, Out(model_state=kept, extra=largest, metrics=metrics)
 
   def moved(state: TrainState) -> TrainState:
-    own = optax.incremental_update(
-      state.params, state.extra['average'], 1 - average(state.step)
-    )
+    own = optax.incremental_update(state.params, state.extra['average'], 1 - average(state.step))
     return state.replace(extra={**state.extra, 'average': own})
 
   given = {}

@@ -21,6 +21,7 @@ from jaxlab.compression.plan import Plan, compose, plan, renamed
 from jaxlab.compression.ranking import global_ranking
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
 from jaxlab.compression.selection import half_block, highest_channels, highest_channels_by_head
+from jaxlab.compression.shapes import shape_names, shape_plan
 from jaxlab.compression.slicing import mask_variables, masked_apply, masks, slice_network
 from jaxlab.compression.structure import Cut, Group, Structure, describe, shrunk, structure
 from jaxlab.compression.synthetic_images import (
@@ -62,6 +63,8 @@ __all__ = [
   'removal_scores',
   'renamed',
   'require_recognized',
+  'shape_names',
+  'shape_plan',
   'shrunk',
   'slice_network',
   'structure',

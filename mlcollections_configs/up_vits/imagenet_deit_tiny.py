@@ -2,10 +2,10 @@
 
   python -m experiments.up_vits --config=imagenet_deit_tiny --workdir=gs://...
 
-Of 768 channels, 12 heads and 3072 hidden channels 192, 3 and 768 are left. Constants are those of the official
-code: five images a class for the scores, 32 images on each of 8 devices, over which it sums divergences with
-the weight 0.2. The full network's weights are timm's. Rows that start anew take the same recipe, not DeiT's own
-300 epochs; the official rate is `--config.recipe.schedule.name=displaced_cosine`.
+Of 768 channels, 12 heads and 3072 hidden channels 192, 3 and 768 are left. Constants are those of the
+official code: five images a class for the scores, 32 images on each of 8 devices, over which it sums
+divergences with the weight 0.2. The full network's weights are timm's. Rows that start anew take the same
+recipe, not DeiT's own 300 epochs; the official rate is `--config.recipe.schedule.name=displaced_cosine`.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
   config.network = network('deit_base')
   config.target = dict(name='deit_tiny_patch16_224', drop_path=0.1)
   config.proxy = dict(per_class=5)
-  config.proxy_batch = 500
+  config.proxy_batch = 512
   config.recipe = dict(
     epochs=200,
     batch_size=256,

@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
   config.network.data = dict(name='imagenet2012', test_decode=decode, **IMAGENET)
   config.target = dict(name='pvt_v2_b0', drop_path=0.1)
   config.reported = (
-    'ImageNet, PVTv2 cut to the shape of B0: 75.3 %, B0 trained as usual 70.5 %; to B1: 79.5 %, 78.7 %.'
+    'ImageNet, PVTv2 cut to the shape of B0: 75.3 %, B0 trained as usual 70.5 %; to that of B1: 79.5 %, B1 '
+    '78.7 %.'
   )
   return config

@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
 
+from jaxlab import models
 from jaxlab.compression import (
   BlockMacs,
   block_macs,
   dense_structure,
   kept_hidden,
   kept_neurons,
+  multiply_accumulates,
   vit_macs,
 )
 
@@ -41,6 +43,14 @@ def test_the_official_counter_gives_the_structures_that_the_code_notes(dropped, 
   found = dense_structure(dropped * whole, macs, 12)
   assert found.num_blocks == dropped + 1
   assert kept_hidden(found.drop_ratio, 3072) == kept
+
+
+def test_operations_are_those_of_the_traced_network():
+  model = models.create('vit_tiny_patch4_16', width=32, depth=2, num_heads=2, num_classes=10)
+  x = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), x)
+  expected = vit_macs(17, 32, 128, 2, patch_size=4, num_classes=10)
+  assert multiply_accumulates(model, variables, x) == expected
 
 
 def test_any_size_is_met():

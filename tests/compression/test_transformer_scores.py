@@ -10,7 +10,11 @@ from golden_vectors import assert_close, golden
 from jaxlab import compression, models
 
 KL = functools.partial(compression.prediction_divergence, direction='original_to_pruned')
-KINDS = {'neck': 'neck', 'attn_block{}': 'blocks_{}/attention/qkv', 'ffn_block{}': 'blocks_{}/mlp/fc1'}
+KINDS = {
+  'neck': 'neck',
+  'attn_block{}': 'blocks_{}/attention/qkv',
+  'ffn_block{}': 'blocks_{}/mlp/fc1',
+}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +47,9 @@ def variables(model, arrays):
     name = '_'.join([*parts, kinds.get(kind, kind)]).replace('attention', 'attn')
     array = arrays[name]
     if kind == 'kernel':
-      array = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+      array = (
+        np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+      )
     assert array.shape == leaf.shape, name
     return array.astype(np.float64)
 
@@ -76,7 +82,9 @@ def test_scores_of_blocks_and_halves_agree_with_official_code(vectors):
   logits, parts = vectors['out_logits'], compression.structure(model).parts
   predict = jax.jit(lambda masks: compression.masked_apply(model, own, masks, images))
   assert_close(predict(dict.fromkeys(parts, np.float64(1))), logits, 1e-8)
-  for index, expected in zip(vectors['in_block_delete_index'], vectors['out_kl_block'], strict=True):
+  for index, expected in zip(
+    vectors['in_block_delete_index'], vectors['out_kl_block'], strict=True
+  ):
     gone = compression.half_block(int(index), model.depth)
     masks = {part: np.float64(part not in gone) for part in parts}
     assert_close(KL(predict(masks), logits).sum(), expected, 1e-7)
@@ -89,7 +97,10 @@ def test_the_network_that_is_cut_out_agrees_with_official_code(vectors):
   scores, keep, regrouped = of_groups(vectors, 'out_kl_', model.depth), {}, {}
   for name, values in scores.items():
     if name.endswith('qkv'):
-      keep[name], regrouped[name] = compression.highest_channels_by_head(values, width, heads), heads
+      keep[name], regrouped[name] = (
+        compression.highest_channels_by_head(values, width, heads),
+        heads,
+      )
     else:
       keep[name] = compression.highest_channels(values, hidden if name.endswith('fc1') else width)
   plan = compression.plan(model, keep, heads=regrouped)

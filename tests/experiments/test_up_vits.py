@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from experiments import up_vits
-from experiments.harness import launcher, networks
 from experiments.harness import data as harness_data
+from experiments.harness import launcher, networks
 from experiments.harness.settings import SettingsError
 from jaxlab import compression, data, losses
 
@@ -16,7 +16,7 @@ TINY = (
   'target=' + SHAPE + "'width': 8, 'num_heads': 2, 'mlp_ratio': 2.0, 'drop_path': 0.1}",
   'network.recipe.epochs=3',
   'network.recipe.batch_size=32',
-  'proxy={total: 16}',
+  'proxy={total: 13}',
   'proxy_batch=8',
   'candidates=1',
   'recipe.epochs=2',
@@ -40,7 +40,7 @@ def test_scores_are_sums_over_the_images_and_go_on_where_they_were_left(tmp_path
   assert set(whole) == set(compression.structure(model).groups)
   # One channel less by cutting it out, on the same images.
   chosen = config.proxy.draw(np.random.default_rng(config.seed), source)
-  x = config.network.task.inputs(chosen.gather(np.arange(16)))
+  x = config.network.task.inputs(chosen.gather(np.arange(13)))
   plan = compression.plan(model, {'neck': np.arange(16) != 5})
 
   @jax.jit
@@ -57,7 +57,7 @@ def test_scores_are_sums_over_the_images_and_go_on_where_they_were_left(tmp_path
   again = up_vits.measure(config, net, tmp_path / 'whole.npz')
   for name, values in whole.items():
     np.testing.assert_allclose(again[name], values, rtol=1e-6)
-    assert np.all(first[name] < values)
+    assert first[name].sum() < values.sum()
   with pytest.raises(ValueError, match='scores of other settings'):
     up_vits.measure(tiny_config('seed=3'), net, tmp_path / 'whole.npz')
 
@@ -103,43 +103,27 @@ def test_a_run_leaves_rows_plans_scores_and_a_picture(tmp_path):
   assert rows['UP-ViT']['parameters'] < 0.5 * rows['full']['parameters']
   assert rows['UP-ViT']['macs'] < 0.5 * rows['full']['macs']
   assert 'untuned' not in rows['drawn anew, labels alone']
-  scores, plan = np.load(tmp_path / 'scores.npz'), compression.Plan.load(tmp_path / 'plan_scores.json')
+  scores, plan = (
+    np.load(tmp_path / 'scores.npz'),
+    compression.Plan.load(tmp_path / 'plan_scores.json'),
+  )
   assert plan.keep['neck'] == tuple(compression.highest_channels(scores['neck'], 8))
   assert plan.heads == {f'blocks_{i}/attention/qkv': 2 for i in range(2)}
   assert (tmp_path / 'scores_and_accuracy.png').stat().st_size > 5000
-
-
-def test_of_a_pyramid_each_stage_has_its_own_width_and_loses_its_least_important_blocks():
-  from jaxlab import models
-
-  options = {'num_heads': (1, 2), 'mlp_ratios': (2, 2), 'reductions': (2, 1), 'num_classes': 3}
-  full = models.PVT(widths=(8, 16), depths=(3, 2), **options)
-  small = models.PVT(widths=(4, 8), depths=(2, 1), **options)
-  names = up_vits.scored(full, small)
-  structure, rng = compression.structure(full), np.random.default_rng(0)
-  blocks = [name for name in names if name not in structure.groups]
-  assert blocks == [f'stages_{i}/blocks_{j}' for i, depth in ((0, 3), (1, 2)) for j in range(depth)]
-  scores = {name: rng.random(structure.sizes.get(name, ())) for name in names}
-  scores |= {'stages_0/blocks_1': 0.0, 'stages_1/blocks_0': -1.0}
-  plan = up_vits.selection(full, small, scores)
-  assert plan.drop == ('stages_0/blocks_1', 'stages_1/blocks_0')
-  shape = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  variables = jax.eval_shape(full.init, jax.random.key(0), shape)
-  cut = jax.eval_shape(lambda own: compression.slice_network(full, own, plan)[1], variables)
-  assert cut == dict(jax.eval_shape(small.init, jax.random.key(0), shape))
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     ('target.width=24', 'neck, which becomes neck: count=24: expected 1 to 16'),
+    ('target={name: vit_tiny_patch4_8, width: 1, num_heads: 1, depth: 2}', 'of one channel'),
     ('target.num_heads=3', 'width=8 is not divisible by num_heads=3'),
     ('target.mlp_ratio=8', 'count=64: expected 1 to 32'),
     ('target.depth=3', 'target'),
     ('target.name=cifar_resnet20', 'target'),
     ('proxy={}', 'expected total or per_class'),
     ('proxy={total: 999}', 'proxy: 999 images'),
-    ('proxy_batch=24', 'proxy_batch=24 does not divide the 16 images'),
+    ('proxy_batch=20', 'proxy_batch=20 does not divide over'),
     ('candidates=0', 'candidates=0'),
     ('cutmix=-1', 'cutmix=-1'),
     ('weight=-1', 'weight=-1'),
