@@ -25,6 +25,7 @@ from flax import linen as nn
 
 from experiments.harness import launcher, networks, pictures, results
 from experiments.harness.data import Images
+from experiments.harness.networks import feature_path, feature_vector
 from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables, say
 from experiments.harness.sections import check_bits
@@ -37,9 +38,7 @@ from experiments.protocols.quantized_training import (
   FLOAT,
   Stage,
   Trained,
-  feature_path,
   feature_shape,
-  feature_vector,
 )
 from jaxlab import data, losses, models, quantizers
 from jaxlab.quantizers import Quantized, compensation

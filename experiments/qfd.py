@@ -24,6 +24,7 @@ import optax
 from flax import linen as nn
 
 from experiments.harness import launcher, networks, pictures, results
+from experiments.harness.networks import feature_path
 from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables, say
 from experiments.harness.sections import Optimizer, Recipe, Schedule, check_bits
@@ -34,7 +35,6 @@ from experiments.protocols.quantized_training import (
   FLOAT,
   Stage,
   Trained,
-  feature_path,
   feature_shape,
 )
 from jaxlab import losses, models, quantizers

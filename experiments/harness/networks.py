@@ -46,6 +46,23 @@ def create(model: Mapping[str, Any], **changes: Any) -> nn.Module:
   return models.create(**{**model, **changes})
 
 
+def feature_path(model: nn.Module) -> str:
+  """Returns the module whose output is the penultimate feature.
+
+  Raises:
+    ValueError: if no module of its own has it.
+  """
+  path = models.anatomy(model).features
+  if not path:
+    raise ValueError(f'{type(model).__name__} has no module whose output are its features.')
+  return path
+
+
+def feature_vector(features: Array | tuple[Array, ...]) -> Array:
+  """Returns what enters the classifier; of a distilled transformer the class token's."""
+  return features[0] if isinstance(features, tuple) else features
+
+
 def classifier(
   model: Mapping[str, Any], num_classes: int, head: str = 'linear', kernel_init: str = 'torch'
 ) -> Classifier:

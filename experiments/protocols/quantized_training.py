@@ -21,7 +21,7 @@ from experiments.harness import data as harness_data
 from experiments.harness import networks, runs, supervised
 from experiments.harness.costs import Side, relative
 from experiments.harness.data import Images
-from experiments.harness.networks import Loaded
+from experiments.harness.networks import Loaded, feature_path, feature_vector
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import found_by, free, identity
@@ -365,23 +365,6 @@ def feature_shape(config: Settings) -> Any:
   image = jax.ShapeDtypeStruct((1, *view), jnp.float32)
   fn = lambda variables, x: models.capture(model, variables, [path], x)[1][path]  # noqa: E731
   return jax.eval_shape(fn, models.abstract_variables(model, view), image)
-
-
-def feature_path(model: nn.Module) -> str:
-  """Returns the module whose output is the penultimate feature.
-
-  Raises:
-    ValueError: if no module of its own has it.
-  """
-  path = models.anatomy(model).features
-  if not path:
-    raise ValueError(f'{type(model).__name__} has no module whose output are its features.')
-  return path
-
-
-def feature_vector(features: Array | tuple[Array, ...]) -> Array:
-  """Returns what enters the classifier; of a distilled transformer the class token's."""
-  return features[0] if isinstance(features, tuple) else features
 
 
 def edge_rules(model: nn.Module, weights: int, inputs: int | None, **options: Any) -> Any:

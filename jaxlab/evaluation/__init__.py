@@ -28,6 +28,7 @@ from jaxlab.evaluation.diagnostics import (
   effective_rank,
   feature_std,
   mean_cosine,
+  norm_ratios,
 )
 from jaxlab.evaluation.ensembles import (
   Ensemble,
@@ -124,6 +125,7 @@ __all__ = [
   'mean_cosine',
   'multi_label_metrics',
   'multi_label_probe',
+  'norm_ratios',
   'outlier_statistics',
   'per_class_recall',
   'perplexity',

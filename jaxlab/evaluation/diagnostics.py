@@ -54,6 +54,33 @@ def mean_cosine(a: ArrayLike, b: ArrayLike, *, centered: bool = False) -> jax.Ar
   return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))
 
 
+def norm_ratios(a: ArrayLike, b: ArrayLike) -> jax.Array:
+  """How long the rows of one feature set are, each over that of another: `|a_i| / |b_i|`.
+
+  Args:
+    a: `[examples, dim]`.
+    b: `[examples, dim]`, other features of the same inputs; the norm of a row of zeros counts as 1e-12.
+
+  Returns:
+    `[examples]`, float32 or wider.
+
+  Raises:
+    ValueError: if the numbers of examples differ.
+
+  Examples:
+    >>> norm_ratios(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 2.0]])).tolist()
+    [2.5]
+  """
+  require_features('a', a)
+  require_features('b', b)
+  if len(jnp.asarray(a)) != len(jnp.asarray(b)):
+    raise ValueError(
+      f'Expected features of as many examples, got {jnp.shape(a)} and {jnp.shape(b)}.'
+    )
+  lengths = [jnp.linalg.norm(_wide(own), axis=-1) for own in (a, b)]
+  return lengths[0] / jnp.maximum(lengths[1], 1e-12)
+
+
 def effective_rank(features: ArrayLike, *, centered: bool = True) -> jax.Array:
   """Number of dimensions that features use: the exponential of the entropy of their singular values.
 

@@ -51,12 +51,14 @@ from jaxlab.losses.feature_distillation import (
 )
 from jaxlab.losses.hashing import (
   draw_hyperplanes,
+  hash_bits,
   hash_values,
   hyperplane_bias,
   lsh_l2_loss,
   lsh_loss,
   mean_where_right,
   merge_linear,
+  stored_lsh_loss,
 )
 from jaxlab.losses.label_correction import (
   PencilTerms,
@@ -116,6 +118,7 @@ from jaxlab.losses.parametric_contrastive import (
 )
 from jaxlab.losses.principal_components import (
   PrincipalComponents,
+  coordinate_system,
   fit_principal_components,
   num_components,
   pca_mimicking_loss,
@@ -174,6 +177,7 @@ __all__ = [
   'class_balanced_weights',
   'co_teaching_loss',
   'colinearity_loss',
+  'coordinate_system',
   'cross_correlation',
   'cross_entropy',
   'd2_loss',
@@ -196,6 +200,7 @@ __all__ = [
   'gaussian_label_distribution',
   'gml_loss',
   'hard_categories',
+  'hash_bits',
   'hash_values',
   'hyperplane_bias',
   'info_nce_queue',
@@ -249,6 +254,7 @@ __all__ = [
   'sqrt_kl',
   'ssql_loss',
   'stability_loss',
+  'stored_lsh_loss',
   'supervised_contrastive_loss',
   'to_unit_range',
   'top_k_pseudo_labels',

@@ -142,7 +142,77 @@ def lsh_loss(
   if kind != 'bce':
     distance = jnp.abs(own - told)
     return jnp.mean(distance if kind == 'l1' else jnp.square(distance), -1)
-  return jnp.mean(jax.nn.softplus(own) - jnp.where(told > 0, own, 0), -1)
+  return _sides_cross_entropy(own, told > 0)
+
+
+def _sides_cross_entropy(values: jax.Array, bits: jax.Array) -> jax.Array:
+  return jnp.mean(jax.nn.softplus(values) - jnp.where(bits, values, 0), -1)
+
+
+def hash_bits(features: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:
+  """Returns a teacher's bits `1[W f + b > 0]`, eight a byte: what is stored of an image.
+
+  Args:
+    features: `[..., dim]`.
+    weight: normals `[count, dim]`, see `draw_hyperplanes`.
+    bias: `[count]`, see `hyperplane_bias`; None: 0.
+
+  Returns:
+    uint8 `[..., ceil(count / 8)]`, the first bit the highest; what is over in the last byte is 0.
+
+  Raises:
+    ValueError: if shapes do not fit, or (where concrete) features are not finite.
+
+  Examples:
+    >>> hash_bits(jnp.array([[1.0, -1.0]]), jnp.eye(2)).tolist()
+    [[128]]
+  """
+  require_finite(features=features)
+  return jnp.packbits(hash_values(features, weight, bias) > 0, axis=-1)
+
+
+def stored_lsh_loss(
+  student_features: ArrayLike,
+  bits: ArrayLike,
+  weight: ArrayLike,
+  bias: ArrayLike | None = None,
+) -> jax.Array:
+  """`lsh_loss` of bits that were stored: no teacher is asked, of whatever view of an image (eLSH).
+
+  Args:
+    student_features: `[..., dim]`, of any view of the images.
+    bits: of the images themselves, uint8 `[..., ceil(count / 8)]`, see `hash_bits`.
+    weight: normals `[count, dim]`.
+    bias: `[count]`; None: 0.
+
+  Returns:
+    `[...]`, float32 or wider.
+
+  Raises:
+    ValueError: if shapes do not fit.
+
+  References:
+    Zhou, Zhu & Wu, All You Need in Knowledge Distillation Is a Tailored Coordinate System, AAAI 2025
+    (https://arxiv.org/abs/2412.09388). That it is the binary cross-entropy of `lsh_loss` is inferred.
+
+  Examples:
+    >>> student, teacher = jnp.array([[1.0, 0.5]]), jnp.array([[5.0, -1.0]])
+    >>> bits = hash_bits(teacher, jnp.eye(2))
+    >>> bool(
+    ...   jnp.all(
+    ...     stored_lsh_loss(student, bits, jnp.eye(2)) == lsh_loss(student, teacher, jnp.eye(2))
+    ...   )
+    ... )
+    True
+  """
+  values = hash_values(student_features, weight, bias)
+  count, bits = values.shape[-1], jnp.asarray(bits)
+  if bits.dtype != jnp.uint8 or bits.shape != (*values.shape[:-1], -(-count // 8)):
+    raise ValueError(
+      f'bits must be uint8 {(*values.shape[:-1], -(-count // 8))}, {count} for each feature, got '
+      f'{bits.dtype} {bits.shape}.'
+    )
+  return _sides_cross_entropy(values, jnp.unpackbits(bits, axis=-1, count=count) > 0)
 
 
 def lsh_l2_loss(

@@ -77,6 +77,61 @@ def fit_principal_components(
   return PrincipalComponents(mean, vectors[:, :count], variance)
 
 
+def coordinate_system(features: ArrayLike, count: int | None = None) -> PrincipalComponents:
+  """Returns the principal components of features as axes that are the same wherever they are computed.
+
+  In float64 on the host, with signs by a rule: the entry of largest magnitude of each axis is positive. Of
+  fewer examples than dimensions there are `examples - 1` axes; those without variance are left out.
+
+  Args:
+    features: `[examples, dim]` of a teacher, concrete.
+    count: of the axes, the first ones; None: all.
+
+  Returns:
+    NumPy arrays in float64: `mean` `[dim]`, `components` `[dim, count]`, and `variance` along all axes that
+    there are.
+
+  Raises:
+    ValueError: for anything but a matrix of two examples or more, features that are not finite or all equal,
+      or a count that exceeds the axes.
+
+  References:
+    Zhou, Zhu & Wu, All You Need in Knowledge Distillation Is a Tailored Coordinate System, AAAI 2025
+    (https://arxiv.org/abs/2412.09388).
+
+  Examples:
+    >>> found = coordinate_system(np.array([[0.0, 1.0], [0.0, 3.0], [0.0, 5.0]]))
+    >>> found.mean.tolist(), found.components.tolist(), found.variance.tolist()
+    ([0.0, 3.0], [[0.0], [1.0]], [4.0])
+  """
+  features = np.asarray(features, np.float64)
+  shape = features.shape
+  if len(shape) != 2 or shape[0] < 2 or not shape[1]:
+    raise ValueError(f'features must be [examples, dim] of two examples or more, got {shape}.')
+  if wrong := np.flatnonzero(~np.isfinite(features).all(1)).tolist():
+    raise ValueError(f'features: {len(wrong)} rows are not finite, the first is row {wrong[0]}.')
+  mean = features.mean(0)
+  centered = features - mean
+  if shape[0] > shape[1]:
+    values, vectors = np.linalg.eigh(centered.T @ centered / (shape[0] - 1))
+    values, vectors = values[::-1], vectors[:, ::-1]
+  else:
+    _, lengths, rows = np.linalg.svd(centered, full_matrices=False)
+    values, vectors = lengths**2 / (shape[0] - 1), rows.T
+  there = min(shape[1], shape[0] - 1)
+  # What varies by rounding alone is no axis; float32 features round by more than float64 computes.
+  there = min(there, int(np.sum(values > values[0] * max(shape) * np.finfo(np.float64).eps)))
+  if not values[0] > 0:
+    raise ValueError(f'features are the same in all {shape[0]} rows.')
+  if count is not None and not 1 <= count <= there:
+    raise ValueError(
+      f'count={count}: {shape[0]} features of {shape[1]} dimensions have 1 to {there} axes.'
+    )
+  vectors = vectors[:, :there]
+  largest = vectors[np.abs(vectors).argmax(0), np.arange(there)]
+  return PrincipalComponents(mean, (vectors * np.sign(largest))[:, :count], values[:there])
+
+
 def num_components(variance: ArrayLike, share: float = 0.6, multiple: int = 32) -> int:
   """How many components explain a share of the variance, rounded up to a multiple, at most all.
 

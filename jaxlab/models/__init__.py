@@ -41,6 +41,7 @@ from jaxlab.models.class_attention import (
   ClassAttention,
 )
 from jaxlab.models.classifier_heads import (
+  AdaptedLinear,
   Classifier,
   LearnableWeightScaling,
   Linear,
@@ -64,6 +65,11 @@ from jaxlab.models.convnext import (
 from jaxlab.models.convolution import (
   conv_general_dilated,
   fast_convolutions,
+)
+from jaxlab.models.coordinate_head import (
+  CoordinateHead,
+  coordinates,
+  merge_coordinates,
 )
 from jaxlab.models.densenet import (
   DenseNet,
@@ -204,6 +210,7 @@ __all__ = [
   'MLP',
   'PVT',
   'VGG',
+  'AdaptedLinear',
   'Anatomy',
   'BasicBlock',
   'BatchNorm',
@@ -217,6 +224,7 @@ __all__ = [
   'Classifier',
   'ConvNeXt',
   'ConvNet',
+  'CoordinateHead',
   'DINOHead',
   'DenseNet',
   'EfficientNet',
@@ -262,6 +270,7 @@ __all__ = [
   'capture',
   'class_attention',
   'conv_general_dilated',
+  'coordinates',
   'create',
   'csra_head',
   'csra_logits',
@@ -283,6 +292,7 @@ __all__ = [
   'masked_autoencoder',
   'max_residual',
   'mean_embedding',
+  'merge_coordinates',
   'mlp_baseline',
   'moco_projector',
   'module_paths',

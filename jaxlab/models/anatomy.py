@@ -28,10 +28,11 @@ from flax import linen as nn
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
 from jaxlab.models.bert import Bert
 from jaxlab.models.bilinear import BilinearCNN
-from jaxlab.models.classifier_heads import Classifier
+from jaxlab.models.classifier_heads import AdaptedLinear, Classifier
 from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
 from jaxlab.models.convnext import ConvNeXt
+from jaxlab.models.coordinate_head import CoordinateHead
 from jaxlab.models.densenet import DenseNet
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.heads import DINOHead, MLPHead
@@ -504,6 +505,11 @@ def _with_head(backbone: Anatomy, name: str, head: nn.Module) -> Anatomy:
   if not own.head and not own.tied:
     own = dataclasses.replace(own, features='backbone')
   layers, norms = (name,), ()
+  if isinstance(head, CoordinateHead) and not head.adapted:
+    layers = (f'{name}/fc',)
+  elif isinstance(head, AdaptedLinear | CoordinateHead):
+    layers = (f'{name}/feat_fc', f'{name}/fc')
+    own = dataclasses.replace(own, features=layers[0])
   if isinstance(head, DINOHead):
     name, head = f'{name}/mlp', MLPHead((1, 1, 1), hidden_norm=head.use_norm)
   if isinstance(head, MLPHead):

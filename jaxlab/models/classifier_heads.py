@@ -74,6 +74,35 @@ class Linear(nn.Module):
     return x @ kernel + bias
 
 
+class AdaptedLinear(nn.Module):
+  """Two linear layers without anything between: features are brought to `width` dimensions, then to classes.
+
+  The first, `feat_fc`, lets a network's features follow those of another width; behind the training the two
+  are one layer (`losses.merge_linear`). The second is `fc`. Both start as PyTorch's.
+
+  Attributes:
+    width: dimensions between the layers.
+    num_classes: number of logits.
+    dtype: of the computation; None: as the input.
+  """
+
+  width: int
+  num_classes: int
+  dtype: Any = None
+
+  def __post_init__(self):
+    _require_classes('AdaptedLinear', self.num_classes)
+    if self.width < 1:
+      raise ValueError(f'AdaptedLinear: width={self.width} must be positive.')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, x: Array, train: bool = False) -> Array:
+    """Maps `[..., features]` to logits `[..., num_classes]`."""
+    x = Linear(self.width, dtype=self.dtype, name='feat_fc')(x)
+    return Linear(self.num_classes, dtype=self.dtype, name='fc')(x)
+
+
 class LearnableWeightScaling(nn.Module):
   """A linear classifier with one factor a class, `scale * (x @ kernel + bias)`; factors start at 1.
 

@@ -29,6 +29,7 @@ from jaxlab.training.example_table import (
 )
 from jaxlab.training.feed import DataIterator
 from jaxlab.training.fit import fit
+from jaxlab.training.gate_selection import GateState, remove_least, select_gates
 from jaxlab.training.group_regularizer import group_decays, group_regularizer, group_slope
 from jaxlab.training.inference import map_batches
 from jaxlab.training.lock import locked
@@ -44,6 +45,7 @@ __all__ = [
   'Checkpoints',
   'ColinearityDecayState',
   'DataIterator',
+  'GateState',
   'Initial',
   'LossState',
   'MetricWriter',
@@ -76,9 +78,11 @@ __all__ = [
   'read_metrics',
   'read_rows',
   'recompute_batch_stats',
+  'remove_least',
   'replace_by_gradient',
   'row_rules',
   'running_average',
+  'select_gates',
   'step_keys',
   'step_rows',
   'warm_decay',

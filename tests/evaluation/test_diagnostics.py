@@ -68,3 +68,11 @@ def test_diagnostics_map_over_feature_sets_and_take_bfloat16():
 def test_bad_arguments_raise(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_ratios_of_lengths_are_of_each_row_and_zeros_do_not_divide():
+  ratios = evaluation.norm_ratios(np.array([[3.0, 4.0], [0.0, 0.0]]), np.array([[10.0], [1.0]]))
+  np.testing.assert_allclose(ratios, [0.5, 0.0])
+  assert np.isfinite(evaluation.norm_ratios(np.ones((1, 2)), np.zeros((1, 2)))).all()
+  with pytest.raises(ValueError, match='as many examples'):
+    evaluation.norm_ratios(np.ones((2, 2)), np.ones((3, 2)))

@@ -76,6 +76,23 @@ def test_bits_see_the_direction_alone_and_differ_by_the_angle():
   assert abs(float(jnp.mean(bits[0] != bits[2])) - angle / np.pi) < 0.03
 
 
+def test_stored_bits_are_what_the_loss_takes_of_the_teacher_itself():
+  weight = losses.draw_hyperplanes(jax.random.key(0), 6, 21, 0.3)
+  student, teacher, bias = random(5, 6), random(5, 6), random(21)
+  bits = losses.hash_bits(teacher, weight, bias)
+  assert bits.shape == (5, 3) and bits.dtype == jnp.uint8
+
+  def stored(student):
+    return jnp.mean(losses.stored_lsh_loss(student, bits, weight, bias))
+
+  def asked(student):
+    return jnp.mean(losses.lsh_loss(student, teacher, weight, bias))
+
+  pairs = zip(*(jax.jit(jax.value_and_grad(own))(student) for own in (stored, asked)), strict=True)
+  for a, b in pairs:
+    assert_close(a, b, 1e-6)
+
+
 def test_no_teacher_that_is_right_gives_no_loss_and_no_gradient():
   logits, labels = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([1, 1])
   value, gradient = jax.value_and_grad(losses.mean_where_right)(jnp.ones(2), logits, labels)
@@ -98,6 +115,11 @@ def test_two_linear_layers_are_one():
     (lambda f: losses.lsh_loss(f, f, jnp.ones((4, 5)), kind='mse'), "kind is 'mse'"),
     (lambda f: losses.hyperplane_bias(jnp.ones((4, 5)), f * jnp.nan), 'not finite'),
     (lambda f: losses.hyperplane_bias(jnp.ones((4, 5)), f, 'zero'), "kind is 'zero'"),
+    (
+      lambda f: losses.stored_lsh_loss(f, jnp.ones((2, 4), jnp.uint8), jnp.ones((4, 5))),
+      'bits must',
+    ),
+    (lambda f: losses.hash_bits(f * jnp.nan, jnp.ones((4, 5))), 'not finite'),
     (lambda f: losses.draw_hyperplanes(jax.random.key(0), 5, 4, 0.0), 'std must be positive'),
     (lambda f: losses.merge_linear(f, None, f, None), 'do not chain'),
   ],

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
 
-from jaxlab.losses import fit_principal_components, num_components, pca_mimicking_loss
+from jaxlab.losses import (
+  coordinate_system,
+  fit_principal_components,
+  num_components,
+  pca_mimicking_loss,
+)
 
 
 @golden('gplq', 'pca_mimic_loss')
@@ -104,3 +109,31 @@ def test_too_few_dimensions_are_warned_of():
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     fit_principal_components(features(rank=3) - 5, 3)
+
+
+def test_axes_have_a_sign_and_few_examples_have_few_of_them():
+  rng = np.random.default_rng(0)
+  for shape, axes in (((30, 6), 6), ((4, 6), 3), ((6, 6), 5)):
+    found = coordinate_system(rng.normal(size=shape))
+    assert found.components.shape == (6, axes) and found.variance.shape == (axes,)
+    largest = np.abs(found.components).argmax(0)
+    assert np.all(found.components[largest, range(axes)] > 0)
+    np.testing.assert_allclose(found.components.T @ found.components, np.eye(axes), atol=1e-9)
+  constant = rng.normal(size=(30, 6)) * [1, 1, 0, 1, 1, 1]
+  assert coordinate_system(constant).components.shape == (6, 5)
+  np.testing.assert_allclose(coordinate_system(constant).components[2], np.zeros(5), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'features, count, message',
+  [
+    (np.ones((1, 3)), None, 'two examples or more'),
+    (np.array([[1.0], [np.nan], [np.inf]]), None, '2 rows are not finite, the first is row 1'),
+    (np.ones((5, 3)), None, 'the same in all 5 rows'),
+    (np.eye(3), 3, 'have 1 to 2 axes'),
+    (np.eye(3), 0, 'count=0'),
+  ],
+)
+def test_features_without_axes_are_refused(features, count, message):
+  with pytest.raises(ValueError, match=message):
+    coordinate_system(features, count)

@@ -64,8 +64,9 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - anything else is looked up in the TFDS catalogue (`'cifar10'`, `'imagenet2012'`); options of
         `Catalogue`.
     split: 'train' or 'test'; TFDS, folders and files have their own names.
-    **options: of the source; for `'fashion_mnist'` and `'text'` also `limit`, to take only so many records;
-      for `'[pasted_]digits'` and `'fashion_mnist'` also `classes`, to take these alone (see `class_subset`).
+    **options: of the source; for `'digits'`, `'fashion_mnist'` and `'text'` also `limit`, to take only so
+      many records; for `'[pasted_]digits'` and `'fashion_mnist'` also `classes`, to take these alone (see
+      `class_subset`).
 
   Raises:
     ValueError: for an unknown name, split or option.
@@ -73,8 +74,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
   """
   try:
     if name == 'digits':
-      classes = options.pop('classes', None)
-      return _of_classes(Digits(split, **options), classes)
+      limit, classes = options.pop('limit', None), options.pop('classes', None)
+      return _first(_of_classes(Digits(split, **options), classes), limit)
     if name == 'pasted_digits':
       classes, seed, limit = (
         options.pop(k, v) for k, v in (('classes', None), ('seed', 0), ('limit', None))
