@@ -1,5 +1,7 @@
 """Gates of 0 and 1 that are closed one after another, those first whose gradients were least."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, NamedTuple
 
 import jax

@@ -65,8 +65,8 @@ def test_a_head_is_one_linear_layer(adapted):
 
 
 def test_its_parts_are_known_to_whoever_asks_for_features():
-  backbone = models.create('mlp', hidden=(7,))
-  for adapted, path in ((True, 'head/feat_fc'), (False, 'backbone/relu0')):
+  backbone = models.create('mlp', hidden=(7,), num_classes=None)
+  for adapted, path in ((True, 'head/feat_fc'), (False, 'backbone')):
     model = models.Classifier(backbone, models.CoordinateHead(3, 7, 2, adapted))
     parts = models.anatomy(model)
     assert parts.features == path
