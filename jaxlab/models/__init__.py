@@ -25,6 +25,8 @@ from jaxlab.models.bert import (
 from jaxlab.models.bilinear import (
   BilinearCNN,
   bilinear_pool,
+  compact_bilinear,
+  draw_sketches,
 )
 from jaxlab.models.block_outputs import (
   block_outputs,
@@ -164,6 +166,13 @@ from jaxlab.models.resnet import (
 from jaxlab.models.rotary import (
   rotary_embedding,
 )
+from jaxlab.models.second_order import (
+  SecondOrderHead,
+  covariance_pool,
+  isqrt_cov,
+  newton_schulz_sqrt,
+  upper_triangle,
+)
 from jaxlab.models.shake_shake import (
   ShakeShake,
   ShakeShakeBlock,
@@ -245,6 +254,7 @@ __all__ = [
   'PointNetHead',
   'PreActivationBlock',
   'ResNet',
+  'SecondOrderHead',
   'ShakeShake',
   'ShakeShakeBlock',
   'ShiftConvDownsample',
@@ -269,13 +279,16 @@ __all__ = [
   'byol_mlp',
   'capture',
   'class_attention',
+  'compact_bilinear',
   'conv_general_dilated',
   'coordinates',
+  'covariance_pool',
   'create',
   'csra_head',
   'csra_logits',
   'csra_scores',
   'csra_temperatures',
+  'draw_sketches',
   'eval_mode_hooks',
   'expand_subspaces',
   'fast_convolutions',
@@ -285,6 +298,7 @@ __all__ = [
   'from_config',
   'from_torch',
   'generate',
+  'isqrt_cov',
   'last_stage',
   'load_pretrained',
   'make_divisible',
@@ -298,6 +312,7 @@ __all__ = [
   'module_paths',
   'narrow',
   'nearest_class_mean',
+  'newton_schulz_sqrt',
   'nrs_net',
   'packed_axes',
   'random_subspace_index',
@@ -317,6 +332,7 @@ __all__ = [
   'total_stride',
   'truncate',
   'unstack_blocks',
+  'upper_triangle',
   'weight_pairs',
   'width_floor',
 ]
