@@ -47,6 +47,7 @@ NETWORKS = {
   'learnable scaling': (models.LearnableWeightScaling(4), ROWS),
   'batch norm': (models.BatchNorm(), IMAGES),
   'csra': (models.CSRAMultiHead(4, 2, 0.5), IMAGES),
+  'second order': (models.SecondOrderHead(4, reduction=2), IMAGES),
   'dino head': (models.DINOHead(4), ROWS),
   'simsiam projector': (models.simsiam_projector(8), ROWS),
 }
@@ -115,6 +116,11 @@ CALLS = {
     jax.nn.sigmoid(LOGITS), PRESENT, top=2
   ),
   'csra head': lambda: models.csra_head(IMAGES, ROWS[:, :3], 2.0, 0.5),
+  'isqrt_cov': lambda: jax.value_and_grad(lambda x: models.isqrt_cov(x).sum())(IMAGES),
+  'compact bilinear': lambda: models.compact_bilinear(IMAGES, *models.draw_sketches(0, 3, 8), 8),
+  'confidence penalties': lambda: (
+    losses.max_entropy_loss(LOGITS, LABELS), losses.pairwise_confusion(LOGITS, LABELS)
+  ),
   'max_residual': lambda: models.max_residual(IMAGES, 0.5),
   'multi_label_probe': lambda: evaluation.multi_label_probe(ROWS, PRESENT, steps=2),
   'average_precision': lambda: evaluation.average_precision(LOGITS, PRESENT),

@@ -29,6 +29,10 @@ from jaxlab.losses.collaborative import (
   hard_categories,
   ncl_loss,
 )
+from jaxlab.losses.confidence_penalties import (
+  max_entropy_loss,
+  pairwise_confusion,
+)
 from jaxlab.losses.contrastive import (
   info_nce_queue,
   multi_view_contrastive_loss,
@@ -217,6 +221,7 @@ __all__ = [
   'lsh_l2_loss',
   'lsh_loss',
   'mae_loss',
+  'max_entropy_loss',
   'mean_where_right',
   'memory_bank_loss',
   'merge_linear',
@@ -235,6 +240,7 @@ __all__ = [
   'num_components',
   'orthogonality_loss',
   'paco_loss',
+  'pairwise_confusion',
   'pca_mimicking_loss',
   'peer_learning_loss',
   'pencil_loss',
