@@ -71,6 +71,11 @@ from jaxlab.data.sources.fields import (
   Relabeled,
   WithFields,
 )
+from jaxlab.data.sources.fine_grained import (
+  FINE_GRAINED_DATASETS,
+  FineGrainedDataset,
+  list_fine_grained,
+)
 from jaxlab.data.sources.image_folder import (
   ImageFolder,
   class_folders,
@@ -216,6 +221,7 @@ __all__ = [
   'CIFAR100_LIKE_CIFAR10',
   'CIFAR100_SUPERCLASSES',
   'EMBEDDED_TABLES',
+  'FINE_GRAINED_DATASETS',
   'IMAGENET_MEAN_STD',
   'Aligned',
   'ByteText',
@@ -227,6 +233,7 @@ __all__ = [
   'Digits',
   'Episode',
   'FashionMNIST',
+  'FineGrainedDataset',
   'ImageFolder',
   'InMemory',
   'ListedImages',
@@ -280,6 +287,7 @@ __all__ = [
   'in_memory',
   'index_groups',
   'jitter_colors',
+  'list_fine_grained',
   'load',
   'load_table',
   'make_loader',

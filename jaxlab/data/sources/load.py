@@ -65,8 +65,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
         `Catalogue`.
     split: 'train' or 'test'; TFDS, folders and files have their own names.
     **options: of the source; for `'digits'`, `'fashion_mnist'` and `'text'` also `limit`, to take only so
-      many records; for `'[pasted_]digits'` and `'fashion_mnist'` also `classes`, to take these alone (see
-      `class_subset`).
+      many records; for `'[pasted_]digits'`, `'fashion_mnist'`, image folders and the catalogue also `classes`,
+      to take these alone (see `class_subset`).
 
   Raises:
     ValueError: for an unknown name, split or option.
@@ -121,10 +121,12 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       usual = 'train' if os.path.isdir(os.path.join(root, 'train')) else None
       if (classes_of := options.pop('classes_of', usual)) is not None:
         options.setdefault('class_names', class_folders(os.path.join(root, classes_of)))
-      return ImageFolder(f'{root}/{split}', **options)
+      classes = options.pop('classes', None)
+      return _of_classes(ImageFolder(f'{root}/{split}', **options), classes)
     if name == 'listed_images':
       return ListedImages(split, **options)
-    return Catalogue(name, split, **options)
+    classes = options.pop('classes', None)
+    return _of_classes(Catalogue(name, split, **options), classes)
   except TypeError as error:
     raise ValueError(f'data set {name!r}: {error}') from error
 
@@ -142,6 +144,6 @@ def _first(source: InMemory, limit: int | None) -> InMemory:
   return InMemory(arrays, source.num_classes, source.class_names)
 
 
-def _of_classes(source: InMemory, classes: Sequence[int] | None) -> InMemory:
+def _of_classes(source: Source, classes: Sequence[int] | None) -> Source:
   """Returns a source of the records of some classes; None: the source."""
   return source if classes is None else class_subset(source, classes)

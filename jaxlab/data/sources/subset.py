@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxlab.data.sources.source import InMemory, Record, Source
+from jaxlab.data.sources.source import InMemory, Record, Source, source_labels
 
 
 class Subset:
@@ -52,15 +52,28 @@ def subset(source: Source, indices: np.ndarray) -> Source:
   return Subset(source, indices)
 
 
-def class_subset(source: InMemory, classes: Sequence[int]) -> InMemory:
+class ClassSubset(Subset):
+  """The records of some classes of a source, numbered anew; lazy. See `class_subset`."""
+
+  def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, names: Sequence[str]):
+    super().__init__(source, indices)
+    self.labels, self.num_classes, self.class_names = labels, len(names), tuple(names)
+
+  def __getitem__(self, index: int) -> Record:
+    return {**super().__getitem__(index), 'label': self.labels[index]}
+
+
+def class_subset(source: Source, classes: Sequence[int]) -> Source:
   """Returns a source of the records of some classes, which are numbered anew in the given order.
 
+  A source in memory gives one in memory. Of a source that does not say its labels every record is read once.
+
   Args:
-    source: in memory.
+    source: of records with one label.
     classes: different labels of it.
 
   Raises:
-    ValueError: for classes that the source does not have, or that occur twice.
+    ValueError: for classes that the source does not have, or that occur twice, or if no record is of them.
   """
   chosen = np.asarray(classes, np.int64).reshape(-1)
   if not len(chosen) or len(set(chosen)) < len(chosen):
@@ -71,7 +84,11 @@ def class_subset(source: InMemory, classes: Sequence[int]) -> InMemory:
     )
   number = np.full(source.num_classes, -1)
   number[chosen] = np.arange(len(chosen))
-  labels = number[source.arrays['label']]
+  labels = number[source_labels(source)]
   rows = np.flatnonzero(labels >= 0)
-  arrays = {**source.gather(rows), 'label': labels[rows].astype(np.int32)}
-  return InMemory(arrays, len(chosen), [source.class_names[label] for label in chosen])
+  if not len(rows):
+    raise ValueError(f'classes={tuple(classes)}: no record of the source is of them.')
+  labels, names = labels[rows].astype(np.int32), [source.class_names[label] for label in chosen]
+  if isinstance(source, InMemory):
+    return InMemory({**source.gather(rows), 'label': labels}, len(chosen), names)
+  return ClassSubset(source, rows, labels, names)

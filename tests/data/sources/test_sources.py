@@ -308,6 +308,30 @@ def test_some_classes_are_numbered_anew_in_the_given_order():
   np.testing.assert_array_equal(pasted.arrays['label'], np.repeat(some.arrays['label'], 3))
 
 
+def test_some_classes_of_a_source_that_reads_its_records_when_asked():
+  whole = data.Digits('test')
+
+  class Lazy:
+    num_classes, class_names = 10, whole.class_names
+
+    def __len__(self):
+      return len(whole)
+
+    def __getitem__(self, index):
+      return whole[index]
+
+  lazy, expected = data.class_subset(Lazy(), (7, 2)), data.class_subset(whole, (7, 2))
+  assert (len(lazy), lazy.num_classes, lazy.class_names) == (len(expected), 2, ('7', '2'))
+  np.testing.assert_array_equal(data.source_labels(lazy), expected.arrays['label'])
+  for index in (0, len(lazy) - 1):
+    for name, value in expected[index].items():
+      np.testing.assert_array_equal(lazy[index][name], value)
+  none = data.class_subset(whole, (7, 2, 3))
+  none = data.subset(none, np.flatnonzero(none.arrays['label'] == 0))
+  with pytest.raises(ValueError, match=r'classes=\(1,\): no record'):
+    data.class_subset(none, (1,))
+
+
 @pytest.mark.parametrize('classes', [(), (1, 1), (3, 10), (-1, 2)])
 def test_classes_that_cannot_be_are_named(classes):
   with pytest.raises(ValueError, match=r'classes=\('):
