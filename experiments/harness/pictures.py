@@ -66,6 +66,39 @@ def bars(
     axes[0, 0].figure.suptitle(title(config))
 
 
+def retrieved(
+  path: Any,
+  queries: np.ndarray,
+  found: np.ndarray,
+  right: np.ndarray,
+  there: np.ndarray | None = None,
+) -> None:
+  """Draws queries, each with the images that it retrieves, framed green where they are right, else red.
+
+  Args:
+    path: of the picture.
+    queries: images `[rows, height, width, channels]`.
+    found: images `[rows, count, height, width, channels]`.
+    right: bool `[rows, count]`.
+    there: likewise, which of the places hold an image; None: all.
+  """
+  rows, count = found.shape[:2]
+  with drawn(path, rows, count + 1, size=(1.1 * (count + 1), 1.1 * rows), squeeze=False) as axes:
+    for axis in axes.flat:
+      axis.set_xticks([])
+      axis.set_yticks([])
+    for row, column in np.ndindex(rows, count):
+      if there is not None and not there[row, column]:
+        continue
+      axes[row, column + 1].imshow(np.squeeze(found[row, column]), cmap='gray')
+      for spine in axes[row, column + 1].spines.values():
+        spine.set(color='tab:green' if right[row, column] else 'tab:red', linewidth=2)
+    for axis, image in zip(axes[:, 0], queries, strict=True):
+      axis.imshow(np.squeeze(image), cmap='gray')
+    axes[0, 0].set_title('query', fontsize=8)
+    axes[0, 1].set_title('retrieved', fontsize=8)
+
+
 def title(config: Experiment) -> str:
   """Returns what stands above an experiment's tables and pictures."""
   return f'{config.paper}, {config.setting}, seed {config.seed}'

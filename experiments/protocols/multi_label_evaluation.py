@@ -174,20 +174,7 @@ def draw_retrieved(
   """
   flat = np.maximum(places, 0).reshape(-1)
   found = records(config, sources['train'], flat, 'train')
-  rows, count = places.shape
-  with pictures.drawn(picture, rows, count + 1, size=(1.1 * (count + 1), 1.1 * rows)) as axes:
-    for axis in axes.flat:
-      axis.set_xticks([])
-      axis.set_yticks([])
-    for row in range(rows):
-      axes[row, 0].imshow(np.squeeze(queries['image'][row]), cmap='gray')
-      for column in range(count):
-        axis, place = axes[row, column + 1], row * count + column
-        if places[row, column] < 0:
-          continue
-        axis.imshow(np.squeeze(found['image'][place]), cmap='gray')
-        shared = (queries['multi_label'][row] * found['multi_label'][place]).any()
-        for spine in axis.spines.values():
-          spine.set(color='tab:green' if shared else 'tab:red', linewidth=2)
-    axes[0, 0].set_title('query', fontsize=8)
-    axes[0, 1].set_title('retrieved', fontsize=8)
+  images = found['image'].reshape(*places.shape, *found['image'].shape[1:])
+  labels = found['multi_label'].reshape(*places.shape, -1)
+  shared = (queries['multi_label'][:, None] * labels).any(-1)
+  pictures.retrieved(picture, queries['image'], images, shared, places >= 0)
