@@ -65,8 +65,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
         `Catalogue`.
     split: 'train' or 'test'; TFDS, folders and files have their own names.
     **options: of the source; for `'digits'`, `'fashion_mnist'` and `'text'` also `limit`, to take only so
-      many records; for `'[pasted_]digits'`, `'fashion_mnist'`, image folders and the catalogue also `classes`,
-      to take these alone (see `class_subset`).
+      many records; for `'[pasted_]digits'`, `'fashion_mnist'`, image folders and the catalogue `classes`, to
+      take these alone (see `class_subset`).
 
   Raises:
     ValueError: for an unknown name, split or option.
