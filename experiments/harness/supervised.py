@@ -40,6 +40,7 @@ class Seen(NamedTuple):
     taught: likewise of the teacher.
     constants: the values of `program(constants=...)`.
     rows: the records' rows of `program(table=...)`.
+    index: the records' places in their source, which constants of every record are looked up by.
   """
 
   step: Array
@@ -48,6 +49,7 @@ class Seen(NamedTuple):
   taught: Mapping[str, Any] = {}
   constants: PyTree = None
   rows: PyTree = None
+  index: Array | None = None
 
 
 class Table(NamedTuple):
@@ -205,7 +207,7 @@ def program(
     outputs = cast_floating(outputs, jnp.promote_types(outputs.dtype, jnp.float32))
     held = state.frozen['constants'] if constants is not None else None
     rows = read_rows(state.extra['table'], batch['index']) if table is not None else None
-    seen = Seen(state.step, told, parts, teacher_parts, held, rows)
+    seen = Seen(state.step, told, parts, teacher_parts, held, rows, batch['index'])
 
     def mean_loss(outputs: Array, targets: Array) -> Array:
       return jnp.mean(loss(outputs, targets, seen))

@@ -1,6 +1,7 @@
 """A student that learns from labels and from a teacher: the two networks, and how they are judged."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,15 +47,23 @@ def network(own: Learner) -> nn.Module:
 
 
 def feature_dim(own: Learner) -> int:
-  """Returns the dimensions of the network's penultimate features."""
-  model = networks.create(own.model, num_classes=None)
-  variables = models.abstract_variables(model, own.data.view)
-  image = jax.ShapeDtypeStruct((1, *own.data.view), np.float32)
+  """Returns the dimensions of the network's penultimate features.
+
+  Raises:
+    ValueError: if they are no vector, or the network does not take the images.
+  """
+  return _feature_dim(networks.create(own.model, num_classes=None), own.data.view)
+
+
+@functools.lru_cache(maxsize=64)
+def _feature_dim(model: nn.Module, view: tuple[int, ...]) -> int:
+  image = jax.ShapeDtypeStruct((1, *view), np.float32)
   apply = lambda variables, x: model.apply(variables, x, train=False)  # noqa: E731
-  found = networks.feature_vector(jax.eval_shape(apply, variables, image))
-  if len(found.shape) != 2:
-    raise ValueError(f'{own.model["name"]} has features {found.shape[1:]}, expected one vector.')
-  return found.shape[1]
+  found = jax.eval_shape(apply, models.abstract_variables(model, view), image)
+  shape = networks.feature_vector(found).shape
+  if len(shape) != 2:
+    raise ValueError(f'{type(model).__name__} has features {shape[1:]}, expected one vector.')
+  return shape[1]
 
 
 def label_loss(own: Images) -> Loss:
