@@ -170,6 +170,7 @@ def test_images_and_tokens_fit_the_step(name):
   assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+@pytest.mark.exhaustive
 def test_a_step_trains():
   _, program = bench_models.make_program('linear', 4, 8)
   state, batch = jax.jit(program.init)(jax.random.key(0)), bench_models.random_batch(program)

@@ -223,6 +223,7 @@ def test_a_network_with_scales_a_token_is_compensated():
   assert found.operands() == network.operands()
 
 
+@pytest.mark.exhaustive
 def test_bits_may_be_traced_and_batches_sharded():
   model, x = NETWORKS['vit']
   variables = random_variables(model, x)

@@ -246,6 +246,7 @@ def test_remat_and_scan_are_the_plain_network():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), changed, stack_blocks(new))
 
 
+@pytest.mark.exhaustive
 def test_the_state_is_that_of_the_global_batch():
   _, state, values = train('vit', 2)
   _, split, again = train('vit', 2, sharding=batch_sharding(make_mesh()))

@@ -150,6 +150,7 @@ def test_networks_are_pytrees_of_their_arrays_each_held_once(name):
     np.testing.assert_array_equal(jax.tree.map(lambda a: a, quantized)(X), quantized(X))
 
 
+@pytest.mark.exhaustive
 def test_networks_are_donated_vmapped_and_updated():
   quantized = network('repq')
   copy = jax.tree.map(jnp.array, quantized)
