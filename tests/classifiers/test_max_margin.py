@@ -106,6 +106,7 @@ def test_the_final_head_is_a_fresh_one_trained_at_the_epsilon_found(fits):
   assert not np.allclose(found.params['v'], found.search.params['v'])
 
 
+@pytest.mark.exhaustive
 def test_the_search_runs_op_by_op_and_in_a_program_that_closes_over_the_examples():
   options = {'num_copies': 2, 'search_epochs': 1, 'threshold_epochs': 1, 'epochs': 1}
   x, y = jax.numpy.asarray(X), jax.numpy.asarray(Y)

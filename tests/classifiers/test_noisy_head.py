@@ -119,6 +119,7 @@ def test_training_is_adam_over_a_cosine_of_epochs():
   assert_params_close(found, params)
 
 
+@pytest.mark.exhaustive
 def test_copies_in_chunks_or_on_eight_devices_give_the_same_head():
   options = {**OPTIONS, 'epsilon': 1.0, 'num_copies': 3, 'batch_size': 8}
   whole = train(**options)
@@ -127,6 +128,7 @@ def test_copies_in_chunks_or_on_eight_devices_give_the_same_head():
   assert_params_close(train(**options, sharding=sharding), whole, 1e-4)
 
 
+@pytest.mark.exhaustive
 def test_runs_mapped_at_once_are_those_of_a_loop():
   options = {**OPTIONS, 'num_copies': 2, 'epochs': 2}
   keys = jax.random.split(jax.random.key(3), 2)
@@ -195,7 +197,7 @@ def test_noisy_accuracy_counts_all_copies_whatever_the_chunks():
 
 @pytest.mark.parametrize('chunk_size', [3, 256])
 def test_noisy_accuracy_of_a_head_that_is_not_finite_is_nan(chunk_size):
-  params = HEAD.init(jax.random.key(0), X)['params']
+  params = jax.jit(HEAD.init)(jax.random.key(0), X)['params']
   broken = jax.tree.map(lambda leaf: leaf.at[..., 0].set(jnp.nan), params)
   options = {'num_copies': 2, 'epsilon': 1.0, 'chunk_size': chunk_size}
   found = [noisy_accuracy(jax.random.key(1), HEAD, p, X, Y, **options) for p in (params, broken)]

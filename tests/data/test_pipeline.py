@@ -139,6 +139,7 @@ def test_worker_processes_give_the_same_batches_and_resume_exactly():
   _assert_same(expected, [*head, *middle, *third])
 
 
+@pytest.mark.exhaustive
 def test_worker_processes_leave_interrupts_to_the_one_that_trains():
   loader = data.make_loader(_Records(_source()), batch_size=4, num_workers=1)
   next(loader)

@@ -66,7 +66,7 @@ def test_the_index_tells_random_from_aligned_and_is_zero_for_zeros():
   aligned = jnp.outer(jnp.ones(64), random[1][:, 0])
   np.testing.assert_allclose(colinearity_index(aligned, aligned.T), 96, rtol=1e-4)
   assert colinearity_index(jnp.zeros((3, 4)), jnp.ones((4, 2))) == 0
-  grads = jax.grad(colinearity_index, (0, 1))(jnp.zeros((3, 4)), jnp.ones((4, 2)))
+  grads = jax.jit(jax.grad(colinearity_index, (0, 1)))(jnp.zeros((3, 4)), jnp.ones((4, 2)))
   assert all(np.all(np.isfinite(g)) for g in grads)
 
 

@@ -59,7 +59,7 @@ def test_outliers_of_the_weights_show_with_any_data():
   model = models.ViT(4, 8, 16, 2, 2, num_classes=3)
   parts = models.anatomy(model)
   x = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
-  drawn = model.init(jax.random.key(1), x)
+  drawn = jax.jit(model.init)(jax.random.key(1), x)
   flat = models.map_matching(lambda _, k: 60 * k, drawn['params'], r'blocks_1/mlp/fc\d/kernel')
 
   def block_outputs(variables, x):
@@ -67,9 +67,9 @@ def test_outliers_of_the_weights_show_with_any_data():
     return models.block_outputs(captured, parts)
 
   noise = (jax.random.uniform(jax.random.key(2), x.shape) * 255 - 127) / 60
-  found = data_independence(block_outputs, {'params': flat}, drawn, x, noise)
+  found = data_independence(jax.jit(block_outputs), {'params': flat}, drawn, x, noise)
   assert found.drawn.peak[1] < 10 < 50 < min(found.trained.peak[1], found.noise.peak[1])
-  expected = outlier_statistics(block_outputs({'params': flat}, noise), per_input=True)
+  expected = outlier_statistics(jax.jit(block_outputs)({'params': flat}, noise), per_input=True)
   jax.tree.map(np.testing.assert_array_equal, found.noise, expected)
 
 

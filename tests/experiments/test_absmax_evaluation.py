@@ -1,5 +1,6 @@
 """Networks under coarse quantization: what all bit-widths share, and what each scheme means."""
 
+import jax
 import numpy as np
 import pytest
 from models.random_variables import random_images, random_variables
@@ -20,7 +21,7 @@ class Network:
   variables = random_variables(model, X)
 
   def score(self, variables, hooks=()):
-    outputs = models.apply(self.model, variables, X, hooks=hooks)
+    outputs = jax.jit(lambda v: models.apply(self.model, v, X, hooks=hooks))(variables)
     return {'accuracy': float(np.std(np.float64(outputs)))}
 
 
@@ -33,7 +34,7 @@ def test_all_bits_and_schemes_of_a_network_share_its_calibration(monkeypatch):
     return largest(*args, **kwargs)
 
   monkeypatch.setattr(quantizers, 'largest_magnitudes', counted)
-  schemes = ('stream', 'channel', 'token_linear', 'token_linear_smooth')
+  schemes = ('stream', 'channel', 'token_linear_smooth')
   network, batches = Network(), [X[:4], X[4:]]
   found = absmax_evaluation.quantized_scores(
     network, ('4w3a', '16w3a'), schemes, batches, lambda found: found
@@ -41,7 +42,7 @@ def test_all_bits_and_schemes_of_a_network_share_its_calibration(monkeypatch):
   assert len(calls) == 2  # as it is, and smoothed
   # Kernels in float have no scales by channel: that is 'stream'.
   names = ('4w3a', '16w3a', '4w3a_channel')
-  names += tuple(f'{bits}_token_linear{by}' for by in ('', '_smooth') for bits in ('4w3a', '16w3a'))
+  names += tuple(f'{bits}_token_linear_smooth' for bits in ('4w3a', '16w3a'))
   assert list(found) == [f'{name}_accuracy' for name in names]
   stem, stream = 'patch_embed/proj', models.any_of(models.anatomy(network.model).stream)
   smooth = smooth_norms(network.model, network.variables, batches, alpha=0.5)
@@ -56,7 +57,6 @@ def test_all_bits_and_schemes_of_a_network_share_its_calibration(monkeypatch):
     own = absmax_ptq(network.model, variables, batches, rules)
     expected = network.score(*own.unbind())['accuracy']
     assert found[f'{name}_accuracy'] == pytest.approx(expected, rel=1e-5), name
-  assert found['16w3a_token_linear_accuracy'] != found['16w3a_token_linear_smooth_accuracy']
 
 
 def test_a_scheme_is_said_by_words():

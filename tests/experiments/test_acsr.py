@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from few_shot_settings import given, tiny
 from golden_vectors import assert_close
 
@@ -17,7 +18,9 @@ from jaxlab import data, parallel
 from jaxlab.losses.stability import acsr_loss
 
 
-@pytest.mark.parametrize('setting', ['embedded', 'mini_imagenet', 'cifar_fs'])
+@pytest.mark.parametrize(
+  'setting', tables.few(['embedded', 'mini_imagenet', 'cifar_fs'], 'cifar_fs')
+)
 def test_fine_tuning_traces_in_every_setting(setting):
   # With one block of each stage; the settings of 84 pixels share theirs.
   config = launcher.load('acsr', setting, ['model.stage_sizes=(1, 1, 1)'])
@@ -36,6 +39,7 @@ def test_resnet18_traces_with_its_last_stage_trained():
   assert jax.eval_shape(function, *arguments)['cosine'].shape == (8,)
 
 
+@pytest.mark.exhaustive
 def test_the_programs_lower_for_a_mesh_of_all_devices():
   config = tiny(mesh__fsdp=2)
   lowered = aot.lower(config, config.mesh.make())
@@ -44,7 +48,7 @@ def test_the_programs_lower_for_a_mesh_of_all_devices():
   assert set(acsr.programs(tiny(checkpoint='weights.npz'))) == {'plain', 'SR'}
 
 
-@pytest.mark.parametrize('name', ['plain', 'SR'])
+@pytest.mark.parametrize('name', tables.few(['plain', 'SR'], 'SR'))
 def test_finetuning_follows_the_paper_step_by_step(name):
   # The same episode by a plain loop over the whole network from the images: cached activations, the order
   # in which the two passes move the running statistics, decay and momentum of trained parameters alone.
@@ -69,7 +73,7 @@ def test_finetuning_follows_the_paper_step_by_step(name):
   key = jax.random.fold_in(key, 1)
   params = {
     'backbone': variables['params'],
-    'head': head.init(head_key, jnp.zeros((1, frozen.shape[-1])))['params'],
+    'head': jax.jit(head.init)(head_key, jnp.zeros((1, frozen.shape[-1])))['params'],
   }
   stats, velocity = variables['batch_stats'], None
 
@@ -99,7 +103,9 @@ def test_finetuning_follows_the_paper_step_by_step(name):
       params['backbone'] = {**params['backbone'], stage: moved['backbone'][stage]}
     params['head'] = moved['head']
   final = {'params': params['backbone'], 'batch_stats': stats}
-  logits = head.apply({'params': params['head']}, features(final, images['novel'][task['query']]))
+  logits = jax.jit(head.apply)(
+    {'params': params['head']}, features(final, images['novel'][task['query']])
+  )
   assert_close(found['probabilities'], jax.nn.softmax(logits), 1e-4)
   assert float(found['cosine']) < 0.9999
 

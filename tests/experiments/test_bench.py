@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tables
 
 from experiments.tools import bench, bench_comparison, bench_input, bench_models, bench_side
 from experiments.tools.bench_comparison import Case
@@ -59,6 +60,7 @@ def test_both_sides_stand_in_one_table_and_in_the_file(tiny, fake_torch, tmp_pat
   assert max(map(len, printed.splitlines()[1:])) <= 80
 
 
+@pytest.mark.exhaustive
 def test_without_torch_there_is_our_side_alone(tiny, capsys):
   found = bench.main(['--sizes=', '--workers=', '--steps=1', '--rounds=1', '--threads=1'])[
     'models'
@@ -68,6 +70,7 @@ def test_without_torch_there_is_our_side_alone(tiny, capsys):
   assert 'geometric' not in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_other_networks_are_not_compared(tiny, fake_torch):
   fake_torch.write_text(fake_torch.read_text().replace('490', '500'))
   with pytest.raises(RuntimeError, match=r"tiny: .*'ours': 490, 'torch': 500"):
@@ -155,7 +158,7 @@ def test_every_network_is_known(case):
   assert models.create(case.network)
 
 
-@pytest.mark.parametrize('name', ['resnet18_32', 'gpt2_128'])
+@pytest.mark.parametrize('name', tables.few(['resnet18_32', 'gpt2_128'], 'resnet18_32'))
 def test_images_and_tokens_fit_the_step(name):
   case = bench_comparison.CASES[name]
   _, program = bench_models.make_program(case.network, case.size, case.batch)
@@ -167,9 +170,10 @@ def test_images_and_tokens_fit_the_step(name):
   assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
+@pytest.mark.exhaustive
 def test_a_step_trains():
   _, program = bench_models.make_program('linear', 4, 8)
-  state, batch = program.init(jax.random.key(0)), bench_models.random_batch(program)
+  state, batch = jax.jit(program.init)(jax.random.key(0)), bench_models.random_batch(program)
   losses = []
   for _ in range(5):
     state, metrics = program.step(state, {}, batch)

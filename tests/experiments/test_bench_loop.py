@@ -17,6 +17,7 @@ def small(monkeypatch):
   monkeypatch.setattr(bench_loop, 'STEPS', {'embedded': 2, 'resnet18': 1})
 
 
+@pytest.mark.exhaustive
 def test_ratios_come_out_of_one_run_and_bits_cause_no_recompilation(small, capsys):
   found = bench.main(['--models=', '--workers=', '--sizes=embedded', '--repeats=2'])['sizes'][
     'embedded'

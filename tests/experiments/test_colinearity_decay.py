@@ -58,7 +58,7 @@ def test_other_rows_decay_the_weights_or_their_largest_singular_values():
   recipe = config.network.recipe.optimizer
   grads = jax.tree.map(lambda p: jnp.ones_like(p), params)
   own = paper.flatter(config, lambda step: 0.1)
-  updates, _ = own.update(grads, own.init(params), params)
+  updates, _ = jax.jit(own.update)(grads, own.init(params), params)
   layers = models.anatomy(config.model).blocks[0].layers
 
   def penalty(params):
@@ -66,11 +66,11 @@ def test_other_rows_decay_the_weights_or_their_largest_singular_values():
     return 0.5 * sum(losses.top_singular_loss(flat[f'{path}/kernel']) for path in layers)
 
   decayed, plain = paper.heavier(config, lambda step: 0.1), recipe.make(lambda step: 0.1)
-  shrunk = decayed.update(grads, decayed.init(params), params)[0]['head']['kernel']
-  moved = plain.update(grads, plain.init(params), params)[0]['head']['kernel']
+  shrunk = jax.jit(decayed.update)(grads, decayed.init(params), params)[0]['head']['kernel']
+  moved = jax.jit(plain.update)(grads, plain.init(params), params)[0]['head']['kernel']
   np.testing.assert_allclose(shrunk, moved - 0.1 * 0.1 * params['head']['kernel'], rtol=1e-5)
-  grads = jax.tree.map(jnp.add, grads, jax.grad(penalty)(params))
-  expected, _ = plain.update(grads, plain.init(params), params)
+  grads = jax.tree.map(jnp.add, grads, jax.jit(jax.grad(penalty))(params))
+  expected, _ = jax.jit(plain.update)(grads, plain.init(params), params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.random_variables import call
 
 from experiments import qwt
 from experiments.harness import launcher
@@ -24,7 +25,7 @@ def built():
   own = launcher.load('qwt', 'embedded', TINY).network['vit']
   model = models.create(**own.model)
   x = jax.random.normal(jax.random.key(0), (16, 8, 8, 1))
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   head = jax.random.normal(jax.random.key(2), variables['params']['head']['kernel'].shape)
   variables['params']['head']['kernel'] = head  # zeros by design
   quantized = quantized_networks.quantize(own, model, variables, x, '2w3a')
@@ -127,6 +128,7 @@ def test_without_fine_tuning_there_is_none():
   assert not qwt.tuned(config) and 'fine_tuning' not in qwt.programs(config)
 
 
+@pytest.mark.exhaustive
 def test_the_training_of_imagenet_traces():
   changes = ['networks=deit_tiny', 'network.deit_tiny.model.depth=1']
   config = launcher.load('qwt', 'imagenet', changes)
@@ -146,5 +148,6 @@ def test_nothing_is_compiled_where_nothing_can_be_tuned():
 def test_hooks_of_the_training_are_those_of_the_quantized_network(built):
   model, quantized, _, x = built
   variables, _ = quantized.unbind()
-  plain = models.apply(model, variables, x, hooks=quantizers.operand_hooks())
-  np.testing.assert_array_equal(plain, quantized(x))
+  hooks = quantizers.operand_hooks()
+  plain = jax.jit(lambda v: models.apply(model, v, x, hooks=hooks))(variables)
+  np.testing.assert_allclose(plain, call(quantized, x), rtol=1e-5, atol=1e-6)

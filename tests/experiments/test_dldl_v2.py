@@ -96,7 +96,7 @@ def test_a_prediction_is_the_mean_of_image_and_mirror_image():
   variables = jax.jit(model.init)(jax.random.key(0), images)
   predict = functools.partial(ordinal.predict, config, config.data, model, task, source, variables)
   plain, both = predict(), predict(mirror=True)
-  other = task.predict(model.apply(variables, images[:, :, ::-1]))
+  other = task.predict(jax.jit(model.apply)(variables, images[:, :, ::-1]))
   assert_close(both['value'], (plain['value'] + other) / 2, 1e-4, 1e-4)
   np.testing.assert_array_equal(plain['truth'], source.arrays['value'])
   found = ordinal.measures(plain)
@@ -111,7 +111,7 @@ def test_faces_are_changed_in_the_order_of_the_official_code():
   assert found.shape == (40, 16, 16, 3) and np.all((found >= 0) & (found <= 1))
   gray = np.ptp(found, axis=-1).max((1, 2)) < 1e-4
   assert 8 < gray.sum() < 32
-  np.testing.assert_array_equal(ordinal.Augment().apply(keys[0], image), image)
+  np.testing.assert_array_equal(jax.jit(ordinal.Augment().apply)(keys[0], image), image)
   flipped = jax.vmap(lambda key: ordinal.Augment(flip=0.5).apply(key, image))(keys)
   mirrored = np.all(flipped == image[:, ::-1], (1, 2, 3))
   assert np.all(mirrored | np.all(flipped == image, (1, 2, 3))) and 8 < mirrored.sum() < 32

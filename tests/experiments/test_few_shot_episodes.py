@@ -14,6 +14,7 @@ from jaxlab import data, models, parallel
 from jaxlab.models.resnet import ResNet
 
 
+@pytest.mark.exhaustive
 def test_tasks_side_by_side_and_on_eight_devices_are_those_one_after_the_other():
   config = tiny(fine_tuning__dropout=0.5)
   method = acsr.methods(config)['SR']

@@ -33,7 +33,9 @@ def test_a_learning_rate_of_zero_leaves_the_backbone_under_a_drawn_classifier(tm
   head = jax.jit(run.program.init)(jax.random.key(config.seed)).params['head']
   records = [sources['test'][i] for i in range(len(sources['test']))]
   images = np.stack([record['image'] for record in records]) / 255
-  features = backbone.apply(variables, jnp.float32((images - config.data.mean) / config.data.std))
+  features = jax.jit(backbone.apply)(
+    variables, jnp.float32((images - config.data.mean) / config.data.std)
+  )
   logits = np.asarray(features) @ np.asarray(head['kernel']) + np.asarray(head['bias'])
   expected = np.mean(logits.argmax(1) == [record['label'] for record in records])
   assert found == pytest.approx(100 * expected, abs=0.21)  # a tie of rounding is one image of 500

@@ -89,8 +89,8 @@ def test_the_loss_weighs_what_is_kept():
   semi = friends_and_foes.kept_loss(config, Friends(leftover='semi'), logits, rows)
   np.testing.assert_allclose(semi, expected + 25 * distance, rtol=1e-5)
   nothing = {**rows, 'keep': jnp.zeros(4, bool)}
-  value, gradient = jax.value_and_grad(
-    lambda z: friends_and_foes.kept_loss(config, Friends(), z, nothing)
+  value, gradient = jax.jit(
+    jax.value_and_grad(lambda z: friends_and_foes.kept_loss(config, Friends(), z, nothing))
   )(logits)
   assert float(value) == 0 and not np.any(gradient)
 

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from frozen_feature_settings import save_features, tiny
+from models.random_variables import run_capture
 from safetensors import numpy as safetensors_numpy
 
 from experiments.harness import launcher
@@ -90,13 +91,14 @@ def test_a_network_gives_cached_features_of_the_images_drawn(tmp_path, feature):
   order = data.few_shot_draws(config.seed, source, 2, 2, 10)[1]
   images = source.arrays['image'][order[:, 0]]
   x = data.normalize(data.to_float(images), 0.5, 0.5)
-  expected, blocks = models.capture(config.backbone.make(), variables, ['blocks_0'], x)
+  expected, blocks = run_capture(config.backbone.make(), variables, ['blocks_0'], x)
   expected = expected if feature == 'output' else blocks['blocks_0'][:, 0]
   expected = np.asarray(expected / np.linalg.norm(expected, axis=1, keepdims=True))
   np.testing.assert_allclose(found['network_1shot'].features[1], expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(found['network_1shot'].labels[1], np.arange(10))
 
 
+@pytest.mark.exhaustive
 def test_the_token_before_the_norm_is_that_of_the_last_of_scanned_blocks(tmp_path):
   images = jnp.asarray(np.random.default_rng(1).integers(0, 256, (8, 8, 8, 1)), jnp.uint8)
   config, variables = small_network(tmp_path, 'token_before_norm', depth=2)

@@ -135,6 +135,7 @@ def test_the_loss_is_cross_entropy_and_the_distance_within_the_components():
   np.testing.assert_allclose(found, entropy + 0.5 * np.square(projected).sum(-1), rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_rows_quantize_what_they_say():
   config = tiny()
   model = models.create(**config.network.model)

@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import tables
 from frozen_feature_settings import save_features, tiny
 
 from experiments import ibm2
@@ -16,7 +17,7 @@ from jaxlab import parallel
 NETWORKS = [path.stem for path in launcher.settings('ibm2') if path.stem != 'embedded']
 
 
-@pytest.mark.parametrize('setting', NETWORKS)
+@pytest.mark.parametrize('setting', tables.some(NETWORKS, 3))
 def test_a_search_on_the_features_of_every_network_can_be_traced(setting):
   config = launcher.load('ibm2', setting)
   facts = frozen_features.nominal_facts(config)
@@ -38,6 +39,7 @@ def test_settings_say_what_the_paper_says():
   assert frozen_features.nominal_facts(percent).examples == 12811 and percent.draws == 1
 
 
+@pytest.mark.exhaustive
 def test_a_pods_programs_lower_with_the_copies_split_over_the_mesh():
   pairs = ['backbone.model.depth=1', 'shots=1', 'draws=2']
   found = ibm2.programs(launcher.load('ibm2', 'imagenet_msn_vit_small', pairs))
@@ -52,6 +54,7 @@ def test_a_pods_programs_lower_with_the_copies_split_over_the_mesh():
   assert re.search(copies, lowered['ibm2'].as_text())
 
 
+@pytest.mark.exhaustive
 def test_what_is_found_does_not_depend_on_the_mesh(tmp_path):
   config = tiny(features=save_features(tmp_path / 'own.npz'), chunk_size=8)
   (task,) = frozen_features.tasks(config, tmp_path)
@@ -115,6 +118,7 @@ def values(found, name):
   return found['draws']['own_all'][name], found['draws']['own_all']['threshold']
 
 
+@pytest.mark.exhaustive
 def test_own_features_are_run_by_one_line(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   short = ('search.tolerance=9', 'search.search_epochs=2', 'num_copies=2', 'draws=1')

@@ -95,6 +95,7 @@ def test_the_average_moves_behind_every_epoch_alone():
   assert found[-1]
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_the_same_on_one_and_on_eight_devices():
   _, program, *plain = compiled('recipe.optimizer.name=sgd', 'recipe.schedule.warmup_epochs=0')
   batches = [random_batch(seed) for seed in range(2)]
@@ -127,6 +128,7 @@ def test_a_position_code_grows_with_the_images():
   np.testing.assert_allclose(total, np.asarray(params['pos_embed'][:, 1:]).mean(1), atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_random_features_of_a_performer_stay():
   config = tiny_config(
     "model={'name': 't2t_vit_7', 'width': 8, 'depth': 1, 'num_heads': 2, 'token_width': 4}"

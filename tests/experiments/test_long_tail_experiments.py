@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import traverse_util
 from long_tail_settings import CONVOLUTIONAL, tiny
 
@@ -123,6 +124,7 @@ def test_btm_leaves_rows_and_a_second_stage(tmp_path):
   assert len(found['claims']) == 3 and (tmp_path / 'recalls.png').exists()
 
 
+@pytest.mark.exhaustive
 def test_fine_tunings_vmapped_are_those_one_after_the_other(tmp_path):
   config = tiny('btm', model=CONVOLUTIONAL, merging__count=2, fine_tuning__mixup=0.2)
   sources, found = long_tail_data.load(config), {}
@@ -175,22 +177,27 @@ def test_weight_scaling_trains_the_factors_alone():
 
 @pytest.mark.parametrize(
   ('name', 'options'),
-  [
-    ('class_balanced', {'beta': 0.999, 'start': 1}),
-    ('label_smoothing', {'smoothing': 0.1}),
-    ('label_aware_smoothing', {'head': 0.3, 'tail': 0.0}),
-    ('logit_adjusted', {'tau': 1.0}),
-    ('balanced_softmax', {}),
-    ('focal', {'gamma': 1.0}),
-    ('sigmoid_focal', {'alpha': 0.25}),
-    ('ldam', {'max_margin': 0.5, 'scale': 30.0, 'beta': 0.9999, 'start': 0}),
-  ],
+  tables.some(
+    [
+      ('class_balanced', {'beta': 0.999, 'start': 1}),
+      ('label_smoothing', {'smoothing': 0.1}),
+      ('label_aware_smoothing', {'head': 0.3, 'tail': 0.0}),
+      ('logit_adjusted', {'tau': 1.0}),
+      ('balanced_softmax', {}),
+      ('focal', {'gamma': 1.0}),
+      ('sigmoid_focal', {'alpha': 0.25}),
+      ('ldam', {'max_margin': 0.5, 'scale': 30.0, 'beta': 0.9999, 'start': 0}),
+    ],
+    2,
+  ),
 )
 def test_losses_by_name_have_gradients(name, options):
   counts = long_tail_data.nominal_facts(tiny('gml').data).counts
   value = classification_losses.baseline(name, options, counts, 1)
   logits, labels = jax.random.normal(jax.random.key(0), (8, 10)), jnp.arange(8)
-  gradient = jax.grad(lambda z: jnp.mean(value(z, labels, Seen(jnp.int32(1), None))))(logits / 4)
+  gradient = jax.jit(jax.grad(lambda z: jnp.mean(value(z, labels, Seen(jnp.int32(1), None)))))(
+    logits / 4
+  )
   assert np.isfinite(gradient).all() and np.abs(gradient).max(-1).min() > 1e-6
 
 
@@ -260,6 +267,7 @@ def test_a_hold_out_takes_a_share_of_every_class_away():
     long_tail_data.held_out_counts(np.array([5, 1]), 0.2)
 
 
+@pytest.mark.exhaustive
 def test_listed_photographs_are_read_and_validate_tau(tmp_path):
   from PIL import Image
 

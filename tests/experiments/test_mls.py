@@ -218,6 +218,7 @@ def test_without_pseudo_positives_it_is_moco_v2():
     assert_close(a, b, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_dictionaries_are_the_same_on_one_and_on_eight_devices():
   program = mls.programs(tiny_config())['mls'].program
   mesh = parallel.make_mesh(data=2, fsdp=4, devices=jax.devices()[:8])

@@ -135,6 +135,6 @@ def test_a_run_compares_rows_on_plain_images(tmp_path):
   source = harness_data.load(config.network.data, 'train')
   trained = mwh.runs.train(mwh.programs(config)['mwh'], source, tmp_path / 'mwh')
   images = data.normalize(data.to_float(jnp.asarray(source.arrays['image'][:20])), 0.205, 0.302)
-  logits = models.create(**config.network.model).apply(trained.variables, images)
+  logits = jax.jit(models.create(**config.network.model).apply)(trained.variables, images)
   expected = optax.softmax_cross_entropy_with_integer_labels(logits, source.arrays['label'][:20])
   assert_close(rows['mwh']['train_loss'], expected.mean(), 1e-4)

@@ -8,7 +8,10 @@ import pytest
 import experiments
 
 NOTEBOOKS = sorted((pathlib.Path(experiments.__file__).parent / 'notebooks').glob('*.ipynb'))
-LONG = ('few_images', 'pretrain_on_few_images', 'why_does_my_transformer_not_quantize')
+LONG = (
+  'clean_my_labels', 'few_images', 'pretrain_on_few_images', 'quantize_a_trained_network',
+  'why_does_my_transformer_not_quantize',
+)  # fmt: skip
 
 
 def install_cells(notebook):
@@ -26,7 +29,7 @@ def test_there_is_a_notebook_a_family_and_all_install_the_same():
 
 
 def notebooks():
-  """Yields all; those that train for a minute are exhaustive."""
+  """Yields all; those that take longer than the shortest are exhaustive."""
   for path in NOTEBOOKS:
     marks = pytest.mark.exhaustive if path.stem in LONG else ()
     yield pytest.param(path, id=path.stem, marks=marks)

@@ -71,10 +71,10 @@ def test_transforms_of_clouds_are_held_orthogonal():
   }  # fmt: skip
   new, metrics = jax.jit(program.step)(state, {}, batch)
   variables = {'params': state.params, **state.model_state}
-  (logits, _), parts = models.capture(
-    nrs.network(config, config.layers['NRS']), variables, [nrs.MATRIX], batch['features'],
-    train=True, mutable=['batch_stats'],
-  )  # fmt: skip
+  network = nrs.network(config, config.layers['NRS'])
+  (logits, _), parts = jax.jit(
+    lambda v, x: models.capture(network, v, [nrs.MATRIX], x, train=True, mutable=['batch_stats'])
+  )(variables, batch['features'])
   values = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
   penalty = losses.orthogonality_loss(parts[nrs.MATRIX]).mean()
   assert float(penalty) > 0.1

@@ -63,7 +63,7 @@ def test_labels_move_in_the_second_stage_alone_and_by_the_gradient_of_its_loss()
   for at, batch in zip((0, 8, 16), batches(config, sources, 3)):  # an epoch has 8 steps
     before = jax.device_get(state.replace(step=jnp.int32(at)))
     state, metrics = step(state.replace(step=jnp.int32(at)), {}, batch)
-    logits = model.apply({'params': before.params}, config.task.inputs(batch))
+    logits = jax.jit(model.apply)({'params': before.params}, config.task.inputs(batch))
     rows, labels = before.extra['table']['logits'][batch['index']], batch['label']
     joint = lambda rows: jnp.mean(  # noqa: E731
       losses.pencil_loss(logits, rows, labels, own.alpha, own.beta)  # noqa: B023
@@ -76,12 +76,13 @@ def test_labels_move_in_the_second_stage_alone_and_by_the_gradient_of_its_loss()
     np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
     table = before.extra['table']['logits'].copy()
     if at == 8:
-      table[batch['index']] -= own.rate * jax.grad(joint)(rows)
+      table[batch['index']] -= own.rate * jax.jit(jax.grad(joint))(rows)
     np.testing.assert_allclose(state.extra['table']['logits'], table, atol=1e-4)
     right = np.mean(rows.argmax(-1) == sources.true[batch['index']])
     np.testing.assert_allclose(metrics['labels_correct'], right, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_ends_while_labels_move_goes_on_bit_for_bit_the_same(tmp_path, monkeypatch):
   config = tiny_config('recipe.eval_every=12')  # in the middle of the second stage
   sources, own = noisy_labels.load(config), pencil.programs(config)['pencil']
@@ -97,6 +98,7 @@ def test_a_run_that_ends_while_labels_move_goes_on_bit_for_bit_the_same(tmp_path
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exhaustive
 def test_the_table_on_eight_devices_is_that_on_one():
   config = tiny_config('pencil.start=0', 'pencil.rate=100')
   sources = noisy_labels.load(config)
@@ -158,7 +160,7 @@ def test_where_images_show_several_classes_each_is_a_label_with_two_outcomes(tmp
 
   rows = table['logits'][:16]
   np.testing.assert_allclose(metrics['loss'], joint(rows), rtol=1e-5)
-  moved = rows - config.pencil.rate * jax.grad(joint)(rows)
+  moved = rows - config.pencil.rate * jax.jit(jax.grad(joint))(rows)
   np.testing.assert_allclose(new.extra['table']['logits'][:16], moved, atol=1e-3)
   results = launcher.launch(config, tmp_path)
   assert [row['name'] for row in results['rows']] == ['CE', 'PENCIL']

@@ -145,7 +145,7 @@ def test_a_students_own_teacher_decides_it_and_others_do_not():
 def test_ranges_learn_at_a_rate_of_their_own():
   config = tiny('ranges.schedule.base=0.5', 'ranges.schedule.name=constant')
   own = quantized_training.run(config, qfd.table(config), 'baseline_2w2a')
-  state = own.program.init(jax.random.key(0))
+  state = jax.jit(own.program.init)(jax.random.key(0))
   ones = jax.tree.map(jnp.ones_like, state.params)
   optimizer = qfd.optimizer(config, config.recipe)(lambda step: 1e-3)
   updates, _ = optimizer.update(ones, optimizer.init(state.params), state.params)

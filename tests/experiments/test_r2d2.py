@@ -119,6 +119,7 @@ def test_hidden_labels_are_not_read():
   assert set(loaded().given[~loaded().labeled]) == {-1}
 
 
+@pytest.mark.exhaustive
 def test_the_table_on_eight_devices_is_that_on_one():
   config = tiny_config()
   program, plain = compiled()

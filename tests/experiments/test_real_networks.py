@@ -72,6 +72,7 @@ def test_a_network_of_a_file_is_judged_by_its_agreement(tmp_path):
     assert abs(difference) < 0.01
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_is_judged_by_the_order_of_similarities(tmp_path):
   words = {word: index for index, word in enumerate(['[PAD]', '[UNK]', 'the', 'of', 'a', 'is'])}
   tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token='[UNK]'))

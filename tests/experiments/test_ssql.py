@@ -189,12 +189,12 @@ def test_evaluation_leaves_a_tensor_with_a_dead_channel_in_float_as_training_doe
   """Kernels with a channel of zeros, and a channel of outputs that is constant: a scale of 0."""
   model = models.create('cifar_resnet20', stage_sizes=(1, 1, 1), num_classes=None)
   x = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
-  variables = model.init(jax.random.key(1), x)
+  variables = jax.jit(model.init)(jax.random.key(1), x)
   rules = [quantizers.Rule('.*', 'kernel', 2)]
   alive = feature_evaluation.apply_quantized(model, variables, {}, x, rules)
   kernels = traverse_util.flatten_dict(variables['params'])
   dead = {p: k.at[..., 0].set(0) if p[-1] == 'kernel' else k for p, k in kernels.items()}
   variables = {**variables, 'params': traverse_util.unflatten_dict(dead)}
   found = feature_evaluation.apply_quantized(model, variables, {}, x, rules)
-  np.testing.assert_allclose(found, model.apply(variables, x), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(found, jax.jit(model.apply)(variables, x), rtol=1e-5, atol=1e-6)
   assert not np.allclose(found, alive, atol=1e-3)

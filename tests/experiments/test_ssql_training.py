@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 
 from experiments import ssql
 from experiments.harness import launcher
@@ -42,7 +43,7 @@ def compiled(base):
   return config, jax.jit(program.init), jax.jit(program.step)
 
 
-@pytest.mark.parametrize('base', ['simsiam', 'byol', 'moco'])
+@pytest.mark.parametrize('base', tables.few(['simsiam', 'byol', 'moco'], 'simsiam'))
 def test_a_step_serves_all_drawn_bits_with_one_compilation(base):
   config, init, step = compiled(base)
   state = init(jax.random.key(0))
@@ -107,6 +108,7 @@ def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_step_is_the_same_on_one_and_on_eight_devices():
   config, *plain = compiled('simsiam')
   mesh = parallel.make_mesh(data=2, fsdp=4, devices=jax.devices()[:8])

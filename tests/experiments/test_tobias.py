@@ -75,7 +75,7 @@ def test_maps_are_channel_sums_of_a_network_with_the_statistics_it_begins_with()
   maps = objectness.mapper(tiny_config(), own.net, own.data, localization.channel_sum)
   found = maps(jax.random.key(3), scenes, 'test')
   model = models.create(**own.net.model, num_classes=None)
-  variables = model.init(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))
+  variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 16, 16, 1)))
   x = (scenes.arrays['image'] / 255 - own.data.mean) / own.data.std
   x = jax.image.resize(jnp.asarray(x, jnp.float32), (5, 16, 16, 1), 'bilinear')
   _, features = models.capture(model, variables, ['layer3_0'], x, train=False)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from models.random_variables import run_capture
 
 from experiments import tweo
 from experiments.harness import data as harness_data
@@ -56,7 +57,7 @@ def block_outputs(config, state, batch):
   """Returns the outputs of all blocks, and the logits, in float64."""
   x, model = config.network.task.inputs(batch), config.model
   paths = ['blocks_0', 'blocks_1']
-  logits, found = models.capture(model, {'params': state.params}, paths, x)
+  logits, found = run_capture(model, {'params': state.params}, paths, x)
   return [np.asarray(found[path], np.float64) for path in paths], np.asarray(logits, np.float64)
 
 
@@ -89,7 +90,9 @@ def test_the_weight_falls_with_a_cosine_where_it_is_asked_to(config, batch):
 
 def test_training_in_8_bit_floats_carries_scales_and_keeps_the_network(config, batch, network):
   before, after, _ = stepped(config, 'tweo_float8', batch)
-  plain = outliers.training(config, tweo.table(config)['plain']).program.init(jax.random.key(0))
+  plain = jax.jit(outliers.training(config, tweo.table(config)['plain']).program.init)(
+    jax.random.key(0)
+  )
   own = tweo.in_float(variables_of(after))
   assert jax.tree.structure(own) == jax.tree.structure(variables_of(plain))
   probes = [
@@ -107,7 +110,9 @@ def test_training_in_8_bit_floats_carries_scales_and_keeps_the_network(config, b
   records = [network.test[i] for i in range(64)]
   inputs = config.network.task.inputs({'image': np.stack([r['image'] for r in records])})
   hooks = quantizers.float8_hooks(0.0)
-  logits = models.apply(config.model, variables_of(after), inputs, hooks=hooks)
+  logits = jax.jit(lambda v: models.apply(config.model, v, inputs, hooks=hooks))(
+    variables_of(after)
+  )
   right = np.asarray(logits).argmax(-1) == [r['label'] for r in records]
   found = tweo.in_float8(judged, SimpleNamespace(variables=variables_of(after)))
   assert found == {'float8_accuracy': pytest.approx(100 * np.mean(right))}
@@ -201,7 +206,7 @@ def test_impossible_settings_are_refused(change, message):
 def test_the_largest_output_of_an_mlp_is_taken_apart(network):
   (x,) = network.calibration(32, 32)
   value, parts = outlier_statistics.largest_outlier(network, x)
-  _, found = models.capture(network.model, network.variables, ['blocks_.*/(mlp|norm2)'], x)
+  _, found = run_capture(network.model, network.variables, ['blocks_.*/(mlp|norm2)'], x)
   sizes = {path: np.abs(y) for path, y in found.items() if path.endswith('mlp')}
   path = max(sizes, key=lambda path: sizes[path].max())
   *token, channel = np.unravel_index(sizes[path].argmax(), sizes[path].shape)
@@ -217,7 +222,7 @@ def test_the_largest_output_of_an_mlp_is_taken_apart(network):
 
 def test_random_weights_are_those_that_training_starts_from(network):
   (x,) = network.calibration(64, 64)
-  drawn = network.model.init(jax.random.split(jax.random.key(0))[0], x)['params']
+  drawn = jax.jit(network.model.init)(jax.random.split(jax.random.key(0))[0], x)['params']
   flat = traverse_util.flatten_dict(drawn, sep='/')
   for path, kernel in flat.items():
     if path.endswith('kernel'):
@@ -226,7 +231,7 @@ def test_random_weights_are_those_that_training_starts_from(network):
   drawn = {'params': traverse_util.unflatten_dict(flat, sep='/')}
   found = tweo.origin(network)
   for own, variables in ((found.peaks.drawn, drawn), (found.peaks.trained, network.variables)):
-    _, captured = models.capture(network.model, variables, ['blocks_[01]'], x)
+    _, captured = run_capture(network.model, variables, ['blocks_[01]'], x)
     for i in range(2):
       outputs = np.float64(captured[f'blocks_{i}']).reshape(64, -1)
       np.testing.assert_allclose(own.peak[i], np.abs(outputs).max(1).mean(), rtol=1e-4)

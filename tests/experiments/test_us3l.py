@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from flax import linen as nn
 from golden_vectors import assert_close, golden
 from meshes import assert_same, on_one_and_on_eight
@@ -122,7 +123,7 @@ def test_both_losses_agree_with_the_official_code(vectors):
     loss = functools.partial(
       slimmable.compare, kind, targets=z, temperature=vectors.param('temperature')
     )
-    value, gradient = jax.value_and_grad(lambda p, loss=loss: loss(predictions=p))(p)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(predictions=p)))(p)
     assert_close(value, vectors[f'out_{kind}_loss'], 1e-6, 1e-6)
     for index, found in enumerate(gradient, 1):
       assert_close(found, vectors[f'grad_{kind}_p{index}'], 5e-6)
@@ -140,7 +141,8 @@ def test_narrow_widths_lie_between_the_floor_and_the_whole():
   assert set(np.asarray(whole)[:, 1]) == {0} and len(set(np.asarray(whole)[:, 0].tolist())) == 7
 
 
-@pytest.mark.parametrize('name', ['us3l', 'naive', 'online'])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', tables.few(['us3l', 'naive', 'online'], 'us3l'))
 def test_the_first_quarter_trains_the_whole_network_alone(name):
   config = tiny_config(f'runs={name},')
   program = us3l.programs(config)[name].program
@@ -158,6 +160,7 @@ def test_the_first_quarter_trains_the_whole_network_alone(name):
     assert all(jax.tree.leaves(moved['distiller']))
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_the_same_on_one_and_on_eight_devices():
   program = us3l.programs(tiny_config('runs=us3l,', 'group_decay=none'))['us3l'].program
   rng = np.random.default_rng(0)

@@ -121,6 +121,7 @@ def test_gradients_are_finite_for_lonely_classes_zero_features_and_a_tiny_temper
   assert all(np.all(np.isfinite(grad)) for grad in grads)
 
 
+@pytest.mark.exhaustive
 def test_loss_agrees_eagerly_under_vmap_and_in_bfloat16():
   features, labels, logits = (np.stack(x) for x in zip(*[arguments(seed) for seed in range(3)]))
 

@@ -72,6 +72,7 @@ def test_padding_is_left_out():
   assert tweo_loss(outputs, mask=np.zeros((8, 6))) == 0
 
 
+@pytest.mark.exhaustive
 def test_transformations_agree():
   outputs = blocks()
   eager, compiled = tweo_loss(outputs), jax.jit(tweo_loss)(outputs)

@@ -39,3 +39,9 @@ def run(model, variables, x, train=False):
 def run_capture(model, variables, patterns, x):
   """Jitted `capture`."""
   return jax.jit(lambda v, x: capture(model, v, patterns, x))(variables, x)
+
+
+@jax.jit
+def call(network, *args):
+  """Jitted call of a quantized network; its variables are arguments, so that like networks share it."""
+  return network(*args)

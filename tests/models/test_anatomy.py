@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from flax import nnx, traverse_util
 from golden_vectors import assert_close
@@ -105,7 +106,12 @@ NETWORKS = {
   'classifier': (Classifier(SMALL, LearnableWeightScaling(3)), IMAGES),
   'dense_head': (Classifier(MLP((4,)), nn.Dense(3)), VECTORS),
 }  # fmt: skip
-every = pytest.mark.parametrize('name', NETWORKS)
+# Others are put together from parts of these.
+FAMILIES = (
+  'bottlenecks', 'wide', 'mobilenet', 'vit_mean', 'dinov2', 'scanned', 'swin_filled', 'convnext', 'densenet',
+  'vgg_bn', 'llama_tied', 'shake_shake', 'encoder', 'classifier',
+)  # fmt: skip
+every = pytest.mark.parametrize('name', tables.few(NETWORKS, *FAMILIES))
 
 
 def owners(tree, name):
@@ -475,7 +481,7 @@ def test_hooks_work_around_bridged_blocks_and_on_their_kernels():
   model = Shell()
   own = Anatomy(('embed',), ('blocks_0', 'blocks_1'), 'blocks_1', ('head',))
   own.check(model, VECTORS)
-  variables = model.init(jax.random.key(0), VECTORS)
+  variables = jax.jit(model.init)(jax.random.key(0), VECTORS)
 
   @jax.jit
   def run(variables, hooks_off):

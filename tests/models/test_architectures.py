@@ -3,6 +3,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+import tables
 from golden_vectors import OWN_DIR
 
 from jaxlab.models import abstract_variables, create
@@ -11,7 +12,7 @@ from jaxlab.models.configurations import SIZES
 from jaxlab.models.variants import DEFAULT_TAGS
 
 
-@pytest.mark.parametrize('name', names())
+@pytest.mark.parametrize('name', tables.some(names(), 6))
 def test_every_name_traces_with_its_number_of_classes(name):
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   # One block a stage (or two in all) is enough: depths are counted by parameters elsewhere.

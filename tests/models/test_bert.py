@@ -147,6 +147,7 @@ def test_dropout_is_random_in_training_alone():
   assert (train(1) != train(2)).any()
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_and_remat_agree_with_plain_float32():
   tokens = some_tokens()
   variables = random_variables(TINY, tokens)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close
-from models.random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables, run_capture
 
 from jaxlab import losses, models
 from jaxlab.models import GPT2, Anatomy, Block, Hook, Llama, Swin, ViT, stack_blocks
@@ -45,7 +46,7 @@ def assert_trees_close(actual, expected):
   jax.tree.map(lambda a, e: assert_close(a, e, 2e-5, atol=1e-6 * largest), actual, expected)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'vit'))
 def test_a_penalty_on_blocks_has_the_gradient_of_a_network_that_returns_them(name):
   model, x, shapes = NETWORKS[name]
   params = random_variables(model, x)['params']
@@ -64,13 +65,14 @@ def test_a_penalty_on_blocks_has_the_gradient_of_a_network_that_returns_them(nam
     costs = [jnp.mean((jnp.abs(y) / (1 + 1e-6)) ** 4) for y in kept]
     return sum(costs) / len(costs) + jnp.mean(y**2)
 
-  expected, expected_grads = jax.value_and_grad(by_hand)(params)
+  expected, expected_grads = jax.jit(jax.value_and_grad(by_hand))(params)
   value, grads = grads_of(model, x, params)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert_trees_close(grads, expected_grads)
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'vit'))
 def test_remat_changes_neither_penalty_nor_gradient(name):
   model, x, _ = NETWORKS[name]
   params = random_variables(model, x)['params']
@@ -80,7 +82,7 @@ def test_remat_changes_neither_penalty_nor_gradient(name):
   assert_trees_close(remat_grads, grads)
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', tables.few([False, True], True))
 def test_scanned_blocks_count_each(remat):
   model, x, _ = NETWORKS['vit']
   params = random_variables(model, x)['params']
@@ -104,7 +106,7 @@ def test_the_residual_stream_is_what_every_addition_hands_on(name):
   parts = models.anatomy(model)
   assert parts.stream == tuple(p for b in parts.block_paths for p in (f'{b}/residual', b))
   patterns = [models.any_of([*parts.stream, *(n.path for n in parts.norms)]), r'.*(mlp)']
-  _, captured = models.capture(model, variables, patterns, x)
+  _, captured = run_capture(model, variables, patterns, x)
   for block in parts.blocks:
     between = captured[f'{block.path}/residual']
     np.testing.assert_allclose(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close, golden
 from random_variables import random_images, random_variables, run, run_capture
 
@@ -52,8 +53,9 @@ def train_step(model, variables, x):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
 
 
-@every
-def test_remat_changes_nothing_but_memory_and_all_parameters_have_gradients(model):
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'vgg_bn'))
+def test_remat_changes_nothing_but_memory_and_all_parameters_have_gradients(name):
+  model = NETWORKS[name]
   variables = random_variables(model, IMAGES)
   plain = train_step(model, variables, IMAGES)
   again = train_step(model.clone(remat=True), variables, IMAGES)
@@ -62,8 +64,9 @@ def test_remat_changes_nothing_but_memory_and_all_parameters_have_gradients(mode
     assert np.isfinite(leaf).all() and np.any(leaf != 0), jax.tree_util.keystr(path)
 
 
-@every
-def test_bfloat16_is_close_to_float32(model):
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'densenet'))
+def test_bfloat16_is_close_to_float32(name):
+  model = NETWORKS[name]
   variables = random_variables(model, IMAGES)
   y = run(model.clone(dtype=jnp.bfloat16), variables, IMAGES)
   assert y.dtype == jnp.bfloat16
@@ -153,7 +156,7 @@ def test_a_bilinear_network_classifies_the_map_in_front_of_the_last_pooling():
   pooled = np.asarray(bilinear_pool(captured['blocks_1_0']), np.float64)
   fc = variables['params']['fc']
   assert_close(run(model, variables, IMAGES), pooled @ fc['kernel'] + fc['bias'], 1e-5)
-  drawn = model.init(jax.random.key(0), IMAGES)['params']['fc']
+  drawn = jax.jit(model.init)(jax.random.key(0), IMAGES)['params']['fc']
   assert not np.any(drawn['bias'])
   assert abs(np.std(drawn['kernel']) / np.sqrt(2 / 36) - 1) < 0.2
 

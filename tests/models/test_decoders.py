@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close, golden
 from random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
@@ -91,7 +92,10 @@ def test_a_cache_changes_nothing(model, parts):
 
 
 @both
-@pytest.mark.parametrize('side, cached', [('left', False), ('right', False), ('left', True)])
+@pytest.mark.parametrize(
+  'side, cached',
+  tables.few([('left', False), ('right', False), ('left', True)], ('right', False), ('left', True)),
+)
 def test_padding_on_either_side_changes_no_real_token(model, side, cached):
   tokens = some_tokens((2, 5))
   variables = random_variables(model, tokens)
@@ -135,7 +139,7 @@ def test_grouped_query_attention_is_multi_head_attention_with_repeated_heads():
   assert cache_bytes(full.init_cache(2, 5)) == 2 * 2 * (2 * 5 * 16) * 4  # depth, k and v, float32
 
 
-@both
+@pytest.mark.parametrize('model', tables.first([TINY_GPT2, TINY_LLAMA]), ids=['gpt2', 'llama'])
 def test_bfloat16_and_remat_agree_with_plain_float32(model):
   tokens, model = some_tokens(), model.clone(depth=1)
   variables = random_variables(model, tokens)
@@ -153,12 +157,14 @@ def test_bfloat16_and_remat_agree_with_plain_float32(model):
   jax.tree.map(lambda a, b: assert_close(a, b, 1e-5, 1e-6), remat, plain)
 
 
+@pytest.mark.exhaustive
 def test_eager_application_agrees_with_the_compiled_one():
   tokens, model = some_tokens(), TINY_LLAMA.clone(depth=1)
   variables = random_variables(model, tokens)
   assert_close(model.apply(variables, tokens), forward(model, variables, tokens), 1e-5)
 
 
+@pytest.mark.exhaustive
 @both
 def test_eight_devices_compute_what_one_does(model):
   tokens = some_tokens((8, 7))
@@ -337,7 +343,7 @@ def test_configurations_that_are_not_supported_raise(config, message):
 
 @pytest.mark.parametrize(
   'name, millions',
-  [('gpt2', 124), ('gpt2_medium', 354), ('llama', 6738), ('llama3_8b', 8030)],
+  tables.some([('gpt2', 124), ('gpt2_medium', 354), ('llama', 6738), ('llama3_8b', 8030)], 2),
 )
 def test_published_sizes_have_their_number_of_parameters(name, millions):
   model = create(name)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from random_variables import run_capture
 
 from jaxlab import models
 
@@ -24,7 +25,7 @@ def test_the_map_is_what_the_network_pools(name, grid):
   variables = jax.jit(model.init)(jax.random.key(0), images(16, 16))
   found = models.feature_map(model.bind(variables), x)
   assert found.shape[:3] == (2, *grid)
-  (_, captured) = models.capture(model, variables, ['norm' if name == 'vit' else 'avgpool'], x)
+  (_, captured) = run_capture(model, variables, ['norm' if name == 'vit' else 'avgpool'], x)
   if name == 'vit':
     tokens = captured['norm']
     for row in range(2):
@@ -56,7 +57,7 @@ def test_a_classifier_over_the_map_trains_all_of_its_network():
   assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(state), old, strict=True))
   features = model.apply(variables, x, method='features')
   head = models.csra_logits(features, variables['params']['head']['weight'], (1.0, np.inf), 0.5)
-  np.testing.assert_allclose(model.apply(variables, x), head, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(model.apply)(variables, x), head, rtol=1e-5, atol=1e-5)
   assert models.anatomy(model).stem == ('backbone/conv1',)
   # Hooks on modules in front of the map reach it.
   off = models.Hook('backbone/layer2_0/relu2', output=lambda site, y: jnp.zeros_like(y))

@@ -99,6 +99,7 @@ def test_hooks_act_and_the_same_call_compiles_once():
   assert count['_generate'] == 1
 
 
+@pytest.mark.exhaustive
 def test_eight_devices_generate_what_one_does():
   prompt = np.random.default_rng(1).integers(0, 19, (8, 4), np.int32)
   variables = variables_of(TINY_LLAMA)

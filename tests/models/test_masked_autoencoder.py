@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_variables import run_capture
 
 from jaxlab import models
 from jaxlab.models import masked_autoencoder
@@ -22,7 +23,7 @@ def test_an_encoder_that_sees_all_patches_is_the_plain_network(trained):
   vit, variables, images = trained
   order = jnp.stack([jax.random.permutation(jax.random.key(i), 16) for i in range(3)])
   tokens = masked_autoencoder.encode_visible(vit, variables, images, order)
-  _, plain = models.capture(vit, variables, ['norm'], images)
+  _, plain = run_capture(vit, variables, ['norm'], images)
   np.testing.assert_allclose(tokens[:, 0], plain['norm'][:, 0], rtol=1e-4, atol=1e-5)
   for i in range(3):
     expected = plain['norm'][i, 1:][order[i]]
@@ -58,7 +59,7 @@ def test_the_decoder_puts_patches_back_where_they_were():
     rows = masked_autoencoder.keep_tokens(patches[:, 1:], order)
     return jnp.concatenate([patches[:, :1], rows], 1)
 
-  variables = decoder.init(jax.random.key(2), tokens(keep), restore)
+  variables = jax.jit(decoder.init)(jax.random.key(2), tokens(keep), restore)
   pixels = decoder.apply(variables, tokens(keep), restore)
   assert pixels.shape == (2, 6, 32)
   # The same patches kept in another order are the same picture.
@@ -73,7 +74,7 @@ def test_hidden_patches_are_told_apart_by_their_places():
   decoder = masked_autoencoder.MAEDecoder(4, (2, 3), channels=2, width=8, depth=1, num_heads=2)
   restore = jnp.arange(6)[None]
   tokens = jax.random.normal(jax.random.key(0), (1, 3, 5))  # the class token and two of six patches
-  variables = decoder.init(jax.random.key(1), tokens, restore)
+  variables = jax.jit(decoder.init)(jax.random.key(1), tokens, restore)
   assert variables['params']['mask_token'].ndim == 3  # so that it is decayed
   pixels = decoder.apply(variables, tokens, restore)[0]
   distances = np.abs(pixels[2:, None] - pixels[None, 2:]).max(-1)

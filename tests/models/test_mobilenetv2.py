@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from random_variables import random_images as images
@@ -30,15 +31,18 @@ TINY = {
 # timm's networks of these names.
 @pytest.mark.parametrize(
   'size, parameters',
-  [
-    ('035', 1_677_128),
-    ('050', 1_968_680),
-    ('075', 2_636_424),
-    ('100', 3_504_872),
-    ('110d', 4_516_520),
-    ('120d', 5_831_144),
-    ('140', 6_108_776),
-  ],
+  tables.some(
+    [
+      ('035', 1_677_128),
+      ('050', 1_968_680),
+      ('075', 2_636_424),
+      ('100', 3_504_872),
+      ('110d', 4_516_520),
+      ('120d', 5_831_144),
+      ('140', 6_108_776),
+    ],
+    4,
+  ),
 )
 def test_networks_have_timms_number_of_parameters(size, parameters):
   tree = abstract_variables(create(f'mobilenetv2_{size}'), (32, 32, 3))['params']
@@ -160,6 +164,7 @@ def test_training_normalizes_by_the_batch_and_moves_every_running_statistic(plai
     assert np.isfinite(leaf).all() and np.any(leaf != 0), jax.tree_util.keystr(path)
 
 
+@pytest.mark.exhaustive
 def test_remat_on_eight_devices_gives_the_plain_step_of_one(plain):
   x, variables, expected = plain
   mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'fsdp'))

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close
+from random_variables import run_capture
 
 from jaxlab import losses, models
 
@@ -19,17 +20,17 @@ def case():
 def test_the_order_of_the_points_is_of_no_account(case):
   model, variables, x = case
   order = np.random.default_rng(1).permutation(10)
-  expected = model.apply(variables, x)
+  expected = jax.jit(model.apply)(variables, x)
   assert expected.shape == (4, 3)
-  assert_close(model.apply(variables, x[:, order]), expected)
+  assert_close(jax.jit(model.apply)(variables, x[:, order]), expected)
   again = jnp.concatenate([x, x[:, :3]], 1)  # nor is it, how often a point occurs
-  assert_close(model.apply(variables, again), expected)
+  assert_close(jax.jit(model.apply)(variables, again), expected)
 
 
 def test_transforms_multiply_coordinates_and_features(case):
   model, variables, x = case
   paths = ['input_transform/matrix', 'feature_transform/matrix', 'mlp1', 'maxpool']
-  _, parts = models.capture(model, variables, paths, x)
+  _, parts = run_capture(model, variables, paths, x)
   first, second = (parts[path] for path in paths[:2])
   assert first.shape == (4, 3, 3) and second.shape == (4, 8, 8)
   turned = jnp.concatenate([x[..., :3] @ first, x[..., 3:]], -1)
@@ -48,7 +49,7 @@ def test_dropout_stands_before_the_last_norm_of_the_head(case):
   model, variables, x = case
   features = model.clone(num_classes=None)
   own = {name: {k: v for k, v in tree.items() if k != 'head'} for name, tree in variables.items()}
-  assert features.apply(own, x).shape == (4, 16)
+  assert jax.jit(features.apply)(own, x).shape == (4, 16)
   run = lambda key: model.apply(  # noqa: E731
     variables, x, train=True, mutable=['batch_stats'], rngs={'dropout': jax.random.key(key)}
   )

@@ -36,11 +36,11 @@ def layer_norm(x, own):
 def test_attention_of_the_stem_is_that_of_its_formula(performer):
   model = TokenAttention(6, performer)
   x = np.random.default_rng(0).standard_normal((2, 5, 9)).astype(np.float32)
-  params = model.init(jax.random.key(0), x)['params']
+  params = jax.jit(model.init)(jax.random.key(0), x)['params']
   leaves, tree = jax.tree.flatten(params)
   rng = np.random.default_rng(1)
   params = jax.tree.unflatten(tree, [0.5 * rng.standard_normal(a.shape) for a in leaves])
-  found = model.apply({'params': jax.tree.map(jnp.float32, params)}, x)
+  found = jax.jit(model.apply)({'params': jax.tree.map(jnp.float32, params)}, x)
 
   def dense(x, own):
     return x @ own['kernel'] + own.get('bias', 0)
@@ -92,8 +92,8 @@ def test_positive_random_features_approximate_the_softmax():
 def test_random_features_get_no_gradient():
   model = TokenAttention(4)
   x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 5)), jnp.float32)
-  params = model.init(jax.random.key(0), x)['params']
-  gradient = jax.grad(lambda p: jnp.sum(model.apply({'params': p}, x) ** 2))(params)
+  params = jax.jit(model.init)(jax.random.key(0), x)['params']
+  gradient = jax.jit(jax.grad(lambda p: jnp.sum(model.apply({'params': p}, x) ** 2)))(params)
   assert not np.any(gradient['random_features']) and np.any(gradient['kqv']['kernel'])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from golden_vectors import assert_close, golden
+from random_variables import run_capture
 
 from jaxlab import models
 
@@ -47,7 +48,7 @@ def own_variables(vectors):
 def test_networks_agree_with_the_official_code(vectors):
   model, variables = own_variables(vectors)
   x = jnp.asarray(vectors['in_features'], jnp.float32)
-  logits, parts = models.capture(model, variables, ['nrs'], x)
+  logits, parts = run_capture(model, variables, ['nrs'], x)
   assert_close(parts['nrs'], vectors['out_nrs_eval'])
   assert_close(logits, vectors['out_logits_eval'])
 
@@ -116,14 +117,15 @@ def test_the_product_is_the_grouped_convolution(per_group, side):
   assert ('feature_group_count' in text) == (side == 5)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_and_jit_change_little():
   layer = models.NRSLayer(n_mul=2, n_per=4)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 12)), jnp.float32)
-  variables = layer.init(jax.random.key(0), x)
-  expected = layer.apply(variables, x)
+  variables = jax.jit(layer.init)(jax.random.key(0), x)
+  expected = jax.jit(layer.apply)(variables, x)
   assert expected.shape == (8, 24)
   assert_close(jax.jit(layer.apply)(variables, x), expected)
-  half = layer.clone(dtype=jnp.bfloat16).apply(variables, x)
+  half = jax.jit(layer.clone(dtype=jnp.bfloat16).apply)(variables, x)
   assert half.dtype == jnp.bfloat16
   assert_close(half.astype(jnp.float32), expected, 3e-2)
 
@@ -133,7 +135,7 @@ def test_a_head_behind_a_network_is_told_that_it_trains():
     models.MLP((16,)), models.NRSHead(models.MLPHead((3,)), n_mul=2, n_per=8)
   )
   x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 5)), jnp.float32)
-  variables = model.init(jax.random.key(0), x)
+  variables = jax.jit(model.init)(jax.random.key(0), x)
   assert variables['constants']['head']['nrs']['index'].shape == (16 * 2 * 9,)
   logits, changed = model.apply(variables, x, train=True, mutable=['batch_stats'])
   assert logits.shape == (4, 3)
@@ -183,5 +185,5 @@ def test_few_features_occur_several_times_in_a_patch_and_that_is_said():
     layer, variables = drawn(4)
   with warnings.catch_warnings():
     warnings.simplefilter('error')
-    layer.apply(variables, jnp.ones((2, 4)))
+    jax.jit(layer.apply)(variables, jnp.ones((2, 4)))
     drawn(9)

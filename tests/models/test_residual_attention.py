@@ -28,7 +28,7 @@ def test_a_head_and_its_gradients_agree_with_official_code(vectors):
     return jnp.mean(losses.multi_label_bce(logits, vectors['in_targets'])), logits
 
   arguments = nhwc(vectors['in_features_nchw']), vectors['param_head_weight']
-  (value, logits), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*arguments)
+  (value, logits), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arguments)
   assert_close(logits, vectors['out_logits'], 5e-6)
   assert_close(value, vectors['out_bce_loss'], 5e-6)
   assert_close(gradients[0], nhwc(vectors['grad_features_nchw']), 2e-5)
@@ -48,7 +48,7 @@ def test_several_heads_agree_with_official_code(vectors):
 
   arguments = nhwc(vectors['in_features_nchw']), weights
   arguments = [jnp.asarray(x, jnp.float32) for x in arguments]
-  (value, logits), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*arguments)
+  (value, logits), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(*arguments)
   assert_close(logits, vectors['out_logits'], 5e-6)
   assert_close(value, vectors['out_bce_loss'], 5e-6)
   assert_close(gradients[0], nhwc(vectors['grad_features_nchw']), 2e-5)
@@ -104,7 +104,7 @@ def test_delicate_values_stay_finite(case):
   def total(features, weight):
     return jnp.sum(models.csra_head(features, weight, 7.0, 0.5))
 
-  value, gradients = jax.value_and_grad(total, (0, 1))(1e4 * features, zero)
+  value, gradients = jax.jit(jax.value_and_grad(total, (0, 1)))(1e4 * features, zero)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
   tied = models.class_attention(jnp.array([[[1.0], [1.0], [0.0]]]), math.inf)
   assert tied[0, :, 0].tolist() == [0.5, 0.5, 0.0]
@@ -117,7 +117,7 @@ def test_delicate_values_stay_finite(case):
 
 def test_classifiers_are_drawn_as_a_convolution_of_pytorch(case):
   head = models.CSRAMultiHead(40, 6, 0.2)
-  weight = head.init(jax.random.key(0), jnp.zeros((1, 2, 2, 100)))['params']['weight']
+  weight = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 2, 2, 100)))['params']['weight']
   assert weight.shape == (6, 40, 100) and head.head_temperatures[-1] == math.inf
   assert 0.0995 < np.abs(weight).max() <= 0.1
   np.testing.assert_allclose(np.std(weight), 0.1 / np.sqrt(3), rtol=0.02)
@@ -125,7 +125,7 @@ def test_classifiers_are_drawn_as_a_convolution_of_pytorch(case):
   variables = {'params': {'weight': weight[:1, :3]}}
   features = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3, 100)))
   expected = models.csra_head(features, weight[0, :3], math.inf, 0.2)
-  assert_close(own.apply(variables, features), expected, 1e-5)
+  assert_close(jax.jit(own.apply)(variables, features), expected, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ def plain():
   return x, params, loss_and_gradient(Swin(**TINY, drop_path=0.5), params, x)
 
 
+@pytest.mark.exhaustive
 def test_remat_on_eight_devices_gives_the_plain_loss_and_gradient_of_one(plain):
   x, params, expected = plain
   mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ('data', 'fsdp'))
@@ -244,6 +245,7 @@ def test_drop_path_draws_by_key_and_not_in_evaluation():
   np.testing.assert_array_equal(y, tokens)
 
 
+@pytest.mark.exhaustive
 def test_vmap_over_parameters_equals_a_loop():
   x = images((2, 3, 4, 4))
   block = Block(2, (2, 2), (1, 1))

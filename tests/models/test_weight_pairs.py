@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import traverse_util
 from models.random_variables import random_images, random_variables
 
@@ -96,7 +97,7 @@ def turned(params, pair, kind, rng, second=True):
   return jax.tree.map(jnp.add, params, pull_back(change)[0])
 
 
-@pytest.mark.parametrize('name', [*NETWORKS, 'scanned vit'])
+@pytest.mark.parametrize('name', tables.few([*NETWORKS, 'scanned vit'], 'gpt2', 'scanned vit'))
 def test_the_network_does_not_see_a_change_of_basis_within_a_pair(name):
   """And sees one of the first matrix alone: the second is what reads it, head by head."""
   model, x = NETWORKS[name.removeprefix('scanned ')]

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from jax.sharding import NamedSharding, PartitionSpec
 from models.random_variables import random_images, random_variables
 
@@ -41,7 +42,7 @@ def one_step(optimizer, grads, params):
 
 
 @pytest.mark.parametrize('per_head', [True, False])
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'vit', 'gpt2'))
 def test_a_step_is_adamw_minus_the_decoupled_decay(name, per_head):
   """By float64 NumPy: B^T (B A) and (B A) A^T of each head, back in their slices."""
   model, params = network(name)
@@ -116,7 +117,7 @@ def test_a_traced_zero_changes_no_bit_either(every):
   np.testing.assert_array_equal(np.signbit(bias), np.signbit(signed['head']['bias']))
 
 
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'gpt2'))
 def test_sharded_and_unsharded_updates_agree(name):
   model, params = network(name)
   optimizer = optax.chain(
@@ -147,7 +148,9 @@ def test_scanned_blocks_get_the_update_of_plain_ones():
   )
 
 
-@pytest.mark.parametrize('kind', ['product', 'row_power', 'excess', 'cosine'])
+@pytest.mark.parametrize(
+  'kind', tables.few(['product', 'row_power', 'excess', 'cosine'], 'product', 'excess')
+)
 def test_every_kind_adds_the_gradient_of_the_penalty_and_lowers_it(kind):
   model, params = network()
   pairs = weight_pairs(model)
@@ -155,7 +158,7 @@ def test_every_kind_adds_the_gradient_of_the_penalty_and_lowers_it(kind):
   zeros = jax.tree.map(jnp.zeros_like, params)
   decay = colinearity_decay(pairs, 0.2, kind, ratio=1.1)
   updates, _ = decay.update(zeros, decay.init(params), params)
-  expected = jax.grad(penalty)(params)
+  expected = jax.jit(jax.grad(penalty))(params)
   jax.tree.map(
     lambda u, e: np.testing.assert_allclose(u, 0.2 * e, rtol=1e-4, atol=1e-6), updates, expected
   )

@@ -30,7 +30,7 @@ def test_values_and_gradients_agree_with_the_official_code(vectors):
 
     found = [jax.jit(loss)(params, epoch) for epoch in vectors['in_epochs']]
     assert_close(found, vectors[f'out_reg_{name}'], 1e-6)
-    gradient = jax.grad(loss)(params, vectors['in_epochs'][-1])
+    gradient = jax.jit(jax.grad(loss))(params, vectors['in_epochs'][-1])
     for own in ('conv', 'bn_weight', 'predictor_weight'):
       expected = vectors[f'grad_last_epoch_{own}_{name}']
       expected = expected.transpose(2, 3, 1, 0) if expected.ndim == 4 else expected.T

@@ -142,6 +142,7 @@ def test_bytes_become_floats_in_the_unit_interval():
   np.testing.assert_array_equal(data.to_float(floats), floats)
 
 
+@pytest.mark.exhaustive
 def test_the_same_views_on_one_and_on_eight_devices():
   augment = data.compose(data.random_crop, data.random_flip)
   images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8)

@@ -45,7 +45,7 @@ def test_the_loss_of_mixtures_agrees_with_official_code(vectors):
     def mixed(logits, loss=loss):
       return jnp.mean(share * loss(logits, a) + (1 - share) * loss(logits, b))
 
-    value, gradient = jax.value_and_grad(mixed)(vectors['in_logits'])
+    value, gradient = jax.jit(jax.value_and_grad(mixed))(vectors['in_logits'])
     assert_close(value, vectors[f'out_{name}_loss'], 5e-6)
     assert_close(gradient, vectors[f'grad_{name}_logits'], 5e-6)
 
@@ -57,7 +57,7 @@ def test_a_classifier_of_instances_agrees_with_official_code(vectors):
     return jnp.mean(losses.cross_entropy(logits, vectors['in_instance_ids']))
 
   arrays = vectors['in_features'], vectors['param_weight'], vectors['param_bias']
-  value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*map(jnp.asarray, arrays))
+  value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*map(jnp.asarray, arrays))
   assert_close(value, vectors['out_loss'], 5e-6)
   for name, gradient in zip(('features', 'weight', 'bias'), gradients):
     assert_close(gradient, vectors[f'grad_{name}'], 5e-6)

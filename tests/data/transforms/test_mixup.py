@@ -84,6 +84,7 @@ def test_bfloat16_images_are_mixed_in_float32():
   np.testing.assert_array_equal(mixed, exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.exhaustive
 def test_result_does_not_depend_on_the_mesh():
   images = jax.random.uniform(jax.random.key(1), (16, 2))
   mix = jax.jit(mixup, static_argnums=2)

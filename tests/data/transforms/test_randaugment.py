@@ -123,6 +123,7 @@ def test_images_of_a_batch_are_drawn_by_their_own_keys():
   np.testing.assert_allclose(batch * 255, jnp.round(batch * 255), atol=1e-3)
 
 
+@pytest.mark.exhaustive
 def test_eager_is_jit_and_probability_0_is_the_8_bit_image():
   key = jax.random.key(1)
   out = rand_augment(key, IMAGES[0], probability=0.0, num_ops=1)

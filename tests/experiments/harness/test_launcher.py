@@ -255,6 +255,7 @@ def test_a_work_directory_in_use_is_refused(tmp_path, run, capsys):
   launcher.main('gml', [f'--workdir={tmp_path}'])
 
 
+@pytest.mark.exhaustive
 def test_many_processes_claim_a_work_directory_at_once(tmp_path):
   code = """
 import sys, time

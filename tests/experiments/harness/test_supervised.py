@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from models.random_variables import call, run_capture
 
 from experiments.harness import runs, supervised
 from experiments.harness.data import Augment
@@ -27,7 +28,7 @@ def batch():
 
 def step(batch, loss, **options):
   program = supervised.program(MODEL, TASK, RECIPE, 10, loss=loss, **options)
-  state = program.init(jax.random.key(0))
+  state = jax.jit(program.init)(jax.random.key(0))
   frozen = {'teacher': {'params': state.params}} if 'teacher' in options else {}
   return state, jax.jit(program.step)(state, frozen, batch)
 
@@ -61,7 +62,7 @@ def test_a_pattern_that_names_no_module_is_refused(batch):
 
 
 def test_learned_steps_are_trained_next_to_the_parameters(batch):
-  variables = MODEL.init(jax.random.key(1), TASK.inputs(batch))
+  variables = jax.jit(MODEL.init)(jax.random.key(1), TASK.inputs(batch))
   rules = quantizers.uniform_rules(3, 3, path='fc[01]', learned=True)
   network = quantizers.lsq(MODEL, variables, TASK.inputs(batch), rules)
   start = {name: network.variables[name] for name in ('params', 'lsq')}
@@ -73,7 +74,9 @@ def test_learned_steps_are_trained_next_to_the_parameters(batch):
     hooks=network.hooks,
     captured=['fc1'],
   )
-  expected = supervised.cross_entropy(network(TASK.inputs(batch)), batch['label'], None).mean()
+  expected = supervised.cross_entropy(
+    call(network, TASK.inputs(batch)), batch['label'], None
+  ).mean()
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, dict(after.params))
   assert all(jax.tree.leaves(moved['lsq'])) and moved['params']['fc0']['kernel']
@@ -94,7 +97,9 @@ def test_a_quantized_network_is_trained_by_its_own_preparation_and_carried_const
     options={'train': False},
     hooks=network.hooks,
   )
-  expected = supervised.cross_entropy(network(TASK.inputs(batch)), batch['label'], None).mean()
+  expected = supervised.cross_entropy(
+    call(network, TASK.inputs(batch)), batch['label'], None
+  ).mean()
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
   # What the preparation takes away is carried on all the same.
   for a, b in zip(*map(jax.tree.leaves, (before.model_state, after.model_state)), strict=True):
@@ -102,7 +107,7 @@ def test_a_quantized_network_is_trained_by_its_own_preparation_and_carried_const
 
 
 def test_a_quantized_teacher_hands_on_quantized_features_and_constants_are_read(batch):
-  variables = MODEL.init(jax.random.key(1), TASK.inputs(batch))
+  variables = jax.jit(MODEL.init)(jax.random.key(1), TASK.inputs(batch))
   rules = [quantizers.Rule('fc1', 'output', 2, learned=True)]
   teacher = quantizers.range_qat(MODEL, variables, TASK.inputs(batch), rules)
   shapes = jax.eval_shape(lambda: teacher)  # the program needs no values
@@ -113,10 +118,10 @@ def test_a_quantized_teacher_hands_on_quantized_features_and_constants_are_read(
 
   options = {'taught': ['fc1'], 'constants': jax.ShapeDtypeStruct((5,), jnp.float32)}
   program = supervised.program(MODEL, TASK, RECIPE, 10, loss=loss, teacher=shapes, **options)
-  state = program.init(jax.random.key(0))
+  state = jax.jit(program.init)(jax.random.key(0))
   frozen = {'teacher': teacher.variables.tree, 'constants': jnp.arange(5.0)}
   _, metrics = jax.jit(program.step)(state, frozen, batch)
-  _, found = models.capture(MODEL, variables, ['fc1'], TASK.inputs(batch))
+  _, found = run_capture(MODEL, variables, ['fc1'], TASK.inputs(batch))
   ends = teacher.variables['learned_ranges']['fc1']['output']
   quantized = quantizers.quantize_feature(found['fc1'], ends['lower'], ends['upper'], 2)
   expected = jnp.mean((quantized - jnp.arange(5.0)) ** 2)
@@ -171,7 +176,7 @@ def test_settings_choose_lamb_whose_steps_are_as_long_as_the_rate_says(batch):
   assert any('betas' in problem for problem in Optimizer('lars', betas=(0.8, 0.9)).check())
   recipe = Recipe(epochs=1, batch_size=4, schedule=Schedule(0.1), optimizer=optimizer)
   program = supervised.program(MODEL, TASK, recipe, 10, loss=supervised.cross_entropy)
-  before = program.init(jax.random.key(0))
+  before = jax.jit(program.init)(jax.random.key(0))
   after, _ = jax.jit(program.step)(before, {}, batch)
   for layer in ('fc0', 'fc1', 'fc'):
     old, new = (state.params[layer]['kernel'] for state in (before, after))
@@ -181,7 +186,7 @@ def test_settings_choose_lamb_whose_steps_are_as_long_as_the_rate_says(batch):
 
 @pytest.mark.parametrize('microbatches', [1, 2])
 def test_training_in_float8_is_a_program_with_a_collection_and_probes(batch, microbatches):
-  variables = MODEL.init(jax.random.key(1), TASK.inputs(batch))
+  variables = jax.jit(MODEL.init)(jax.random.key(1), TASK.inputs(batch))
   float8, probes = quantizers.init_float8(MODEL, variables, TASK.inputs(batch))
   groups = (quantizers.PROBES, replace_by_gradient())
   program = supervised.program(
@@ -194,7 +199,7 @@ def test_training_in_float8_is_a_program_with_a_collection_and_probes(batch, mic
     hooks=quantizers.float8_hooks(),
     optimizer=lambda schedule: by_path([groups, ('.*', RECIPE.optimizer.make(schedule))]),
   )
-  state, step = program.init(jax.random.key(0)), jax.jit(program.step)
+  state, step = jax.jit(program.init)(jax.random.key(0)), jax.jit(program.step)
   seen = []
   for _ in range(3):
     state, _ = step(state, {}, batch)
@@ -213,7 +218,7 @@ def test_watched_values_are_metrics_and_their_maxima_are_carried(batch):
   watched = {'largest': lambda seen: jnp.max(jnp.abs(seen.captured['fc1']))}
   options = {'captured': ['fc1'], 'watched': watched}
   program = supervised.program(MODEL, TASK, RECIPE, 10, **options)
-  state, values, maxima = program.init(jax.random.key(0)), [], []
+  state, values, maxima = jax.jit(program.init)(jax.random.key(0)), [], []
   blank = {**batch, 'image': 0 * batch['image']}
   for own in (batch, blank, batch):
     state, metrics = jax.jit(program.step)(state, {}, own)
@@ -223,7 +228,7 @@ def test_watched_values_are_metrics_and_their_maxima_are_carried(batch):
   assert maxima == [max(values[: i + 1]) for i in range(3)]
   halves = dataclasses.replace(RECIPE, microbatches=2)
   program = supervised.program(MODEL, TASK, halves, 10, **options)
-  state, metrics = jax.jit(program.step)(program.init(jax.random.key(0)), {}, batch)
+  state, metrics = jax.jit(program.step)(jax.jit(program.init)(jax.random.key(0)), {}, batch)
   assert float(state.extra['largest']) == pytest.approx(maxima[0])
   assert float(metrics['largest']) <= maxima[0]
 

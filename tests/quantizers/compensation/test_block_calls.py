@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
-from models.random_variables import random_variables
+from models.random_variables import call, random_variables
 
 from jaxlab.models import Anatomy
 from jaxlab.quantizers import percentile_ptq, uniform_rules
@@ -72,15 +73,17 @@ def plain(method):
   return run(method, keywords=False)
 
 
-@pytest.mark.parametrize('method', [QwT(), QwTv2(), QwTv2('block')])
-@pytest.mark.parametrize('returns', ['array', 'tuple', 'dict'])
+@pytest.mark.parametrize(
+  ('method', 'returns'),
+  tables.cells([QwT(), QwTv2(), QwTv2('block')], ['array', 'tuple', 'dict'], 3),
+)
 def test_the_compensation_is_that_of_plain_calls(method, returns):
   found, expected = run(method, returns), plain(method)
   for own, right in zip(
     jax.tree.leaves(found.variables), jax.tree.leaves(expected.variables), strict=True
   ):
     np.testing.assert_allclose(own, right, rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(found(X), expected(X), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(call(found, X), call(expected, X), rtol=1e-4, atol=1e-4)
   assert np.all(found.report.error_after < found.report.error_before)
 
 

@@ -225,7 +225,7 @@ BOUNDS = {
 }
 
 
-@pytest.mark.parametrize(('method', 'name'), tables.cells(list(METHODS), list(NETWORKS), 3))
+@pytest.mark.parametrize(('method', 'name'), tables.cells(METHODS, list(NETWORKS), len(METHODS)))
 def test_a_network_is_quantized_right_or_refused_by_name(method, name):
   if (method, name) in REFUSED:
     match, _ = REFUSED[method, name]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from flax import traverse_util
 from golden_vectors import assert_close
@@ -50,7 +51,7 @@ def with_whole_zero_points(quantized):
   return quantized.update(quantization=tree), fractional
 
 
-@pytest.fixture(scope='module', params=['vit', 'resnet'])
+@pytest.fixture(scope='module', params=tables.few(['vit', 'resnet'], 'resnet'))
 def network(request):
   """Fake-quantized network and its integers, at 4 bits (the edges at 8)."""
   quantized, _ = quantize(request.param, 4)
@@ -58,7 +59,7 @@ def network(request):
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('name', PTQ)
+@pytest.mark.parametrize('name', tables.few(PTQ, 'resnet'))
 def test_integers_compute_the_fake_quantized_network(name, bits):
   # In float64 no value comes near enough to a rounding tie to fall to the other side.
   with jax.enable_x64(True):

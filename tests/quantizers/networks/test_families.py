@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from models.random_variables import random_images, random_variables
 
 from jaxlab.models import Llama, MobileNetV2, Swin
@@ -29,7 +30,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', FAMILIES)
+@pytest.mark.parametrize('name', tables.few(FAMILIES, 'mobilenet'))
 def test_a_network_is_quantized_compensated_and_run_in_integers(name):
   model, inputs, ptq, blocks = FAMILIES[name]
   variables = random_variables(model, inputs)

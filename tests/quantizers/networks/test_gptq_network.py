@@ -61,6 +61,7 @@ def test_the_first_block_sees_float_inputs_and_the_second_those_of_the_quantized
     assert np.mean(np.abs(kernel - alone.kernel) > 1e-6) < 0.02  # a tie may fall to either side
 
 
+@pytest.mark.exhaustive
 def test_logits_are_closer_than_with_kernels_rounded_to_nearest():
   model, variables = llama()
   found = quantized_llama()
@@ -132,6 +133,7 @@ def test_convolutions_and_a_compensation_behind_them():
   assert np.mean((logits - float_logits) ** 2) < alone
 
 
+@pytest.mark.exhaustive
 def test_batches_and_weights_split_over_devices_give_the_kernels_of_one_device():
   model, variables = llama()
   mesh = make_mesh(data=4, fsdp=2)
@@ -146,6 +148,7 @@ def test_batches_and_weights_split_over_devices_give_the_kernels_of_one_device()
   assert np.mean(np.abs(np.asarray(one) - np.asarray(other)) > 1e-5) < 0.02
 
 
+@pytest.mark.exhaustive
 def test_parameters_in_bfloat16_stay_so_and_are_rounded_once_more():
   _, variables = llama()
   halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables)

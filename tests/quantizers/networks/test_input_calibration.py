@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 
 from jaxlab.models import create
@@ -47,7 +48,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', tables.few(MODELS, 'skip', 'twice', 'unhashable'))
 def test_ranges_found_block_by_block_are_those_of_one_program(name):
   model = MODELS[name]
   variables = jax.jit(model.init)(jax.random.key(1), X)

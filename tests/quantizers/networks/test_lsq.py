@@ -75,6 +75,7 @@ def learned_network(bits, params=None):
   return lsq(MODEL, {'params': params}, digits('train')[0][:BATCH], rules)
 
 
+@pytest.mark.exhaustive
 def test_learned_steps_beat_min_max_and_their_start_by_far_at_two_bits():
   params, images = float_params(), digits('train')[0]
   rules = [Rule(MIDDLE, 'kernel', 2), Rule('relu[012]', 'output', 2)]

@@ -1,10 +1,11 @@
 """RepQ rescales a norm with all that read it, or refuses; the float network stays the same function."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from models.random_variables import random_variables
+from models.random_variables import call, random_variables
 
 from jaxlab.models import Anatomy, HookPoint, Norm
 from jaxlab.quantizers import Rule, repq, uniform_rules
@@ -63,11 +64,11 @@ def test_all_readers_make_up_for_the_rescaled_norm(readers, rules):
   variables = variables_of(model)
   own = uniform_rules(8, 8, path='.*' if rules == 'all' else rules)
   found = repq(model, variables, X, own, anatomy=parts(*readers))
-  expected = model.apply(variables, X)
+  expected = jax.jit(model.apply)(variables, X)
   scale = found.float_variables['params']['norm']['scale']
   assert np.ptp(np.log(scale)) < 0.7 * np.ptp(np.log(variables['params']['norm']['scale']))
   np.testing.assert_allclose(found.in_float()(X), expected, rtol=1e-4, atol=1e-4)
-  assert np.std(found(X) - expected) < 0.03 * np.std(expected)
+  assert np.std(call(found, X) - expected) < 0.03 * np.std(expected)
   inputs = {path for path in 'ab' if 'input' in found.variables['quantization'].get(path, {})}
   assert inputs == ({'a', 'b'} if rules == 'all' else {rules})
 
@@ -82,25 +83,31 @@ def test_a_norm_that_something_else_reads_is_named():
   with pytest.raises(ValueError, match=r"'conv' \(Conv\) reads the norm 'norm', too"):
     repq(model, variables_of(model), X, uniform_rules(8, 8), anatomy=parts('a', 'b'))
   found = repq(model, variables_of(model), X, uniform_rules(8, 8), anatomy=parts())
-  np.testing.assert_allclose(found.in_float()(X), model.apply(variables_of(model), X), atol=1e-4)
+  np.testing.assert_allclose(
+    found.in_float()(X), jax.jit(model.apply)(variables_of(model), X), atol=1e-4
+  )
 
 
 def test_a_norm_of_several_calls_has_the_ranges_of_all():
   model = OneNorm()
   variables = variables_of(model)
   found = repq(model, variables, X, uniform_rules(8, 8), anatomy=parts('a', 'b'))
-  expected = model.apply(variables, X)
+  expected = jax.jit(model.apply)(variables, X)
   np.testing.assert_allclose(found.in_float()(X), expected, rtol=1e-4, atol=1e-4)
-  assert np.std(found(X) - expected) < 0.03 * np.std(expected)
+  assert np.std(call(found, X) - expected) < 0.03 * np.std(expected)
   # One range for both readers: what the norm gives in either call, after the transform.
   first, second = (found.variables['quantization'][path]['input'] for path in 'ab')
   for name in ('scale', 'zero_point'):
     np.testing.assert_array_equal(first[name], second[name])
   norm = found.float_variables['params']['norm']
   layer_norm = nn.LayerNorm(epsilon=1.0)
-  x = X + layer_norm.apply({'params': norm}, X) @ found.float_variables['params']['a']['kernel']
+  x = (
+    X
+    + jax.jit(layer_norm.apply)({'params': norm}, X)
+    @ found.float_variables['params']['a']['kernel']
+  )
   x = x + found.float_variables['params']['a']['bias']
-  rows = [layer_norm.apply({'params': norm}, values) for values in (X, 10 * x)]
+  rows = [jax.jit(layer_norm.apply)({'params': norm}, values) for values in (X, 10 * x)]
   low, high = (-first['zero_point'] * first['scale'], (255 - first['zero_point']) * first['scale'])
   assert low < 0.9 * min(map(np.min, rows)) and high > 0.9 * max(map(np.max, rows))
 

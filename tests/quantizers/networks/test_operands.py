@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 from flax import traverse_util
 from golden_vectors import assert_close, golden
-from models.random_variables import random_images, random_variables
+from models.random_variables import call, random_images, random_variables
 
 from jaxlab import models
 from jaxlab.models import HookPoint, ResNet, apply
@@ -180,7 +180,7 @@ def test_eight_bits_are_near_the_float_network():
 
 def test_nothing_is_quantized_without_rules():
   new = percentile_ptq(NET, VARIABLES, X, ())
-  np.testing.assert_array_equal(new(X), apply(NET, VARIABLES, X))
+  np.testing.assert_array_equal(call(new, X), apply(NET, VARIABLES, X))
 
 
 @pytest.mark.parametrize('value', [0.3, -2.0, 0.0])
@@ -194,7 +194,7 @@ def test_constants_are_kept_as_they_are(value):
   wrapped = nn.Sequential([nn.Dense(2)])
   variables = random_variables(wrapped, flat)
   new = percentile_ptq(wrapped, variables, flat, [Rule('layers_0', 'input', 4)])
-  np.testing.assert_allclose(new(flat), apply(wrapped, variables, flat), rtol=1e-6)
+  np.testing.assert_allclose(call(new, flat), apply(wrapped, variables, flat), rtol=1e-6)
   if value:
     np.testing.assert_allclose(
       constants_of(new)['layers_0/input/scale'], abs(value) / 15, rtol=1e-6

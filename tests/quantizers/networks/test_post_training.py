@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
+from models.random_variables import run_capture
 
 from jaxlab import models, quantizers
 from jaxlab.models import HookPoint, apply
@@ -95,7 +96,7 @@ def test_an_output_that_two_rules_match_is_quantized_once():
 def test_ranges_over_batches_are_those_of_all_data():
   batches = [X[:16], 3 * X[16:]]
   ranges = quantizers.collect_ranges(NET, VARIABLES, batches, rules(4))
-  hidden = models.capture(NET, VARIABLES, ['relu'], jnp.concatenate(batches))[1]['relu']
+  hidden = run_capture(NET, VARIABLES, ['relu'], jnp.concatenate(batches))[1]['relu']
   flat = traverse_util.flatten_dict(ranges, sep='/')
   np.testing.assert_allclose(flat['relu/minimum'].squeeze(), hidden.min())
   np.testing.assert_allclose(flat['relu/maximum'].squeeze(), hidden.max(), rtol=1e-6)

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from models.random_variables import random_images, random_variables
+from models.random_variables import call, random_images, random_variables, run_capture
 
 from jaxlab import models
 from jaxlab.quantizers import (
@@ -78,7 +78,7 @@ def test_ranges_are_measured_layer_after_layer_and_the_network_computes_the_form
   expected = x.mean((1, 2)) @ params['fc']['kernel'] + params['fc']['bias']
   np.testing.assert_allclose(jax.jit(quantized)(IMAGES), expected, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(
-    quantized.in_float()(IMAGES), MODEL.apply(variables, IMAGES), rtol=1e-5
+    quantized.in_float()(IMAGES), jax.jit(MODEL.apply)(variables, IMAGES), rtol=1e-5
   )
 
 
@@ -107,7 +107,7 @@ def test_weights_alone_or_inputs_alone():
     found = range_qat(MODEL, variables, IMAGES, [Rule(MIDDLE, operand, 4, learned=True)])
     ranges = found.variables['learned_ranges']
     assert set(ranges) == {'conv1', 'conv2'} and other not in ranges['conv1']
-    error = np.mean((found(IMAGES) - MODEL.apply(variables, IMAGES)) ** 2)
+    error = np.mean((call(found, IMAGES) - MODEL.apply(variables, IMAGES)) ** 2)
     assert 0 < error < np.var(MODEL.apply(variables, IMAGES))
     assert found.operands() == {path: {operand: 4} for path in ('conv1', 'conv2')}
 
@@ -147,7 +147,7 @@ def test_layers_of_a_vit_have_signed_inputs():
   quantized, variables = network(8, model=model, x=x, path='blocks_.*/(mlp|attention)/.*')
   ends = quantized.variables['learned_ranges']['blocks_0']['mlp']['fc1']['input']
   assert ends['lower'] == -ends['upper'] < 0
-  fine, exact = jax.jit(quantized)(x), model.apply(variables, x)
+  fine, exact = jax.jit(quantized)(x), jax.jit(model.apply)(variables, x)
   assert np.mean((fine - exact) ** 2) < 0.05 * np.var(exact)
 
 
@@ -157,7 +157,7 @@ def test_delta_changes_gradients_alone_and_nothing_is_compiled_twice():
 
   def grad(network):
     loss = lambda params: (network.update(params=params)(IMAGES) ** 2).sum()  # noqa: E731
-    return jax.grad(loss)(network.variables['params'])['conv1']['kernel']
+    return jax.jit(jax.grad(loss))(network.variables['params'])['conv1']['kernel']
 
   assert np.any(grad(plain) != grad(scaled))
   assert network(2, delta=0.5)[0].hooks == scaled.hooks
@@ -166,9 +166,9 @@ def test_delta_changes_gradients_alone_and_nothing_is_compiled_twice():
 def test_a_layer_that_is_the_model_and_one_that_is_called_twice():
   x = jax.random.normal(jax.random.key(0), (16, 4))
   dense = nn.Dense(3)
-  params = dense.init(jax.random.key(1), x)
+  params = jax.jit(dense.init)(jax.random.key(1), x)
   found = range_qat(dense, params, x, uniform_rules(8, 8, learned=True))
-  np.testing.assert_allclose(found(x), dense.apply(params, x), atol=0.1)
+  np.testing.assert_allclose(call(found, x), jax.jit(dense.apply)(params, x), atol=0.1)
 
   class Twice(nn.Module):
     @nn.compact
@@ -176,9 +176,9 @@ def test_a_layer_that_is_the_model_and_one_that_is_called_twice():
       layer = nn.Dense(4, name='layer')
       return layer(nn.relu(layer(x)))
 
-  params = Twice().init(jax.random.key(1), x)
+  params = jax.jit(Twice().init)(jax.random.key(1), x)
   found = range_qat(Twice(), params, x, uniform_rules(8, 8, learned=True), signed_inputs=None)
-  np.testing.assert_allclose(found(x), Twice().apply(params, x), atol=0.15)
+  np.testing.assert_allclose(call(found, x), jax.jit(Twice().apply)(params, x), atol=0.15)
 
 
 def test_in_training_mode_layers_are_measured_behind_the_statistics_of_the_batch():
@@ -201,7 +201,7 @@ def test_a_teacher_is_a_float_network_with_quantized_features(bits, units):
   variables = random_variables(MODEL, IMAGES)
   rules = [Rule('pool', 'output', bits, learned=True)]
   teacher = range_qat(MODEL, variables, IMAGES, rules, units=units)
-  _, captured = models.capture(MODEL, variables, ['pool'], IMAGES)
+  _, captured = run_capture(MODEL, variables, ['pool'], IMAGES)
   ends = activation_range(captured['pool'])
   own = teacher.variables['learned_ranges']['pool']['output']
   np.testing.assert_allclose([own['lower'], own['upper']], ends, rtol=1e-5)
@@ -213,7 +213,7 @@ def test_a_teacher_is_a_float_network_with_quantized_features(bits, units):
   assert len(np.unique(np.round(seen['pool'], 4))) <= 2**bits
   fc = variables['params']['fc']
   np.testing.assert_allclose(
-    teacher(IMAGES), expected @ fc['kernel'] + fc['bias'], rtol=1e-3, atol=1e-4
+    call(teacher, IMAGES), expected @ fc['kernel'] + fc['bias'], rtol=1e-3, atol=1e-4
   )
 
   def total(ranges):
@@ -236,7 +236,7 @@ class ByKeyword(nn.Module):
 def test_layers_may_be_called_by_keyword_and_have_outputs_of_two_axes():
   x = jax.random.normal(jax.random.key(0), (16, 4))
   variables = random_variables(ByKeyword(), x)
-  exact = ByKeyword().apply(variables, x)
+  exact = jax.jit(ByKeyword().apply)(variables, x)
   learned = uniform_rules(inputs=8, learned=True)
   networks = {
     'ranges': range_qat(ByKeyword(), variables, x, uniform_rules(8, 8, learned=True)),

@@ -1,9 +1,10 @@
 """Embeddings and tied heads are quantized by rules of their own, a range a row."""
 
+import jax
 import numpy as np
 import pytest
 from flax import linen as nn
-from models.random_variables import random_variables
+from models.random_variables import call, random_variables
 
 from jaxlab.models import Anatomy
 from jaxlab.quantizers import (
@@ -58,11 +59,13 @@ def test_a_rule_names_a_table_and_the_head_that_is_tied_to_it(method):
   x = x + params['other']['embedding'][TOKENS]
   own = constants['input']
   assert own['scale'] * 255 == pytest.approx(np.ptp(np.append(x, 0)), rel=0.2)
-  expected = MODEL.apply({'params': {**params, 'embed': {'embedding': new}}}, TOKENS)
+  expected = jax.jit(MODEL.apply)({'params': {**params, 'embed': {'embedding': new}}}, TOKENS)
   assert 0 < np.std(found(TOKENS) - expected) < 0.1 * np.std(expected)
-  np.testing.assert_allclose(found.in_float()(TOKENS), MODEL.apply(VARIABLES, TOKENS), atol=1e-5)
+  np.testing.assert_allclose(
+    found.in_float()(TOKENS), jax.jit(MODEL.apply)(VARIABLES, TOKENS), atol=1e-5
+  )
   integers = integer_network(found)
-  assert np.std(integers(TOKENS) - found(TOKENS)) < 0.02 * np.std(expected)
+  assert np.std(call(integers, TOKENS) - found(TOKENS)) < 0.02 * np.std(expected)
 
 
 @pytest.mark.parametrize('granularity', ['tensor', 'channel'])
@@ -84,9 +87,9 @@ def test_the_largest_magnitude_of_a_table_is_that_of_all_its_uses(granularity):
   )  # of the head, not of the tokens
   assert not found.skipped and found.operands()['embed'] == {'embedding': 8, 'input': 8}
   exact = MODEL.apply(VARIABLES, TOKENS)
-  assert 0 < np.std(found(TOKENS) - exact) < 0.1 * np.std(exact)
+  assert 0 < np.std(call(found, TOKENS) - exact) < 0.1 * np.std(exact)
   integers = integer_network(found)
-  assert np.std(integers(TOKENS) - found(TOKENS)) < 0.02 * np.std(exact)
+  assert np.std(call(integers, TOKENS) - call(found, TOKENS)) < 0.02 * np.std(exact)
 
 
 def test_weights_that_are_no_kernels_are_said_and_tables_are_not():

@@ -76,6 +76,7 @@ def test_channels_may_lie_on_any_axis_and_count_alone():
   np.testing.assert_array_equal(jnp.moveaxis(moved, 1, -1), expected)
 
 
+@pytest.mark.exhaustive
 def test_transformations_agree():
   loss = lambda x, s: (activation_fake_quantize(x, s, 4) * x).sum()  # noqa: E731
   expected = jax.grad(loss, (0, 1))(X, STEP)

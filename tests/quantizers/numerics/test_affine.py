@@ -192,7 +192,7 @@ def test_any_empty_range_returns_the_whole_tensor_under_ssql_rule():
         spec, x, params, scale_grad=scale_grad, degenerate=degenerate
       ).sum()
 
-    assert np.all(np.isfinite(jax.grad(total)(x)))
+    assert np.all(np.isfinite(jax.jit(jax.grad(total))(x)))
 
 
 def test_bfloat16_is_computed_in_float32_and_returned_as_it_came():
@@ -205,6 +205,7 @@ def test_bfloat16_is_computed_in_float32_and_returned_as_it_came():
   np.testing.assert_array_equal(fake, expected.astype(jnp.bfloat16))
 
 
+@pytest.mark.exhaustive
 def test_vmap_over_bits_equals_a_loop():
   x = jax.random.normal(jax.random.key(0), (5, 7))
   spec = AffineQuantizer(rule='asymmetric')
@@ -312,7 +313,7 @@ def test_forward_mode_gives_the_gradient_of_reverse_mode(degenerate, scale_grad)
 
   reverse = jax.jit(jax.grad(loss))(x)
   np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(x), reverse, rtol=1e-5, atol=1e-4)
-  np.testing.assert_allclose(jax.grad(loss)(x), reverse, rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), reverse, rtol=1e-5, atol=1e-4)
 
 
 def clipped(x, bits, minimum, maximum):

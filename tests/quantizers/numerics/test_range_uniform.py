@@ -180,6 +180,7 @@ def test_first_ranges_of_awkward_values():
   assert output_scale(jnp.ones(3), jnp.zeros(3)) == 1
 
 
+@pytest.mark.exhaustive
 def test_transformations_agree():
   x = jax.random.normal(jax.random.key(0), (8, 6))
   quantize = functools.partial(
