@@ -34,12 +34,12 @@ from experiments.harness import launcher, networks, pictures, results, runs, sup
 from experiments.harness.data import Augment, Images
 from experiments.harness.networks import Loaded, Network
 from experiments.harness.runs import Call, Run, Variables, say
-from experiments.harness.sections import Experiment, Recipe, check_batch
+from experiments.harness.sections import Experiment, Recipe, check_batch, check_bits
 from experiments.harness.settings import found_by, identity, section
 from experiments.harness.supervised import Seen, Table, cross_entropy
 from experiments.harness.tasks import ImageTask
 from experiments.protocols.subsets import Subset
-from jaxlab import compression, data, losses, parallel
+from jaxlab import compression, data, losses, models, parallel, quantizers
 from jaxlab.compression import Plan
 from jaxlab.training import TrainState, map_batches, pad_rows
 
@@ -118,6 +118,8 @@ class Settings(Experiment):
     recipe: of the training on labels, and of that on the whole network's predictions.
     distillation: of the latter.
     refinement: of the labels; None: there is none.
+    quantized: bit-widths at which the whole network and the trained ones are quantized behind all of it,
+      their ranges measured on the proxy images.
   """
 
   network: Network
@@ -133,6 +135,7 @@ class Settings(Experiment):
   recipe: Recipe
   distillation: Distillation | None = section(Distillation)
   refinement: Refinement | None = None
+  quantized: tuple[str, ...] = ()
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -144,6 +147,8 @@ class Settings(Experiment):
     falling = all(a > b for a, b in zip(self.shares, self.shares[1:]))
     if not self.shares or not falling or not all(0 < share <= 1 for share in self.shares):
       yield f'shares={self.shares}: expected falling shares in (0, 1].'
+    if self.quantized:
+      yield from check_bits(self.quantized, quantizers.MIN_BITS, quantizers.MAX_BITS)
     if 'curl' not in self.rankings:
       yield f"rankings={self.rankings}: 'curl' is the method."
     if self.refinement is not None and self.distillation is None:
@@ -220,6 +225,12 @@ def scored(
     return random_scores(config)
   if ranking == 'l1':
     return jax.device_get(compression.kernel_norms(net.model, net.variables))
+  found = jax.jit(functools.partial(divergences, config))(net.variables, proxy(config, limited))
+  return {name: np.asarray(own, np.float64) for name, own in jax.device_get(found).items()}
+
+
+def proxy(config: Settings, limited: data.Source) -> Array:
+  """Returns the images that scores are measured on, as the network sees them in the test."""
   chosen = np.random.default_rng((config.seed, 2)).permutation(len(limited))[: config.proxy]
   decoded = harness_data.reading(config.network.data, 'test')
   sharding = networks.calibration_sharding(config.mesh.make(), len(chosen))
@@ -227,9 +238,7 @@ def scored(
   (batch,) = data.epoch_batches(
     data.subset(limited, chosen), len(chosen), process_index=index, process_count=count, **decoded
   )
-  inputs = config.network.task.inputs(data.to_device(batch, sharding))
-  found = jax.device_get(jax.jit(functools.partial(divergences, config))(net.variables, inputs))
-  return {name: np.asarray(own, np.float64) for name, own in found.items()}
+  return config.network.task.inputs(data.to_device(batch, sharding))
 
 
 def training(config: Settings, name: str, ranking: str, plan: Plan) -> Run:
@@ -293,7 +302,8 @@ def refined(own: Refinement, images: Images) -> dict[str, Any]:
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   rows = [WHOLE, *map(re.escape, (*RANKINGS.values(), *TRAININGS.values()))]
-  yield from results.check_claims(config, rows, ['trained', 'macs', *map(column, config.shares)])
+  metrics = ['trained', 'macs', *(f'quantized_{bits}' for bits in config.quantized)]
+  yield from results.check_claims(config, rows, [*metrics, *map(column, config.shares)])
   if problems := list(found_by('network.model', compression.structure, whole_network(config))):
     yield from problems
     return
@@ -358,7 +368,15 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     own = config.network
     return networks.accuracy(config, own.data, model, own.task, variables, net.test)
 
-  rows = {WHOLE: {'trained': accuracy(net.model, net.variables), 'macs': 100.0}}
+  def judged(model: nn.Module, variables: Variables) -> dict[str, float]:
+    found = {'trained': accuracy(model, variables)}
+    for bits in config.quantized:
+      found[f'quantized_{bits}'] = quantized_accuracy(
+        config, bits, model, variables, limited, net.test
+      )
+    return found
+
+  rows = {WHOLE: {**judged(net.model, net.variables), 'macs': 100.0}}
   plans, starts = {}, {}
   for ranking in config.rankings:
     scores, metrics = scored(config, ranking, net, limited), {}
@@ -377,7 +395,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     own = plan[f'{ranking}_labels']
     trained = runs.train(own, limited, workdir / f'{ranking}_labels', start=starts[ranking])
     small = compression.sliced_model(net.model, plans[ranking])
-    rows[RANKINGS[ranking]]['trained'] = accuracy(small, trained.variables)
+    rows[RANKINGS[ranking]] |= judged(small, trained.variables)
   small, variables = compression.sliced_model(net.model, plans['curl']), starts['curl']
   for name in config.trainings:
     source, given = limited, {'frozen': {'teacher': net.variables}}
@@ -389,13 +407,38 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     trained = runs.train(plan[name], source, workdir / name, start=variables, **given)
     variables = trained.variables
     macs = rows[RANKINGS['curl']]['macs']
-    rows[TRAININGS[name]] = {'trained': accuracy(small, variables), 'macs': macs}
+    rows[TRAININGS[name]] = {**judged(small, variables), 'macs': macs}
   draw(config, rows, workdir / 'accuracy_over_operations.png')
   roles = {WHOLE: 'reference', RANKINGS['l1']: 'baseline', RANKINGS['random']: 'baseline'}
   lines = [results.row(name, roles.get(name, 'method'), own) for name, own in rows.items()]
   return results.results(
     config, lines, title='accuracies in %, multiply-accumulates in % of the whole'
   )
+
+
+def quantized_accuracy(
+  config: Settings,
+  bits: str,
+  model: nn.Module,
+  variables: Variables,
+  limited: data.Source,
+  test: data.Source,
+) -> float:
+  """Returns the accuracy in percent of a network whose kernels and inputs are quantized after training."""
+  rules = quantizers.edge_rules(*quantizers.parse_bits(bits), edges=models.anatomy(model))
+  network = quantizers.percentile_ptq(model, variables, [proxy(config, limited)], rules)
+  task = config.network.task
+
+  @jax.jit
+  def correct(batch: Mapping[str, Array]) -> dict[str, Array]:
+    scores = task.score(network(task.inputs(batch)), task.targets(batch))
+    return {'correct': scores['correct']}
+
+  found = map_batches(
+    correct, test, batch_size=config.eval_batch_size, mesh=config.mesh.make(),
+    **harness_data.reading(config.network.data, 'test'),
+  )  # fmt: skip
+  return 100 * float(np.mean(found['correct']))
 
 
 def predictions(config: Settings, net: Loaded, source: data.Source) -> np.ndarray:

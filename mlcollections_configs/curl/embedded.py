@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
   config.augment = config.network['augment']
   config.recipe = tuning(epochs=40, base=0.01, warmup_epochs=2)
   config.refinement = dict(recipe=tuning(epochs=8, base=1e-4), augment=config.network['augment'])
+  config.quantized = ('8w8a', '4w8a')
   config.claims = claims()
   config.reported = (
     'ImageNet, ResNet-50: 76.15 % at 4.09, 73.39 % at 1.11 billion multiply-accumulates. CUB-200, '

@@ -27,6 +27,7 @@ TINY = (
   'recipe.schedule.warmup_epochs=0',
   'refinement.recipe.batch_size=16',
   'refinement.recipe.epochs=1',
+  "quantized=('8w8a',)",
   'claims=()',
   'pictured=()',
 )
@@ -54,7 +55,9 @@ def test_run_ranks_prunes_and_trains(ran):
     'mixup and distillation',
     'label refinement',
   }
-  assert set(rows["CURL's ranking"]) == {'pruned_to_80', 'pruned_to_60', 'macs', 'trained'}
+  assert set(rows["CURL's ranking"]) == {
+    'pruned_to_80', 'pruned_to_60', 'macs', 'trained', 'quantized_8w8a'
+  }  # fmt: skip
   # The nearest entry of the list below the target.
   assert 40 < rows["CURL's ranking"]['macs'] <= 60
   plan = compression.Plan.load(folder / 'plan_curl.json')
