@@ -99,8 +99,8 @@ class Network:
     model: name and fields of `jaxlab.models.create`.
     data: images that it classifies, tokens whose next one it predicts, or sentences that it encodes.
     augment: of training images.
-    pretrained: name of public weights (`jaxlab.models.load_pretrained`), or
-    recipe: of its training here.
+    pretrained: name of public weights (`jaxlab.models.load_pretrained`).
+    recipe: of its training here; with public weights of its fine-tuning, under a classifier drawn anew.
     weights: file with the public weights; empty: they are downloaded.
     massive: (token, channel, value) of the position embedding before training: entries of some 15 grow into
       the massive activations of large transformers.
@@ -137,8 +137,8 @@ class Network:
 
   def check(self) -> Any:
     """Yields what is wrong with the values."""
-    if bool(self.pretrained) == (self.recipe is not None):
-      yield 'pretrained: expected public weights or a recipe, one of the two.'
+    if not self.pretrained and self.recipe is None:
+      yield 'pretrained: expected public weights, a recipe, or both.'
     if self.weights and not self.pretrained:
       yield f'weights={self.weights!r}: give the name of the weights, pretrained, too.'
     try:
@@ -283,11 +283,8 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
     run: its training; None: `training(config, network)`.
   """
   records = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
-  if network.pretrained:
-    fields = {name: value for name, value in network.model.items() if name != 'name'}
-    if network.weights:
-      fields['file'] = sources.file(network.weights)
-    model, variables = models.load_pretrained(network.pretrained, **fields)
+  if network.pretrained and network.recipe is None:
+    model, variables = public(network)
     shardings = parallel.fsdp_shardings(variables, config.mesh.make())
     variables = jax.tree.map(
       lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__),
@@ -296,9 +293,20 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
     )
   else:
     model = create(network.model)
-    run = run or training(config, network, 'in float')
-    variables = runs.train(run, records['train'], folder).variables
+    run, given = run or training(config, network, 'in float'), {}
+    if network.pretrained:
+      _, start = public(network, num_classes=None)
+      given = {'start': start, 'fresh': [f'{path}/.*' for path in models.anatomy(model).head]}
+    variables = runs.train(run, records['train'], folder, **given).variables
   return Loaded(config, network, model, variables, records['train'], records['test'])
+
+
+def public(network: Network, **changes: Any) -> tuple[nn.Module, Variables]:
+  """Returns a network with its public weights; `changes` of its fields."""
+  fields = {name: value for name, value in network.model.items() if name != 'name'} | changes
+  if network.weights:
+    fields['file'] = sources.file(network.weights)
+  return models.load_pretrained(network.pretrained, **fields)
 
 
 def calibration_sharding(mesh: jax.sharding.Mesh, size: int) -> NamedSharding:

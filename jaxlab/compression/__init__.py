@@ -18,11 +18,17 @@ from jaxlab.compression.dense import (
   vit_macs,
 )
 from jaxlab.compression.plan import Plan, compose, plan, renamed
-from jaxlab.compression.ranking import global_ranking
+from jaxlab.compression.ranking import global_ranking, search_num_remove
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
 from jaxlab.compression.selection import half_block, highest_channels, highest_channels_by_head
 from jaxlab.compression.shapes import shape_names, shape_plan
-from jaxlab.compression.slicing import mask_variables, masked_apply, masks, slice_network
+from jaxlab.compression.slicing import (
+  mask_variables,
+  masked_apply,
+  masks,
+  slice_network,
+  sliced_model,
+)
 from jaxlab.compression.structure import Cut, Group, Structure, describe, shrunk, structure
 from jaxlab.compression.synthetic_images import (
   distinct_labels,
@@ -63,10 +69,12 @@ __all__ = [
   'removal_scores',
   'renamed',
   'require_recognized',
+  'search_num_remove',
   'shape_names',
   'shape_plan',
   'shrunk',
   'slice_network',
+  'sliced_model',
   'structure',
   'synthesize',
   'variation',

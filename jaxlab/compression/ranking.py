@@ -3,7 +3,7 @@
 Host code in NumPy, in float64: what stays is decided by comparisons that float32 would decide otherwise.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
@@ -68,3 +68,45 @@ def global_ranking(
       f'nothing would be left of {", ".join(empty)}: protect it, or take a larger min_ratio.'
     )
   return keep
+
+
+def search_num_remove(
+  scores: Mapping[str, np.ndarray],
+  cost: Callable[[Mapping[str, np.ndarray]], float],
+  target: float,
+  *,
+  min_ratio: float = 0.3,
+  protected: Collection[str] = (),
+) -> int:
+  """Returns the fewest entries of `global_ranking`'s list that bring a network's cost down to a target.
+
+  What stays of a longer list is a part of what stays of a shorter one, so costs fall along it and some
+  `log2(channels)` of them are looked at.
+
+  Args:
+    scores: as for `global_ranking`.
+    cost: of what stays, bool `[channels]` by group; such as multiply-accumulates.
+    target: the cost that is allowed.
+    min_ratio: as there.
+    protected: as there.
+
+  Raises:
+    ValueError: if the whole list does not reach the target.
+
+  >>> scores = {'a': np.array([3.0, 1.0, 2.0, 5.0])}
+  >>> search_num_remove(scores, lambda keep: keep['a'].sum(), 2)
+  2
+  """
+  options = {'min_ratio': min_ratio, 'protected': protected}
+  low, high = 0, sum(np.size(own) for own in scores.values())
+  if (least := cost(global_ranking(scores, high, **options))) > target:
+    raise ValueError(
+      f'target={target:g}: {least:g} is the least that min_ratio={min_ratio} and what is protected leave.'
+    )
+  while low < high:
+    middle = (low + high) // 2
+    if cost(global_ranking(scores, middle, **options)) <= target:
+      high = middle
+    else:
+      low = middle + 1
+  return low

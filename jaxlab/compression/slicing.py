@@ -80,8 +80,13 @@ def slice_network(
     collection, own = path.split('/', 1)
     if (own := _without_norms(own, plan.drop)) is not None:
       kept[f'{collection}/{own}'] = leaf
-  small = shrunk(model, plan.kept_sizes, heads, set(plan.drop))
-  return small, traverse_util.unflatten_dict(kept, sep='/')
+  return sliced_model(model, plan), traverse_util.unflatten_dict(kept, sep='/')
+
+
+def sliced_model(model: nn.Module, plan: Plan) -> nn.Module:
+  """Returns the smaller network alone, without variables; see `slice_network`."""
+  heads = head_counts(plan.check(model), plan)
+  return shrunk(model, plan.kept_sizes, heads, set(plan.drop))
 
 
 def _without_norms(path: str, drop: Sequence[str]) -> str | None:

@@ -67,6 +67,9 @@ from jaxlab.data.sources.embedded import (
   Digits,
   FashionMNIST,
 )
+from jaxlab.data.sources.expanded import (
+  Expanded,
+)
 from jaxlab.data.sources.fields import (
   Relabeled,
   WithFields,
@@ -185,6 +188,11 @@ from jaxlab.data.transforms.decode import (
   DecodeImage,
   decode_image,
 )
+from jaxlab.data.transforms.expansion import (
+  cut_out_share,
+  rotate_degrees,
+  shuffle_tiles,
+)
 from jaxlab.data.transforms.image import (
   CIFAR10_MEAN_STD,
   IMAGENET_MEAN_STD,
@@ -232,6 +240,7 @@ __all__ = [
   'DecodeImage',
   'Digits',
   'Episode',
+  'Expanded',
   'FashionMNIST',
   'FineGrainedDataset',
   'ImageFolder',
@@ -267,6 +276,7 @@ __all__ = [
   'class_subset',
   'compose',
   'crop_and_resize',
+  'cut_out_share',
   'cutmix',
   'cutmix_box',
   'decode_image',
@@ -327,12 +337,14 @@ __all__ = [
   'read_table',
   'read_values',
   'resized_crop_augment',
+  'rotate_degrees',
   'rotated_digits',
   'sample_episode',
   'sample_episodes',
   'sample_subset',
   'select_imbalanced',
   'shot_groups',
+  'shuffle_tiles',
   'solarize',
   'source_labels',
   'split_cells',

@@ -19,6 +19,9 @@ from jaxlab.parallel.program import shard_program
 
 # Bytes of high-bandwidth memory of a chip, from the system pages of cloud.google.com/tpu/docs.
 HBM_BYTES = {'v4': 32 * 2**30, 'v5e': 16 * 2**30, 'v5p': 95 * 2**30, 'v6e': 32 * 2**30}
+# Of a chip, by the same pages: operations of a second in bfloat16, and bytes that its memory moves.
+PEAK_FLOPS = {'v4': 275e12, 'v5e': 197e12, 'v5p': 459e12, 'v6e': 918e12}
+HBM_BYTES_PER_SECOND = {'v4': 1228e9, 'v5e': 819e9, 'v5p': 2765e9, 'v6e': 1640e9}
 _KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e'}
 COLLECTIVES = (
   'all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute',
@@ -135,6 +138,25 @@ def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
     'flops': float(cost.get('flops', 0.0)),
     'collectives': collectives(compiled.as_text()),
   }
+
+
+def least_seconds(compiled: jax.stages.Compiled) -> float:
+  """Returns the time below which a chip cannot run a compiled program.
+
+    max(FLOPs / peak in bfloat16, bytes moved / memory bandwidth)
+
+  A bound and no forecast: what small kernels, waiting and communication cost is not in it, and the body of a
+  loop counts once. Ratios of it say what pruning can gain.
+
+  Raises:
+    ValueError: for a device whose peaks are not known.
+  """
+  device = _devices(compiled)[0].device_kind
+  if (kind := _KINDS.get(device)) is None:
+    raise ValueError(f'the peaks of {device!r} are not known; known are {", ".join(_KINDS)}.')
+  cost = compiled.cost_analysis()
+  flops, moved = float(cost.get('flops', 0.0)), float(cost.get('bytes accessed', 0.0))
+  return max(flops / PEAK_FLOPS[kind], moved / HBM_BYTES_PER_SECOND[kind])
 
 
 def _devices(compiled: jax.stages.Compiled) -> list[jax.Device]:
