@@ -268,10 +268,10 @@ def _copied(values: Any) -> Any:
 
 
 def _opened(value: Any) -> Any:
-  """Returns a section as a mapping, so that later changes find its fields."""
+  """Returns a section as a mapping, and those within, so that later changes find its fields."""
   if dataclasses.is_dataclass(value):
     return {f.name: _opened(getattr(value, f.name)) for f in dataclasses.fields(value)}
-  return _copied(value)
+  return {k: _opened(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 @functools.cache

@@ -7,8 +7,15 @@ stays, as data; `masked_apply` computes what would be left, at the shapes of the
 
 from jaxlab.compression import convolutional as _convolutional
 from jaxlab.compression import transformers as _transformers
+from jaxlab.compression.compressed_block import (
+  DenseCut,
+  compress_block,
+  dense_cut,
+  frozen_behind,
+)
 from jaxlab.compression.costs import multiply_accumulates, num_parameters, paired_latency
 from jaxlab.compression.dense import (
+  MODES,
   BlockMacs,
   DenseStructure,
   block_macs,
@@ -40,17 +47,22 @@ from jaxlab.compression.synthetic_images import (
 del _convolutional, _transformers
 
 __all__ = [
+  'MODES',
   'BlockMacs',
   'Cut',
+  'DenseCut',
   'DenseStructure',
   'Group',
   'Plan',
   'Structure',
   'block_macs',
   'compose',
+  'compress_block',
+  'dense_cut',
   'dense_structure',
   'describe',
   'distinct_labels',
+  'frozen_behind',
   'global_ranking',
   'half_block',
   'highest_channels',

@@ -1,0 +1,1 @@
+"""Settings of DC-ViT (Zhang, Zhou, Wang & Wu, CVPR 2024)."""
