@@ -142,6 +142,7 @@ CALLS = {
   'colinearity': lambda: [
     losses.colinearity_loss(ROWS, ROWS.T, k) for k in ('product', 'row_power', 'excess', 'cosine')
   ],
+  'mimic': lambda: losses.mimic_loss(IMAGES, IMAGES[::-1]),
   'qfd': lambda: losses.qfd_loss(LOGITS, LABELS, ROWS, ROWS[::-1]),
   'principal components': lambda: losses.fit_principal_components(ROWS, 2),
   'pca mimicking': lambda: losses.pca_mimicking_loss(ROWS, ROWS[::-1], ROWS[0], ROWS[:5].T[:, :2]),

@@ -7,6 +7,16 @@ stays, as data; `masked_apply` computes what would be left, at the shapes of the
 
 from jaxlab.compression import convolutional as _convolutional
 from jaxlab.compression import transformers as _transformers
+from jaxlab.compression.adaptors import (
+  AdaptorPositions,
+  adaptor_hooks,
+  adaptor_positions,
+  candidate_blocks,
+  fold_adaptors,
+  init_adaptors,
+  stage_of,
+)
+from jaxlab.compression.block_scores import pruning_scores, saved_share, select_blocks
 from jaxlab.compression.compressed_block import (
   DenseCut,
   compress_block,
@@ -24,6 +34,7 @@ from jaxlab.compression.dense import (
   kept_neurons,
   vit_macs,
 )
+from jaxlab.compression.filters import filter_plan, keep_count
 from jaxlab.compression.plan import Plan, compose, plan, renamed
 from jaxlab.compression.ranking import global_ranking, search_num_remove
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
@@ -31,6 +42,7 @@ from jaxlab.compression.selection import half_block, highest_channels, highest_c
 from jaxlab.compression.shapes import shape_names, shape_plan
 from jaxlab.compression.slicing import (
   mask_variables,
+  masked,
   masked_apply,
   masks,
   slice_network,
@@ -48,6 +60,7 @@ del _convolutional, _transformers
 
 __all__ = [
   'MODES',
+  'AdaptorPositions',
   'BlockMacs',
   'Cut',
   'DenseCut',
@@ -55,22 +68,30 @@ __all__ = [
   'Group',
   'Plan',
   'Structure',
+  'adaptor_hooks',
+  'adaptor_positions',
   'block_macs',
+  'candidate_blocks',
   'compose',
   'compress_block',
   'dense_cut',
   'dense_structure',
   'describe',
   'distinct_labels',
+  'filter_plan',
+  'fold_adaptors',
   'frozen_behind',
   'global_ranking',
   'half_block',
   'highest_channels',
   'highest_channels_by_head',
+  'init_adaptors',
+  'keep_count',
   'kept_hidden',
   'kept_neurons',
   'kernel_norms',
   'mask_variables',
+  'masked',
   'masked_apply',
   'masks',
   'multiply_accumulates',
@@ -78,15 +99,19 @@ __all__ = [
   'paired_latency',
   'plan',
   'prediction_divergence',
+  'pruning_scores',
   'removal_scores',
   'renamed',
   'require_recognized',
+  'saved_share',
   'search_num_remove',
+  'select_blocks',
   'shape_names',
   'shape_plan',
   'shrunk',
   'slice_network',
   'sliced_model',
+  'stage_of',
   'structure',
   'synthesize',
   'variation',

@@ -163,6 +163,44 @@ def mask_variables(
   return {**variables, 'params': traverse_util.unflatten_dict(params, sep='/')}
 
 
+def masked(
+  model: nn.Module, variables: Mapping[str, PyTree], masks: Mapping[str, Array]
+) -> tuple[dict[str, PyTree], list[Hook]]:
+  """Returns variables and hooks with which a network runs without what masks take out.
+
+  With these `masked_apply` calls it. `models.capture(model, variables, patterns, ..., hooks=hooks)` sees what
+  its modules hand on then; a block that is taken out hands on its input.
+
+  Args:
+    model: the whole network.
+    variables: its collections.
+    masks: see `masked_apply`.
+
+  Raises:
+    ValueError: for masks of no group or part, or of another shape.
+  """
+  found, own = structure(model), []
+  shapes = {name: (size,) for name, size in found.sizes.items()} | dict.fromkeys(found.parts, ())
+  stored: dict[tuple[str, ...], Array] = {}
+  for name, mask in masks.items():
+    if name not in shapes:
+      raise ValueError(f'masks: {name!r} is no group and no part of this {type(model).__name__}.')
+    if jnp.shape(mask) != shapes[name]:
+      raise ValueError(f'masks[{name!r}] has shape {jnp.shape(mask)}, expected {shapes[name]}.')
+    if name in found.parts:
+      stored[(*name.split('/'), 'stays')] = mask
+      branch = name.rsplit('/', 1)[-1] in BRANCHES
+      own.append(Hook(re.escape(name), call=_branch if branch else _block, collection='masks'))
+    else:
+      for norm in found.groups[name].norms:
+        stored[(*norm.split('/'), 'mask')] = mask
+        own.append(Hook(re.escape(norm), call=_masked_norm, collection='masks'))
+  given = mask_variables(variables, masks, found)
+  if stored:
+    given['masks'] = traverse_util.unflatten_dict(stored)
+  return given, own
+
+
 def masked_apply(
   model: nn.Module,
   variables: Mapping[str, PyTree],
@@ -188,26 +226,8 @@ def masked_apply(
   Raises:
     ValueError: for masks of no group or part, or of another shape.
   """
-  found, own = structure(model), list(hooks)
-  shapes = {name: (size,) for name, size in found.sizes.items()} | dict.fromkeys(found.parts, ())
-  stored: dict[tuple[str, ...], Array] = {}
-  for name, mask in masks.items():
-    if name not in shapes:
-      raise ValueError(f'masks: {name!r} is no group and no part of this {type(model).__name__}.')
-    if jnp.shape(mask) != shapes[name]:
-      raise ValueError(f'masks[{name!r}] has shape {jnp.shape(mask)}, expected {shapes[name]}.')
-    if name in found.parts:
-      stored[(*name.split('/'), 'stays')] = mask
-      branch = name.rsplit('/', 1)[-1] in BRANCHES
-      own.append(Hook(re.escape(name), call=_branch if branch else _block, collection='masks'))
-    else:
-      for norm in found.groups[name].norms:
-        stored[(*norm.split('/'), 'mask')] = mask
-        own.append(Hook(re.escape(norm), call=_masked_norm, collection='masks'))
-  given = mask_variables(variables, masks, found)
-  if stored:
-    given['masks'] = traverse_util.unflatten_dict(stored)
-  return models.apply(model, given, *args, hooks=own, **kwargs)
+  given, own = masked(model, variables, masks)
+  return models.apply(model, given, *args, hooks=[*hooks, *own], **kwargs)
 
 
 def _masked_norm(site: Site, call: Any, x: Array) -> Array:

@@ -53,6 +53,7 @@ from jaxlab.data.protocols.samplers import (
 )
 from jaxlab.data.protocols.subsets import (
   sample_subset,
+  sample_tiny_set,
 )
 from jaxlab.data.sources.aligned import (
   Aligned,
@@ -342,6 +343,7 @@ __all__ = [
   'sample_episode',
   'sample_episodes',
   'sample_subset',
+  'sample_tiny_set',
   'select_imbalanced',
   'shot_groups',
   'shuffle_tiles',

@@ -51,6 +51,7 @@ from jaxlab.losses.distillation import (
 )
 from jaxlab.losses.feature_distillation import (
   feature_distillation_loss,
+  mimic_loss,
   qfd_loss,
 )
 from jaxlab.losses.hashing import (
@@ -225,6 +226,7 @@ __all__ = [
   'mean_where_right',
   'memory_bank_loss',
   'merge_linear',
+  'mimic_loss',
   'mixup_distillation_loss',
   'multi_label_bce',
   'multi_label_queue_loss',

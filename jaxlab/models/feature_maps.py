@@ -11,6 +11,7 @@ from jaxlab.models.anatomy import anatomy
 from jaxlab.models.classifier_heads import Classifier
 from jaxlab.models.convnet import ConvNet
 from jaxlab.models.intercept import Hook, Site, intercepting, path_string
+from jaxlab.models.mobilenetv2 import ACTIVATIONS, MobileNetV2
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.vgg import VGG
 from jaxlab.models.vit import ViT
@@ -20,6 +21,8 @@ Array = jax.Array
 
 def feature_map_path(model: nn.Module) -> str:
   """Returns the module whose output a network pools: the last block of a ResNet, the final norm of a ViT.
+
+  Of a MobileNetV2 it is the activation behind its last convolution.
 
   Raises:
     ValueError: for a network in which it is not known.
@@ -32,13 +35,16 @@ def feature_map_path(model: nn.Module) -> str:
     return 'norm'
   if isinstance(model, ResNet):
     return anatomy(model).block_paths[-1]
+  if isinstance(model, MobileNetV2):
+    return f'{ACTIVATIONS[model.activation][1]}2'
   if isinstance(model, VGG):
     return f'pool_{len(model.stage_sizes) - 1}'
   if isinstance(model, ConvNet):
     return f'pool{len(model.widths) - 1}'
   raise ValueError(
-    f'The map of features of {type(model).__name__} is not known (known are ResNet, VGG, ConvNet and ViT): '
-    'name the module that returns it by path=; models.module_paths(model, x) lists all paths.'
+    f'The map of features of {type(model).__name__} is not known (known are ResNet, MobileNetV2, VGG, '
+    'ConvNet and ViT): name the module that returns it by path=; models.module_paths(model, x) lists all '
+    'paths.'
   )
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.losses import feature_distillation_loss, qfd_loss
+from jaxlab.losses import feature_distillation_loss, mimic_loss, qfd_loss
 
 
 def batch(seed=0):
@@ -58,3 +58,24 @@ def test_bad_arguments_are_named():
     qfd_loss(logits, labels, student, teacher, weight=-1)
   with pytest.raises(ValueError, match=r'labels must be in \[0, 5\)'):
     qfd_loss(logits, labels + 5, student, teacher)
+
+
+def test_mimicking_is_the_mean_over_the_map_or_over_its_pooled_channels():
+  rng = np.random.default_rng(0)
+  student, teacher = rng.standard_normal((2, 3, 4, 5, 6)).astype(np.float32)
+  expected = np.square(student - teacher).mean((1, 2, 3))
+  np.testing.assert_allclose(mimic_loss(student, teacher), expected, rtol=1e-5)
+  expected = np.square(student.mean((1, 2)) - teacher.mean((1, 2))).mean(1)
+  np.testing.assert_allclose(mimic_loss(student, teacher, pooled=True), expected, rtol=1e-4)
+  loss = lambda s, t: jnp.mean(mimic_loss(s, t, pooled=True))  # noqa: E731
+  grads = jax.grad(loss, (0, 1))(student, teacher)
+  # All places of a channel are pulled alike.
+  assert np.ptp(grads[0], (1, 2)).max() < 1e-8 < np.abs(grads[0]).max() and not grads[1].any()
+  half = mimic_loss(student.astype(jnp.bfloat16), teacher.astype(jnp.bfloat16))
+  assert half.dtype == jnp.float32
+  with pytest.raises(
+    ValueError, match=r'student_map \(3, 4, 5, 6\) and teacher_map \(3, 2, 5, 6\)'
+  ):
+    mimic_loss(student, teacher[:, :2])
+  with pytest.raises(ValueError, match='of one shape'):
+    mimic_loss(student[0, 0], teacher[0, 0])

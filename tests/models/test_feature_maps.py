@@ -10,6 +10,9 @@ from jaxlab import models
 VIT = {'image_size': 16, 'patch_size': 8, 'width': 8, 'depth': 1, 'num_heads': 2}
 NETWORKS = {
   'resnet': models.ResNet((1, 1), width=4, stem='cifar', num_classes=3),
+  'mobilenetv2': models.MobileNetV2(
+    (1, 2), (4, 6), (1, 2), stem='cifar', stem_width=4, head_width=8
+  ),
   'vgg': models.VGG((1, 1), (4, 6), batch_norm=True, hidden=None),
   'vit': models.ViT(**VIT, distilled=True, registers=2, dynamic_image_size=True),
 }
@@ -19,7 +22,9 @@ def images(*size):
   return jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)), jnp.float32)
 
 
-@pytest.mark.parametrize(('name', 'grid'), [('resnet', (8, 12)), ('vgg', (4, 6)), ('vit', (2, 3))])
+@pytest.mark.parametrize(('name', 'grid'), [
+  ('resnet', (8, 12)), ('mobilenetv2', (8, 12)), ('vgg', (4, 6)), ('vit', (2, 3)),
+])  # fmt: skip
 def test_the_map_is_what_the_network_pools(name, grid):
   model, x = NETWORKS[name], images(16, 24)
   variables = jax.jit(model.init)(jax.random.key(0), images(16, 16))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxlab.data.protocols.few_shot import few_shot_split
-from jaxlab.data.sources.source import as_labels
+from jaxlab.data.sources.source import InMemory, Source, as_labels, source_labels
 
 
 def sample_subset(
@@ -68,3 +68,68 @@ def sample_subset(
   positions = np.flatnonzero(np.isin(labels, chosen))
   count = per_class if total is None else total // num_classes
   return positions[few_shot_split(rng, labels[positions], count)]
+
+
+def sample_tiny_set(
+  rng: np.random.Generator, labels: np.ndarray | Source, total: int
+) -> np.ndarray:
+  """Draws a few images, class by class: each time a class, uniformly, and an image of it that is still left.
+
+  From as many images on as there are classes, `total / classes` of each: classes are equally frequent either
+  way, also in a set where they are not. A source whose labels are not in memory is read at random until
+  all images are found: some thousands of ImageNet for a thousand.
+
+  Args:
+    rng: NumPy generator; advanced.
+    labels: integers `[records]`, or a source with them.
+    total: images in all; from the number of classes on a multiple of it.
+
+  Returns:
+    int64 positions without duplicates.
+
+  Raises:
+    ValueError: for a total that is not positive, larger than the set, or no multiple of the classes; or a
+      class with too few images for its share.
+
+  References:
+    The code of Wang & Wu, Practical Network Acceleration with Tiny Sets, CVPR 2023
+    (https://arxiv.org/abs/2202.07861), which draws 50, 100 and 500 images of ImageNet so, and 1000 as one of
+    each class.
+
+  >>> labels = np.repeat(np.arange(100), 5)
+  >>> drawn = sample_tiny_set(np.random.default_rng(0), labels, 50)
+  >>> len(set(drawn.tolist())), len(set(labels[drawn].tolist())) < 50
+  (50, True)
+  """
+  read = None
+  if not isinstance(labels, np.ndarray):
+    read = labels
+    if isinstance(read, InMemory) or hasattr(read, 'labels'):
+      labels, read = source_labels(read), None
+  classes = np.arange(read.num_classes) if read else np.unique(as_labels(labels, 'labels'))
+  size, share = len(labels), total // len(classes)
+  if not 1 <= total <= size:
+    raise ValueError(f'total={total}: expected 1 to {size}, the images of the set.')
+  if share and total % len(classes):
+    raise ValueError(f'total={total} is no multiple of the {len(classes)} classes of the set.')
+  order = iter(rng.permutation(size))
+  left: dict[int, list[int]] = {int(own): [] for own in classes}
+
+  def one_of(own: int) -> int | None:
+    while not left[own]:
+      if (index := next(order, None)) is None:
+        return None
+      left[int(read[int(index)]['label'] if read else labels[index])].append(int(index))
+    return left[own].pop(0)
+
+  if share:
+    drawn = [one_of(int(own)) for own in np.repeat(classes, share)]
+    if None in drawn:
+      short = classes[drawn.index(None) // share]
+      raise ValueError(f'total={total}: class {short} has fewer than its {share} images.')
+    return np.array(drawn, np.int64)
+  drawn = []
+  while len(drawn) < total:
+    if (index := one_of(int(rng.choice(classes)))) is not None:
+      drawn.append(index)
+  return np.array(drawn, np.int64)

@@ -1,0 +1,1 @@
+"""Settings of MiR (Wang et al., CVPR 2022)."""

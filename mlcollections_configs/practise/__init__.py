@@ -1,0 +1,1 @@
+"""Settings of PRACTISE (Wang & Wu, CVPR 2023)."""
