@@ -27,6 +27,16 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def arrays_are_saved_whole():
+  """Orbax splits what the eight devices hold alike among them: a program to compile for each piece."""
+  import jax
+  from orbax.checkpoint import type_handlers
+
+  handler = type_handlers.ArrayHandler(use_replica_parallel=False)
+  type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
 @pytest.fixture
 def vectors(request) -> Vectors:
   """The arrays of one reference file (see `golden_vectors.golden`)."""
