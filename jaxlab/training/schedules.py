@@ -122,7 +122,7 @@ def overlaid_cosine(
     end + (base - end) (1 + cos(pi epoch / epochs)) / 2,  epoch < epochs
     end,  from then on
 
-  So the peak is below `base`, and a training of `epochs + warmup_epochs` ends with epochs at `end`. A schedule
+  So the peak is below `base`, and a training of `epochs + warmup_epochs` ends with some at `end`. A schedule
   over epochs: `per_epoch` makes one over steps.
 
   Args:
