@@ -1,7 +1,7 @@
 """jaxlab: research methods as pure functions for JAX and Flax.
 
-`from jaxlab import losses, quantizers, models, classifiers, compression, evaluation, localization,
-data, parallel, training`. Rooms load when they are first used.
+`from jaxlab import losses, quantizers, models, adapters, classifiers, compression, evaluation,
+localization, data, parallel, training`. Rooms load when they are first used.
 
 **Values that are not finite** are never turned into a plausible number. One rule for all rooms:
 
@@ -20,6 +20,7 @@ from typing import Any
 __version__ = '0.1.0'
 
 _ROOMS = (
+  'adapters',
   'classifiers',
   'compression',
   'data',

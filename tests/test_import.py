@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from jaxlab import (
+  adapters,
   classifiers,
   compression,
   data,
@@ -20,6 +21,7 @@ from jaxlab import (
 
 ROOMS = (
   *(
+    adapters,
     classifiers,
     compression,
     data,
@@ -37,7 +39,7 @@ ROOMS = (
 PROGRAM = """
 import sys
 from jaxlab import classifiers, data, evaluation, localization, losses, models, parallel, quantizers
-from jaxlab import compression, training
+from jaxlab import adapters, compression, training
 heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax', 'grain', 'torch', 'PIL'}
 print(sorted(heavy & set(sys.modules)))
 from jax._src import xla_bridge

@@ -113,6 +113,45 @@ def cosine_per_epoch(base: float, epochs: int, steps_per_epoch: int, end: float 
   return per_epoch(cosine(base, epochs, end), steps_per_epoch)
 
 
+def overlaid_cosine(
+  base: float, epochs: int, warmup_epochs: int = 0, end: float = 0.0, warmup_start: float = 0.0
+) -> Schedule:
+  """Learning rate of each epoch as timm's scheduler has it: the cosine runs on under the warm-up.
+
+    warmup_start + epoch (base - warmup_start) / warmup_epochs,  epoch < warmup_epochs
+    end + (base - end) (1 + cos(pi epoch / epochs)) / 2,  epoch < epochs
+    end,  from then on
+
+  So the peak is below `base`, and a training of `epochs + warmup_epochs` ends with some at `end`. A schedule
+  over epochs: `per_epoch` makes one over steps.
+
+  Args:
+    base: of both parts.
+    epochs: of the cosine, from epoch 0 on.
+    warmup_epochs: below `epochs`.
+    end: last value.
+    warmup_start: value of epoch 0, if there is a warm-up.
+
+  Raises:
+    ValueError: unless 0 <= warmup_epochs < epochs.
+
+  Examples:
+    >>> [round(float(overlaid_cosine(1.0, 4, 1)(epoch)), 3) for epoch in range(5)]
+    [0.0, 0.854, 0.5, 0.146, 0.0]
+  """
+  if not 0 <= warmup_epochs < epochs:
+    raise ValueError(
+      f'warmup_epochs={warmup_epochs}: expected at least 0, and fewer than epochs={epochs}.'
+    )
+
+  def rate(epoch: ArrayLike) -> jax.Array:
+    epoch = _float(epoch)
+    ramp = warmup_start + epoch * (base - warmup_start) / max(warmup_epochs, 1)
+    return jnp.where(epoch < warmup_epochs, ramp, cosine(base, epochs, end)(epoch))
+
+  return rate
+
+
 def displaced_cosine(
   base: float, epochs: float, steps_per_epoch: int, warmup_epochs: int = 0
 ) -> Schedule:

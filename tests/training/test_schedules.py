@@ -216,3 +216,17 @@ def test_a_warm_up_longer_than_the_training_is_refused():
   for name, options in {'constant': {}, 'multistep': {'milestones': (7,)}, 'cosine': {}}.items():
     with pytest.raises(ValueError, match=r'warmup_epochs=6 is longer than the training, epochs=5'):
       schedules.make_schedule(name, 0.1, epochs=5, steps_per_epoch=3, warmup_epochs=6, **options)
+
+
+@golden('peft_protocols', 'lr_schedule')
+def test_the_overlaid_cosine_is_timms(vectors):
+  names = ('base_lr', 't_initial', 'warmup_epochs', 'lr_min', 'warmup_lr_init')
+  rate = schedules.overlaid_cosine(*map(vectors.param, names))
+  expected = vectors['out_lr_of_each_trained_epoch']
+  with jax.enable_x64(True):
+    assert_close([rate(epoch) for epoch in range(len(expected))], expected, 1e-12)
+  found = jax.jit(jax.vmap(rate))(np.arange(len(expected)))
+  assert_close(found, expected, 1e-6)
+  assert_close(found[-1], expected[-1], 1e-3)
+  with pytest.raises(ValueError, match='warmup_epochs=5'):
+    schedules.overlaid_cosine(0.1, 5, 5)
