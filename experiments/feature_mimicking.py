@@ -142,9 +142,7 @@ class Settings(Experiment):
   features_dir: str = free('')
 
 
-def mimicking(
-  own: Method, student: Array, teacher: Array, hashes: Constants | None
-) -> Array:  # [batch]
+def mimicking(own: Method, student: Array, teacher: Array, hashes: Constants | None) -> Array:
   """Returns the sum of a method's terms on features `[batch, dim]`, of each image."""
   total = jnp.zeros(len(student))
   for name in own.features:
@@ -173,10 +171,8 @@ def same_width(config: Settings) -> bool:
 
 def network(config: Settings, own: Method) -> models.Classifier:
   """Returns a method's student in training."""
-  backbone, classes = (
-    networks.create(config.student.model, num_classes=None),
-    config.student.data.num_classes,
-  )
+  backbone = networks.create(config.student.model, num_classes=None)
+  classes = config.student.data.num_classes
   if not adapted(config, own):
     return models.Classifier(backbone, models.Linear(classes))
   width = distillation.feature_dim(config.teacher)
@@ -335,7 +331,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     frozen = {'teacher': variables} if own.taught else {}
     frozen |= {'constants': hashes} if own.hashes else {}
     student = network(config, own)
-    given = start(config, student)
+    given = start(config)
     if f'{name}_align' in plan:
       folder = workdir / f'{name}_align'
       first = runs.train(plan[f'{name}_align'], train[1], folder, frozen=frozen or None, **given)
@@ -353,9 +349,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   draw(config, seen, told['features'], workdir / 'directions.png')
   panels = {f'{name} (%)': {name: name} for name in quality}
   pictures.bars(workdir / 'accuracy.png', dataclasses.replace(config, pictured=()), rows, panels)
-  return results.results(
-    config, rows, [*quality, *METRICS], 'accuracy, mAP and bits that agree in %'
-  )
+  note = f'{", ".join(quality)} and bits that agree in %'
+  return results.results(config, rows, [*quality, *METRICS], note)
 
 
 def taught_features(
@@ -377,9 +372,8 @@ def taught_features(
   )['features']
 
 
-def start(config: Settings, model: models.Classifier) -> dict[str, Any]:
+def start(config: Settings) -> dict[str, Any]:
   """Returns what a student starts from: public weights under a fresh head, or nothing."""
-  del model
   if not config.student.pretrained:
     return {}
   public = distillation.public(config.student, num_classes=None)
