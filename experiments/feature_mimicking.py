@@ -331,7 +331,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     frozen = {'teacher': variables} if own.taught else {}
     frozen |= {'constants': hashes} if own.hashes else {}
     student = network(config, own)
-    given = start(config)
+    given = distillation.start(config.student)
     if f'{name}_align' in plan:
       folder = workdir / f'{name}_align'
       first = runs.train(plan[f'{name}_align'], train[1], folder, frozen=frozen or None, **given)
@@ -361,24 +361,10 @@ def taught_features(
   workdir: pathlib.Path,
 ) -> np.ndarray:
   """Returns the teacher's features of the student's training images, augmented as for training, once."""
-  own = config.student
-  given = own.data, own.task, model, variables, source, jax.random.key(config.seed)
   folder = type(workdir)(config.features_dir) if config.features_dir else workdir
-  name = f'{config.teacher.model["name"]}-{own.data.name}-seed{config.seed}.npz'.replace('/', '_')
-  return teacher_features.cached(
-    folder / name,
-    teacher_features.fingerprints(*given),
-    lambda: teacher_features.compute(config, *given),
-  )['features']
-
-
-def start(config: Settings) -> dict[str, Any]:
-  """Returns what a student starts from: public weights under a fresh head, or nothing."""
-  if not config.student.pretrained:
-    return {}
-  public = distillation.public(config.student, num_classes=None)
-  named = {collection: {'backbone': tree} for collection, tree in public.items()}
-  return {'start': named, 'fresh': ('head/.*',)}
+  name, key = config.teacher.model['name'], jax.random.key(config.seed)
+  given = config, name, (model, variables), config.student, source, folder, key
+  return distillation.taught_features(*given)['features']
 
 
 def closeness(student: np.ndarray, teacher: np.ndarray, hashes: Constants) -> dict[str, float]:

@@ -18,8 +18,8 @@ schedule and the layer that fits widths are inferred.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +29,18 @@ from flax import linen as nn
 
 from experiments.harness import data as harness_data
 from experiments.harness import launcher, networks, pictures, results, runs
-from experiments.harness.runs import Run, Variables, say
+from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Experiment, Recipe
 from experiments.harness.settings import found_by, free, section
 from experiments.harness.supervised import Seen, cross_entropy
-from experiments.protocols import distillation, teacher_features
+from experiments.protocols import coordinate_systems, distillation
+from experiments.protocols.coordinate_systems import Coordinates, Space
 from experiments.protocols.distillation import Learner
-from jaxlab import data, evaluation, losses, models
+from jaxlab import data, losses, models
 from jaxlab.training import TrainState, by_path, select_gates
 
 Array = jax.Array
 PyTree = Any
-Arrays = teacher_features.Arrays
 
 METRICS = ('accuracy', 'axes', 'variance')
 MASK = 'head/mask'
@@ -72,43 +72,6 @@ class Teacher(Learner):
     fields = {name: getattr(self, name) for name in names}
     classes = max(self.groups) + 1 if self.groups else self.data.num_classes
     return Learner(**{**fields, 'data': dataclasses.replace(self.data, num_classes=classes)})
-
-
-@dataclasses.dataclass(frozen=True)
-class Coordinates:
-  """The coordinate system, and how it is tailored.
-
-  Attributes:
-    count: of axes; None: all that there are, or by
-    share: of the variance that they explain; None: by `count`.
-    multiple: that their number is rounded up to, for `share`.
-    keep: axes that are left; None: half of them.
-    rounds: removals.
-    begin: share of the training behind which gradients are summed.
-    end: share behind which no axis is removed.
-    importance: 'absolute' sums the sizes of gradients, 'squared' their squares.
-  """
-
-  count: int | None = None
-  share: float | None = None
-  multiple: int = 1
-  keep: int | None = None
-  rounds: int = 10
-  begin: float = 0.1
-  end: float = 0.5
-  importance: Literal['absolute', 'squared'] = 'absolute'
-
-  def check(self) -> Iterator[str]:
-    """Yields what is wrong with the values."""
-    if self.count is not None and self.share is not None:
-      yield f'count={self.count}, share={self.share}: expected one of the two.'
-    if self.share is not None and not 0 < self.share <= 1:
-      yield f'share={self.share}: expected a share in (0, 1].'
-    for name in ('count', 'keep', 'multiple', 'rounds'):
-      if getattr(self, name) is not None and getattr(self, name) < 1:
-        yield f'{name}={getattr(self, name)}: expected at least 1.'
-    if not 0 <= self.begin < self.end <= 1:
-      yield f'begin={self.begin}, end={self.end}: expected shares of the training in this order.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,54 +136,6 @@ class Settings(Experiment):
   features_dir: str = free('')
 
 
-class Space(NamedTuple):
-  """What the teacher leaves behind for the training.
-
-  Attributes:
-    mean: of its features.
-    pca: axes, `[dim, count]`.
-    random: as many random ones.
-    variance: along all axes of PCA.
-    stored: bits of every image, and the hyperplanes, `bits`, `weight`, `bias`.
-  """
-
-  mean: np.ndarray
-  pca: np.ndarray
-  random: np.ndarray
-  variance: np.ndarray
-  stored: Mapping[str, Array]
-
-
-def space(config: Settings, features: np.ndarray) -> Space:
-  """Returns the coordinates of a teacher's features `[records, dim]`, and its bits.
-
-  Raises:
-    ValueError: for features that are of no use, or have fewer axes than the settings ask for.
-  """
-  teacher_features.require_features(features)
-  records, dim = features.shape
-  if records <= dim:
-    say(f'WARNING: {records} images of {dim} features: their axes are poor estimates.')
-  found, own = losses.coordinate_system(features), config.coordinates
-  there = len(found.variance)
-  count = own.count or there
-  if own.share is not None:
-    count = losses.num_components(found.variance, own.share, own.multiple)
-  if count > there or (own.keep or 1) > count:
-    raise ValueError(
-      f'coordinates.count={count}, keep={own.keep}: the features have {there} axes with variance.'
-    )
-  key, hash_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-  random = np.linalg.qr(np.asarray(jax.random.normal(key, (dim, dim))))[0][:, :count]
-  std = config.std or float(found.variance.sum() ** -0.5)
-  weight = losses.draw_hyperplanes(hash_key, dim, config.bits, std)
-  bias = losses.hyperplane_bias(weight, features)
-  stored = {'bits': losses.hash_bits(features, weight, bias), 'weight': weight, 'bias': bias}
-  share = found.variance[:count].sum() / found.variance.sum()
-  say(f'{count} of {dim} axes, {100 * share:.1f} % of the variance')
-  return Space(found.mean, found.components[:, :count], random, found.variance, stored)
-
-
 def axes_count(config: Settings, facts: int | None) -> int:
   """Returns the number of axes; without facts, which the data tell, the most that there can be."""
   most = distillation.feature_dim(config.teacher)
@@ -264,7 +179,7 @@ def optimizer(config: Settings, own: Row, count: int) -> Any:
   steps = recipe.epochs * distillation.steps_per_epoch(config.student, recipe)
   gates = optax.set_to_zero()
   if own.tailored:
-    keep = part.keep or max(count // 2, 1)
+    keep = part.left_of(count)
     begin, end = round(part.begin * steps), round(part.end * steps)
     gates = select_gates(keep, begin=begin, end=end, rounds=part.rounds, kind=part.importance)
 
@@ -409,9 +324,16 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   own = config.student
   sources = {split: harness_data.load(own.data, split) for split in ('train', 'test')}
   model, variables = taught(config, workdir)
-  told = {split: features(config, model, variables, sources, split, workdir) for split in sources}
-  found = space(config, told['train']['features'])
-  plan = programs(config, found.pca.shape[1])
+  folder = type(workdir)(config.features_dir) if config.features_dir else workdir
+  name = config.teacher.model['name']
+  told = {
+    split: distillation.taught_features(
+      config, f'{name}-{split}', (model, variables), own, source, folder
+    )
+    for split, source in sources.items()
+  }
+  found = coordinate_systems.space(config, told['train']['features'])
+  plan = programs(config, found.count)
   frozen = {'constants': found.stored}
   if config.tutor is not None and any(config.rows[n].alpha for n in config.runs or config.rows):
     given = {}
@@ -420,7 +342,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       given = {'start': variables, 'fresh': head}
     trained = runs.train(plan['tutor'], sources['train'], workdir / 'tutor', **given)
     frozen['teacher'] = trained.variables
-  rows = [results.row('teacher', 'reference', {'accuracy': probe(told, np.eye(len(found.mean)))})]
+  rows = [results.row('teacher', 'reference', {'accuracy': coordinate_systems.probe(told)})]
   for name in config.runs or config.rows:
     row = config.rows[name]
     needed = {'constants': row.beta, 'teacher': row.alpha}
@@ -429,48 +351,23 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       plan[name], sources['train'], workdir / name, frozen=held or None,
       **start(config, row, found),
     )  # fmt: skip
-    small, small_variables = merged(network(config, row, found.pca.shape[1]), trained.variables)
+    small, small_variables = merged(network(config, row, found.count), trained.variables)
     outputs = distillation.outputs(config, own, small, small_variables, sources['test'])
     metrics = distillation.scores(own.data, outputs, 'coco')
-    metrics |= left(row, found, trained.variables)
+    metrics |= kept(row, found, trained.variables)
     role = 'baseline' if row.axes == 'none' else 'method' if row.axes == 'pca' else 'reference'
     rows.append(results.row(plan[name].title, role, metrics))
-  draw(config, found, told, workdir / 'coordinates.png')
+  coordinate_systems.draw(config, found, told, workdir / 'coordinates.png')
   panels = {'accuracy (%)': {'accuracy': 'accuracy'}}
   pictures.bars(workdir / 'accuracy.png', dataclasses.replace(config, pictured=()), rows, panels)
   return results.results(config, rows, METRICS, 'accuracy and variance along what is left in %')
 
 
-def features(
-  config: Settings,
-  model: nn.Module,
-  variables: Variables,
-  sources: Mapping[str, data.Source],
-  split: str,
-  workdir: pathlib.Path,
-) -> Arrays:
-  """Returns the teacher's features of a split, without augmentation, computed once."""
-  own = config.student
-  given = own.data, own.task, model, variables, sources[split]
-  folder = type(workdir)(config.features_dir) if config.features_dir else workdir
-  name = f'{config.teacher.model["name"]}-{own.data.name}-{split}-seed{config.seed}.npz'
-  return teacher_features.cached(
-    folder / name.replace('/', '_'),
-    teacher_features.fingerprints(*given),
-    lambda: teacher_features.compute(config, *given),
-  )
-
-
 def start(config: Settings, own: Row, found: Space) -> dict[str, Any]:
   """Returns what a student starts from: public weights, if there are any, and its axes."""
-  given: dict[str, Any] = {}
-  if config.student.pretrained:
-    public = distillation.public(config.student, num_classes=None)
-    named = {collection: {'backbone': tree} for collection, tree in public.items()}
-    given = {'start': named, 'fresh': ('head/.*',)}
+  given = distillation.start(config.student)
   if own.axes != 'none':
-    components = found.pca if own.axes == 'pca' else found.random
-    arrays = {'mean': found.mean, 'components': components}
+    arrays = {'mean': found.mean, 'components': found.axes[own.axes]}
     held = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
     def begin(state: TrainState) -> TrainState:
@@ -480,7 +377,7 @@ def start(config: Settings, own: Row, found: Space) -> dict[str, Any]:
   return given
 
 
-def left(own: Row, found: Space, variables: Variables) -> dict[str, float]:
+def kept(own: Row, found: Space, variables: Variables) -> dict[str, float]:
   """Returns how many axes are left and, of those of PCA, the share of the variance along them, in percent."""
   if own.axes == 'none':
     return {}
@@ -490,40 +387,6 @@ def left(own: Row, found: Space, variables: Variables) -> dict[str, float]:
     along = found.variance[: len(is_open)]
     metrics['variance'] = 100 * float(along[is_open].sum() / found.variance.sum())
   return metrics
-
-
-def probe(told: Mapping[str, Arrays], axes: np.ndarray) -> float:
-  """Returns the accuracy of a linear classifier of the teacher's features along some axes, in percent."""
-  both = [told[split]['features'] @ axes for split in ('train', 'test')]
-  scale = np.sqrt(np.mean(np.square(both[0] - both[0].mean(0)))) or 1.0
-  train, test = ((own - both[0].mean(0)) / scale for own in both)
-  labels = [told[split]['targets'] for split in ('train', 'test')]
-  fitted = evaluation.logistic_probe(
-    train, labels[0], num_classes=int(max(labels[0].max(), labels[1].max())) + 1, steps=400,
-    learning_rate=0.05,
-  )  # fmt: skip
-  return 100 * float(evaluation.probe_accuracy(fitted, test, labels[1]))
-
-
-def draw(config: Settings, found: Space, told: Mapping[str, Arrays], picture: pathlib.Path) -> None:
-  """Draws over the number of axes the variance that they keep, and a probe's accuracy along them."""
-  kept = 100 * np.cumsum(found.variance) / found.variance.sum()
-  count = found.pca.shape[1]
-  probed = [own for own in config.probed if own <= count]
-  with pictures.drawn(picture, 1, 2, size=(10, 3.8)) as (left_axis, right_axis):
-    left_axis.plot(range(1, len(kept) + 1), kept)
-    marks = {'axes': count, 'left': config.coordinates.keep or max(count // 2, 1)}
-    for (label, place), style in zip(marks.items(), (':', '--'), strict=True):
-      left_axis.axvline(place, color='gray', linestyle=style, label=f'{label}: {place}')
-    left_axis.set_ylabel('variance of the teacher (%)')
-    for label, axes in (('PCA', found.pca), ('random', found.random)):
-      values = [probe(told, axes[:, :own]) for own in probed]
-      right_axis.plot(probed, values, marker='o', label=label)
-    right_axis.set_ylabel('linear probe of the teacher (%)')
-    for axis in (left_axis, right_axis):
-      axis.set_xlabel('axes')
-      axis.legend(frameon=False, fontsize=8)
-    left_axis.figure.suptitle(pictures.title(config))
 
 
 if __name__ == '__main__':

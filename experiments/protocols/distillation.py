@@ -142,6 +142,47 @@ def teacher(config: Experiment, own: Learner, source: data.Source, folder: Any) 
   return runs.train(run, source, folder, **start).variables
 
 
+def start(own: Learner) -> dict[str, Any]:
+  """Returns what a student under a head of its own starts from, as options of `runs.train`.
+
+  Public weights of the module `backbone`, and a fresh `head`; or nothing.
+  """
+  if not own.pretrained:
+    return {}
+  found = public(own, num_classes=None)
+  named = {collection: {'backbone': tree} for collection, tree in found.items()}
+  return {'start': named, 'fresh': ('head/.*',)}
+
+
+def taught_features(
+  config: Experiment,
+  name: str,
+  network: tuple[nn.Module, Variables],
+  own: Learner,
+  source: data.Source,
+  folder: Any,
+  key: Array | None = None,
+) -> teacher_features.Arrays:
+  """Returns what a teacher says of a student's images, computed once and kept in `folder`.
+
+  Args:
+    config: the experiment.
+    name: of the teacher and the records, in the file's name.
+    network: the teacher and its variables.
+    own: the student.
+    source: its records.
+    folder: of the file.
+    key: see `teacher_features.compute`.
+  """
+  given = own.data, own.task, *network, source, key
+  file = f'{name}-{own.data.name}-seed{config.seed}.npz'.replace('/', '_')
+  return teacher_features.cached(
+    folder / file,
+    teacher_features.fingerprints(*given),
+    lambda: teacher_features.compute(config, *given),
+  )
+
+
 def classifier_std(own: Learner, variables: Variables) -> float:
   """Returns the deviation of all weights of the teacher's classifier (divided by their number - 1)."""
   tree = variables['params']

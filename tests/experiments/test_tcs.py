@@ -9,6 +9,7 @@ from golden_vectors import assert_close
 from experiments import tcs
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
+from experiments.protocols import coordinate_systems
 from jaxlab import losses, models
 
 TINY = (
@@ -38,7 +39,7 @@ def tiny_config(*changes):
 @functools.cache
 def found():
   features = np.random.default_rng(0).random((130, 12)).astype(np.float32)
-  return features, tcs.space(tiny_config(), features)
+  return features, coordinate_systems.space(tiny_config(), features)
 
 
 def started(config, name):
@@ -68,7 +69,7 @@ def test_one_step_is_labels_in_coordinates_and_the_stored_bits_of_the_very_image
     head = params['head']
     f = backbone.apply({'params': params['backbone']}, x)
     u = f @ head['feat_fc']['kernel'] + head['feat_fc']['bias']
-    z = (u - space.mean) @ space.pca * head['mask']
+    z = (u - space.mean) @ space.axes['pca'] * head['mask']
     value = jnp.mean(
       losses.cross_entropy(z @ head['fc']['kernel'] + head['fc']['bias'], batch['label'])
     )
@@ -84,33 +85,34 @@ def test_one_step_is_labels_in_coordinates_and_the_stored_bits_of_the_very_image
   for a, b in zip(*map(jax.tree.leaves, (moved, gradients)), strict=True):
     assert_close(a, b, 1e-3, 1e-5)
   assert np.abs(mask).min() > 0
-  for name, held in space._asdict().items():
-    if name in ('mean', 'pca'):
-      key = {'mean': 'mean', 'pca': 'components'}[name]
-      assert_close(new.model_state['coordinates']['head'][key], held, 1e-6)
+  held = new.model_state['coordinates']['head']
+  assert_close(held['mean'], space.mean, 1e-6)
+  assert_close(held['components'], space.axes['pca'], 1e-6)
 
 
 def test_a_space_has_orthonormal_axes_and_bits_that_are_balanced():
   features, space = found()
-  for axes in (space.pca, space.random):
+  for axes in space.axes.values():
     np.testing.assert_allclose(axes.T @ axes, np.eye(8), atol=1e-5)
   values = losses.hash_values(features, space.stored['weight'])
   assert 0.5 < float(jnp.mean(jnp.var(values, 0))) < 2
   bits = np.unpackbits(np.asarray(space.stored['bits']), axis=1, count=21)
   np.testing.assert_allclose(bits.sum(0), np.full(21, 65), atol=1)
-  share = tcs.space(tiny_config('coordinates.count=None', 'coordinates.share=0.6'), features)
-  assert share.pca.shape[1] == losses.num_components(space.variance, 0.6, 1) < 12
+  share = coordinate_systems.space(
+    tiny_config('coordinates.count=None', 'coordinates.share=0.6'), features
+  )
+  assert share.axes['pca'].shape[1] == losses.num_components(space.variance, 0.6, 1) < 12
 
 
 def test_few_images_have_few_axes_and_a_warning(capsys):
   config = tiny_config('coordinates.count=None')
   features = found()[0]
-  assert tcs.space(config, features[:9]).pca.shape == (12, 8)
+  assert coordinate_systems.space(config, features[:9]).axes['pca'].shape == (12, 8)
   assert 'poor estimates' in capsys.readouterr().out
   with pytest.raises(ValueError, match='the features have 6 axes'):
-    tcs.space(tiny_config(), features[:7])
+    coordinate_systems.space(tiny_config(), features[:7])
   with pytest.raises(ValueError, match='all 0'):
-    tcs.space(config, np.zeros((9, 12)))
+    coordinate_systems.space(config, np.zeros((9, 12)))
 
 
 @pytest.mark.parametrize('width', [5, 12])
@@ -121,7 +123,7 @@ def test_a_student_at_its_original_size_says_the_same(width):
   x = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
   variables = student.init(jax.random.key(1), x)
   space = found()[1]
-  axes = {'mean': space.mean, 'components': space.pca}
+  axes = {'mean': space.mean, 'components': space.axes['pca']}
   variables['coordinates'] = {'head': {k: jnp.asarray(v, jnp.float32) for k, v in axes.items()}}
   variables['params']['head']['mask'] = jnp.arange(8.0) % 2
   small, merged = tcs.merged(student, variables)
@@ -138,7 +140,7 @@ def test_a_run_compares_rows_keeps_axes_and_leaves_pictures(tmp_path):
   assert 0 < rows['TCS + eLSH']['variance'] < 100 and 'variance' not in rows['random axes']
   for name in ('coordinates', 'accuracy'):
     assert (tmp_path / f'{name}.png').stat().st_size > 5000
-  stored = np.load(tmp_path / 'mlp-digits-train-seed0.npz')
+  stored = np.load(tmp_path / 'mlp-train-digits-seed0.npz')
   assert stored['features'].shape == (130, 12) and stored['logits'].shape == (130, 5)
 
 
