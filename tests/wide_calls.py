@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlab import data, evaluation, losses, models, quantizers, training
+from jaxlab import adapters, data, evaluation, losses, models, quantizers, training
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -74,6 +74,26 @@ def probed(fit, **options):
   return probe, evaluation.probe_accuracy(probe, ROWS, LABELS)
 
 
+def adapted():
+  model, params = NETWORKS['vit'][0], jax.jit(NETWORKS['vit'][0].init)(KEY, IMAGES)['params']
+  widths, layers = adapters.block_widths(model, IMAGES), ['blocks_0/attention/qkv']
+  blocks, modules = [*widths], adapters.ssf_modules(model)
+  side = adapters.init_side_network(KEY, widths, 2, kernel_size=3)
+  yield side, adapters.apply_side_network(model, {'params': params}, side, IMAGES, adding=blocks)
+  for collection, tree, hooks in (
+    ('lora', adapters.init_lora(KEY, params, layers, 2), adapters.lora_hooks(layers)),
+    ('ssf', adapters.init_ssf(KEY, params, modules), adapters.ssf_hooks(modules)),
+    ('adapters', adapters.init_adapters(KEY, widths, 2), adapters.adapter_hooks(model)),
+    ('adapters', adapters.init_adaptformer(KEY, widths, 2), adapters.adaptformer_hooks(model)),
+    (
+      'prompts',
+      adapters.init_prompts(KEY, blocks, 2, 8),
+      adapters.prompt_hooks(blocks, 2, deep=True),
+    ),
+  ):
+    yield tree, models.apply(model, {'params': params, collection: tree}, IMAGES, hooks=hooks)
+
+
 def tallied():
   tally = evaluation.tally_update(evaluation.tally_init(4), LOGITS, LABELS)
   return evaluation.tally_compute(tally)
@@ -110,6 +130,7 @@ CALLS = {
   'barlow': lambda: losses.barlow_twins_loss(ROWS, ROWS[::-1]),
   'dino': lambda: losses.dino_loss(LOGITS, LOGITS[:4], jnp.zeros(4, jnp.float32), 3),
   'next token': lambda: losses.next_token_cross_entropy(LOGITS[None, :2], TOKENS[:1] % 4),
+  'adapters': lambda: list(adapted()),
   'tally': tallied,
   'multi_label_bce': lambda: losses.multi_label_bce(LOGITS, PRESENT),
   'multi_label_metrics': lambda: evaluation.multi_label_metrics(

@@ -42,10 +42,10 @@ def init_adapters(key: Array, widths: Mapping[str, int], rank: int) -> dict[str,
   for path, keys in _block_keys(key, widths, rank):
     width = widths[path]
     found[path] = {
-      'down': _xavier(keys[0], (width, rank)),
-      'up': _xavier(keys[1], (rank, width)),
-      'down_bias': 1e-6 * jax.random.normal(keys[2], (rank,)),
-      'up_bias': 1e-6 * jax.random.normal(keys[3], (width,)),
+      'down': _xavier(keys[0], (width, rank), jnp.float32),
+      'up': _xavier(keys[1], (rank, width), jnp.float32),
+      'down_bias': 1e-6 * jax.random.normal(keys[2], (rank,), jnp.float32),
+      'up_bias': 1e-6 * jax.random.normal(keys[3], (width,), jnp.float32),
     }
   return at_paths(found)
 
@@ -102,7 +102,7 @@ def init_adaptformer(key: Array, widths: Mapping[str, int], rank: int) -> dict[s
   found = {
     path: {
       'down': torch_default(keys[0], (widths[path], rank), jnp.float32),
-      'up': jnp.zeros((rank, widths[path])),
+      'up': jnp.zeros((rank, widths[path]), jnp.float32),
     }
     for path, keys in _block_keys(key, widths, rank)
   }
