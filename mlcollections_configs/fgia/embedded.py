@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     pixels=True,
   )
   config.log_every = 20
+  config.pictured = ('GAP', 'iSQRT-COV')
   config.claims = claims()
   config.reported = reported()
   return config
