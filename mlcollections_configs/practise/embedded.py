@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
   config.recovery = dict(steps=100)
   config.tuning = dict(steps=200)
   config.price = 'macs'
+  config.runs = ('practise', 'worst', 'labels', 'untuned', 'filters')
   config.label_rate = 1e-4
   config.claims = claims(3, 100)
   config.reported = (

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
   config.recovery = STEPS
   config.tuning = STEPS
   config.price = 'latency'
+  config.runs = ('practise', 'worst', 'random', 'labels', 'untuned', 'filters')
   config.timed = 500
   config.timed_batch = 64
   config.claims = embedded.claims(3, 100)
