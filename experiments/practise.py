@@ -162,7 +162,9 @@ class Recovery:
 
     has = jax.tree.map(jnp.asarray, self.trained(adaptors))
     stays = 1 - jnp.eye(len(self.blocks))
-    return jax.lax.map(lambda each: without(*each), (adaptors, has, stays))
+    # Of one gap at a time the activations are there for the backward pass, computed again.
+    one = jax.checkpoint(lambda each: without(*each))
+    return jax.lax.map(one, (adaptors, has, stays))
 
 
 def recovery(config: Settings, blocks: Sequence[str]) -> Run:
@@ -232,12 +234,13 @@ def score(
   saved, found, began = savings(config, nets), {}, time.perf_counter()
   for stage, blocks in stages(config).items():
     plain = Recovery(config, blocks).init(nets.variables['params'])
-    trained = runs.train(
-      recovery(config, blocks),
-      source,
-      workdir / f'recover_{stage}',
-      frozen={'whole': nets.variables},
-    ).state.params
+    folder, frozen = workdir / f'recover_{stage}', {'whole': nets.variables}
+    try:
+      trained = runs.train(recovery(config, blocks), source, folder, frozen=frozen).state.params
+    except FloatingPointError as error:
+      raise FloatingPointError(
+        f'adaptors around {", ".join(blocks)}, one gap at a time: {error} Take a lower recovery.rate.'
+      ) from None
     values = (
       remaining_errors(config, blocks, own, nets.variables, source) for own in (plain, trained)
     )

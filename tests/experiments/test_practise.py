@@ -8,6 +8,7 @@ from torch_resnets import batches, kernel, network, renumbered, variables
 
 from experiments import practise
 from experiments.harness import launcher
+from experiments.harness.networks import Loaded
 from experiments.harness.settings import SettingsError
 from experiments.protocols import few_shot_compression
 from jaxlab import compression, models
@@ -158,6 +159,21 @@ def test_the_cheapest_and_the_dearest_blocks_are_dropped():
   found = practise.plans(config, 2, scores)
   assert found['practise'].drop == found['labels'].drop == ('layer1_2', 'layer2_1')
   assert found['worst'].drop == ('layer1_3', 'layer3_1') and len(found['random'].drop) == 2
+
+
+def test_adaptors_that_diverge_are_named(tmp_path, monkeypatch):
+  def diverge(*args, **kwargs):
+    raise FloatingPointError('The loss is nan at step 1.')
+
+  monkeypatch.setattr(practise.runs, 'train', diverge)
+  config = tiny()
+  model = few_shot_compression.whole_network(config)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+  nets = Loaded(config, config.network, model, dict(variables), None, None)
+  with pytest.raises(
+    FloatingPointError, match='around layer1_1, layer1_2, .* step 1. Take a lower'
+  ):
+    practise.score(config, nets, None, tmp_path)
 
 
 def test_filters_save_as_much_and_hardly_more():
