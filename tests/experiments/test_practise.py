@@ -171,7 +171,7 @@ def test_adaptors_that_diverge_are_named(tmp_path, monkeypatch):
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
   nets = Loaded(config, config.network, model, dict(variables), None, None)
   with pytest.raises(
-    FloatingPointError, match='around layer1_1, layer1_2, .* step 1. Take a lower'
+    FloatingPointError, match=r'around layer1_1, layer1_2, .* step 1. Take a lower'
   ):
     practise.score(config, nets, None, tmp_path)
 
