@@ -55,6 +55,15 @@ from jaxlab.data.protocols.subsets import (
   sample_subset,
   sample_tiny_set,
 )
+from jaxlab.data.protocols.vtab import (
+  VTAB_TASKS,
+  VtabTask,
+  clevr_count_label,
+  distance_bin,
+  grouped_label,
+  split_800_200,
+  vtab_group_means,
+)
 from jaxlab.data.sources.aligned import (
   Aligned,
 )
@@ -232,6 +241,7 @@ __all__ = [
   'EMBEDDED_TABLES',
   'FINE_GRAINED_DATASETS',
   'IMAGENET_MEAN_STD',
+  'VTAB_TASKS',
   'Aligned',
   'ByteText',
   'Catalogue',
@@ -259,6 +269,7 @@ __all__ = [
   'TokenFile',
   'TwoStreamSampler',
   'ValuedImages',
+  'VtabTask',
   'WiderAttribute',
   'WithFields',
   'as_labels',
@@ -275,6 +286,7 @@ __all__ = [
   'class_counts',
   'class_folders',
   'class_subset',
+  'clevr_count_label',
   'compose',
   'crop_and_resize',
   'cut_out_share',
@@ -283,6 +295,7 @@ __all__ = [
   'decode_image',
   'deterministic',
   'digit_points',
+  'distance_bin',
   'draw_color_jitter',
   'draw_erasing',
   'draw_resized_crop',
@@ -295,6 +308,7 @@ __all__ = [
   'few_shot_split',
   'gaussian_blur',
   'grayscale',
+  'grouped_label',
   'in_memory',
   'index_groups',
   'jitter_colors',
@@ -349,6 +363,7 @@ __all__ = [
   'shuffle_tiles',
   'solarize',
   'source_labels',
+  'split_800_200',
   'split_cells',
   'split_long_tailed',
   'step_counts',
@@ -359,4 +374,5 @@ __all__ = [
   'undersample_indices',
   'unit_sphere',
   'value_grid',
+  'vtab_group_means',
 ]
