@@ -300,3 +300,18 @@ def test_latency_takes_sides_in_turns():
   assert order == ['a', 'b'] * 3 and set(found) == {'a', 'b'} and min(found.values()) >= 0
   with pytest.raises(ValueError, match='at least one repeat'):
     compression.paired_latency(sides, 0)
+
+
+def test_what_modules_hand_on_is_seen_without_what_masks_take_out():
+  model = NETWORKS['basic']
+  x, variables = drawn(model)
+
+  @jax.jit
+  def outputs(stays):
+    given, hooks = compression.masked(model, variables, {'layer2_1': stays})
+    return models.capture(model, given, ['layer2_0', 'layer2_1'], x, hooks=hooks)
+
+  (out, whole), (left, cut) = outputs(1.0), outputs(0.0)
+  np.testing.assert_array_equal(cut['layer2_1'], cut['layer2_0'])
+  np.testing.assert_array_equal(whole['layer2_0'], cut['layer2_0'])
+  assert np.abs(whole['layer2_1'] - cut['layer2_1']).max() > 0.1 < np.abs(out - left).max()
