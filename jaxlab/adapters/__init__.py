@@ -40,8 +40,8 @@ from jaxlab.adapters.scale_shift import (
 )
 from jaxlab.adapters.side_network import (
   apply_side_network,
-  extract,
-  fuse,
+  extract_side,
+  fuse_side,
   init_side_network,
   swish,
 )
@@ -53,8 +53,8 @@ __all__ = [
   'bias_mask',
   'block_widths',
   'count_parameters',
-  'extract',
-  'fuse',
+  'extract_side',
+  'fuse_side',
   'init_adapters',
   'init_adaptformer',
   'init_lora',

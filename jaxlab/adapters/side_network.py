@@ -37,7 +37,7 @@ def swish(x: ArrayLike, beta: float = 100.0) -> Array:
   return (wide * jax.nn.sigmoid(beta * wide)).astype(x.dtype)
 
 
-def extract(state: ArrayLike, tokens: ArrayLike, down: ArrayLike, up: ArrayLike) -> Array:
+def extract_side(state: ArrayLike, tokens: ArrayLike, down: ArrayLike, up: ArrayLike) -> Array:
   """Returns the side state with what a block's input adds, `state + (tokens down) up`.
 
   Args:
@@ -49,7 +49,9 @@ def extract(state: ArrayLike, tokens: ArrayLike, down: ArrayLike, up: ArrayLike)
   return state + (tokens @ down) @ up
 
 
-def fuse(state: ArrayLike, kernel: ArrayLike, grid: Sequence[int], num_prefix_tokens: int) -> Array:
+def fuse_side(
+  state: ArrayLike, kernel: ArrayLike, grid: Sequence[int], num_prefix_tokens: int
+) -> Array:
   """Returns an activated state whose patch tokens went through a depthwise convolution, with zeros around.
 
   Args:
@@ -145,11 +147,11 @@ def apply_side_network(
 ) -> Any:
   """Returns what a frozen transformer with a side network makes of images.
 
-  At every block: the state takes what the block's input adds (`extract`), the block runs, and at blocks of
-  `adding` the activated state (`swish`, in DTL+ behind it `fuse`) is added to its output. A new stage begins
-  with a state of zeros. No gradient flows through the tokens up to the first addition, so that nothing is
-  kept of these blocks; the state's gradients are whole. The network's parameters may be differentiated, too,
-  from there on.
+  At every block the state takes what the block's input adds (`extract_side`), and the block runs; at blocks of
+  `adding` the activated state (`swish`, in DTL+ behind it `fuse_side`) is added to its output. A new stage
+  begins with a state of zeros. No gradient flows through the tokens up to the first addition, so that nothing
+  is kept of these blocks; the state's gradients are whole. The network's parameters may be differentiated,
+  too, from there on.
 
   Args:
     model: of `ViT` or `Swin`, without `remat` and `scan`.
@@ -163,8 +165,8 @@ def apply_side_network(
     **options: of the model's call, and of `apply`: `train`, `rngs`, `mutable`.
 
   Raises:
-    ValueError: for blocks that are none or unknown, an addition in front of the first extraction, or a
-      network whose blocks run under a transformation.
+    ValueError: for blocks that are none or unknown, an addition in front of the first extraction of its
+      stage, or a network whose blocks run under a transformation.
   """
   parts = anatomy(model)
   order = {path: i for i, path in enumerate(parts.block_paths)}
@@ -194,14 +196,14 @@ def apply_side_network(
     x = jax.lax.stop_gradient(x) if before else x
     if site.path in read:
       down, up = (read[site.path][name].astype(x.dtype) for name in ('down', 'up'))
-      held['state'] = extract(held['state'], x, down, up)
+      held['state'] = extract_side(held['state'], x, down, up)
     y = call(x, *args, **kwargs)
     y = jax.lax.stop_gradient(y) if before else y
     if site.path not in adding:
       return y
     added = swish(held['state'], beta)
     if 'fusion' in side:
-      added = fuse(added, side['fusion'][stage], grid, prefix)
+      added = fuse_side(added, side['fusion'][stage], grid, prefix)
     return y + added
 
   def mean_first(site: Site, call: Any, x: Array) -> Array:
@@ -219,7 +221,10 @@ def _check_blocks(order: Mapping[str, int], read: Sequence[str], adding: Sequenc
     raise ValueError(
       f'extracting={read}, adding={adding}: expected some of the blocks {", ".join(order)}.'
     )
-  if min(order[path] for path in adding) < min(order[path] for path in read):
-    raise ValueError(
-      f'adding={adding} begins in front of the first extraction, {read[0]!r}: the state is 0 there.'
-    )
+  for path in adding:
+    before = [own for own in read if stage_of(own) == stage_of(path) and order[own] <= order[path]]
+    if not before:
+      raise ValueError(
+        f'adding={adding}: the state is 0 behind {path!r}, for no block of its stage up to there is among '
+        f'extracting={read}.'
+      )

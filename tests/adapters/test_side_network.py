@@ -206,7 +206,7 @@ def test_cut_gradients_are_those_of_the_whole_computation(vit, monkeypatch):
 def test_even_kernels_pad_more_below_and_on_the_right():
   state = jnp.asarray(random_images((2, 7, 3)))
   kernel = jnp.asarray(random_images((4, 4, 1, 3), seed=1))
-  found = np.asarray(adapters.fuse(state, kernel, (2, 3), 1))
+  found = np.asarray(adapters.fuse_side(state, kernel, (2, 3), 1))
   padded = np.pad(np.asarray(state)[:, 1:].reshape(2, 2, 3, 3), ((0, 0), (1, 2), (1, 2), (0, 0)))
   expected = [
     [(padded[:, i : i + 4, j : j + 4] * kernel[:, :, 0]).sum((1, 2)) for j in range(3)]
@@ -230,7 +230,7 @@ def test_even_kernels_pad_more_below_and_on_the_right():
       lambda m, v: adapters.apply_side_network(
         m, v, drawn(m, extracting=['blocks_2', 'blocks_3']), IMAGES, adding=['blocks_1']
       ),
-      'in front of the first extraction',
+      "the state is 0 behind 'blocks_1'",
     ),
     (
       lambda m, v: adapters.apply_side_network(
@@ -239,7 +239,7 @@ def test_even_kernels_pad_more_below_and_on_the_right():
       'remat=False',
     ),
     (
-      lambda m, v: adapters.fuse(jnp.ones((1, 6, 2)), jnp.ones((3, 3, 1, 2)), (2, 3), 1),
+      lambda m, v: adapters.fuse_side(jnp.ones((1, 6, 2)), jnp.ones((3, 3, 1, 2)), (2, 3), 1),
       '6 tokens',
     ),
   ],
@@ -247,3 +247,16 @@ def test_even_kernels_pad_more_below_and_on_the_right():
 def test_side_networks_that_cannot_be_are_refused(vit, make, message):
   with pytest.raises(ValueError, match=message):
     make(*vit)
+
+
+def test_a_stage_whose_state_nothing_fills_is_named():
+  model = models.create(
+    'swin_tiny_patch4_window7_224', image_size=56, width=8, depths=(1, 1), num_heads=(2, 2)
+  )
+  images = jax.ShapeDtypeStruct((1, 56, 56, 3), jnp.float32)
+  widths = adapters.block_widths(model, images)
+  assert widths == {'layers_0/blocks_0': 8, 'layers_1/blocks_0': 16}
+  first, second = widths
+  side = adapters.init_side_network(jax.random.key(0), widths, 2, extracting=[first])
+  with pytest.raises(ValueError, match="the state is 0 behind 'layers_1/blocks_0'"):
+    adapters.apply_side_network(model, {}, side, images, adding=[second])
