@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from golden_vectors import assert_close, golden
-from random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables
 
 from jaxlab import adapters, models
 from jaxlab.models import from_torch

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
-from random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables
 
 from jaxlab import adapters, losses, models
 from jaxlab.models import ViT, from_torch, to_torch

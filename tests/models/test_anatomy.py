@@ -8,7 +8,7 @@ import tables
 from flax import linen as nn
 from flax import nnx, traverse_util
 from golden_vectors import assert_close
-from random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables
 
 from jaxlab import models
 from jaxlab.models import (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
-from random_variables import random_variables, run_capture
+from models.random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
 from scipy.special import erf, softmax
 

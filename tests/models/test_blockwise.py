@@ -5,7 +5,7 @@ import pytest
 import tables
 from flax import linen as nn
 from golden_vectors import assert_close
-from random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables
 
 from jaxlab.models import Anatomy, Hook, ResNet, Swin, ViT, apply
 from jaxlab.models.block_stream import Stream

@@ -9,7 +9,7 @@ import pytest
 import tables
 from flax import traverse_util
 from golden_vectors import OWN_DIR, assert_close, golden
-from random_variables import random_images, random_variables, run, run_capture
+from models.random_variables import random_images, random_variables, run, run_capture
 from rule_weights import rule_tensor
 
 from jaxlab.models import (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from golden_vectors import assert_close, golden
-from random_variables import random_images, random_variables, run
+from models.random_variables import random_images, random_variables, run
 
 from jaxlab.models import create, module_paths
 from jaxlab.models.classifier_heads import (

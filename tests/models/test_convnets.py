@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tables
 from golden_vectors import assert_close, golden
-from random_variables import random_images, random_variables, run, run_capture
+from models.random_variables import random_images, random_variables, run, run_capture
 
 from jaxlab.models import (
   VGG,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tables
 from golden_vectors import assert_close, golden
-from random_variables import random_variables, run_capture
+from models.random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
 
 from jaxlab.models import apply, create, from_torch, module_paths, to_torch

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from random_variables import run_capture
+from models.random_variables import run_capture
 
 from jaxlab import models
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_variables import random_variables
+from models.random_variables import random_variables
 
 from jaxlab.models.generation import generate, sample_token
 from jaxlab.models.gpt2 import GPT2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from golden_vectors import assert_close
-from random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables
 
 from jaxlab.models import (
   Hook,

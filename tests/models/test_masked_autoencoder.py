@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_variables import run_capture
+from models.random_variables import run_capture
 
 from jaxlab import models
 from jaxlab.models import masked_autoencoder

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close
-from random_variables import random_images, random_variables, run
+from models.random_variables import random_images, random_variables, run
 
 from jaxlab.models import create, module_paths
 from jaxlab.models.mlp import MLP

@@ -5,9 +5,9 @@ import pytest
 import tables
 from golden_vectors import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from random_variables import random_images as images
-from random_variables import random_variables as init
-from random_variables import run, run_capture
+from models.random_variables import random_images as images
+from models.random_variables import random_variables as init
+from models.random_variables import run, run_capture
 
 from jaxlab.models import abstract_variables, create, from_torch, module_paths, to_torch
 from jaxlab.models.mobilenetv2 import (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from golden_vectors import golden
-from random_variables import random_images, random_variables, run, run_capture
+from models.random_variables import random_images, random_variables, run, run_capture
 
 from jaxlab import models
 from jaxlab.models import network_stages

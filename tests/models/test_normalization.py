@@ -8,7 +8,7 @@ from flax import linen as nn
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
-from random_variables import random_images, random_variables, run
+from models.random_variables import random_images, random_variables, run
 
 from jaxlab.models.normalization import BatchNorm, LayerNorm, layer_normalize
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close
-from random_variables import run_capture
+from models.random_variables import run_capture
 
 from jaxlab import losses, models
 

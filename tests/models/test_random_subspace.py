@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from golden_vectors import assert_close, golden
-from random_variables import run_capture
+from models.random_variables import run_capture
 
 from jaxlab import models
 

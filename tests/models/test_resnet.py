@@ -5,8 +5,8 @@ import pytest
 import tables
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from random_variables import random_images as images
-from random_variables import random_variables, run, run_capture
+from models.random_variables import random_images as images
+from models.random_variables import random_variables, run, run_capture
 
 from jaxlab.models import BasicBlock, ResNet, capture, create, from_torch, module_paths
 from jaxlab.models.resnet import pad_shortcut

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
-from random_variables import random_images, random_variables, run
+from models.random_variables import random_images, random_variables, run
 
 from jaxlab.models import ShakeShake, ShakeShakeBlock, create, from_torch, shake, to_torch
 

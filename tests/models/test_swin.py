@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from golden_vectors import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from random_variables import random_images as images
-from random_variables import random_variables as init
-from random_variables import run, run_capture
+from models.random_variables import random_images as images
+from models.random_variables import random_variables as init
+from models.random_variables import run, run_capture
 from rule_weights import rule_tensor
 
 from jaxlab.models import abstract_variables, apply, from_torch, module_paths, to_torch

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tables
 from golden_vectors import assert_close, golden
-from random_variables import random_images as images
-from random_variables import random_variables as init
-from random_variables import run, run_capture
+from models.random_variables import random_images as images
+from models.random_variables import random_variables as init
+from models.random_variables import run, run_capture
 
 from jaxlab.models import (
   ViT,

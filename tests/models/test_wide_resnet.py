@@ -5,8 +5,8 @@ import pytest
 import tables
 from golden_vectors import assert_close, golden
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from random_variables import random_images as images
-from random_variables import random_variables, run
+from models.random_variables import random_images as images
+from models.random_variables import random_variables, run
 
 from jaxlab.models import create, from_torch, module_paths
 from jaxlab.models.wide_resnet import PreActivationBlock, WideResNet, conv_by_matmul
