@@ -147,8 +147,8 @@ def apply_side_network(
 ) -> Any:
   """Returns what a frozen transformer with a side network makes of images.
 
-  At every block the state takes what the block's input adds (`extract_side`), and the block runs; at blocks of
-  `adding` the activated state (`swish`, in DTL+ behind it `fuse_side`) is added to its output. A new stage
+  At every block the state takes what the block's input adds (`extract_side`), then the block runs; behind
+  those of `adding` the activated state (`swish`, in DTL+ then `fuse_side`) joins its output. A new stage
   begins with a state of zeros. No gradient flows through the tokens up to the first addition, so that nothing
   is kept of these blocks; the state's gradients are whole. The network's parameters may be differentiated,
   too, from there on.
