@@ -144,11 +144,11 @@ def neurons(config: Settings, target: Target, net: Compressed, block: int, few: 
     path = f'blocks_{block}/mlp/gelu'
 
     @jax.jit
-    def mean(batch: Mapping[str, Array]) -> Array:
+    def mean(variables: Variables, batch: Mapping[str, Array]) -> Array:
       x = config.network.task.inputs(batch)
-      return jnp.mean(models.capture(net.model, net.variables, [path], x)[1][path], 1)
+      return jnp.mean(models.capture(net.model, variables, [path], x)[1][path], 1)
 
-    given['activations'] = over(config, mean, few, 'train')
+    given['activations'] = over(config, functools.partial(mean, net.variables), few, 'train')
   kernels = mlp['fc1']['kernel'], mlp['fc2']['kernel']
   key = jax.random.fold_in(key, block)
   return compression.kept_neurons(key, *kernels, kept, target.neurons, **given)
@@ -181,7 +181,9 @@ def tuning(config: Settings, target: Target, net: Compressed, title: str = '') -
   )  # fmt: skip
   fields = ('network', 'tiny', 'synthesis', 'metric', 'counter', 'loss_warmup')
   decides = {field: getattr(config, field) for field in fields}
-  decides |= {'target': dataclasses.replace(target, title=''), 'blocks': list(net.blocks)}
+  kept = cut_of(config, target).kept
+  decides |= {'kept': kept, 'neurons': target.neurons, 'tuning': target.tuning}
+  decides['blocks'] = list(net.blocks)
   few = config.tiny.of(config.network.data)
   num_steps = config.recipe.epochs * steps
   return Run(config, few, config.recipe, program, num_steps, decides, title or None)

@@ -1,7 +1,8 @@
-"""DC-ViT on digits: a transformer of six blocks, 200 images without labels; two minutes on two cores.
+"""DC-ViT on digits: a transformer of five blocks, 200 images without labels; two minutes on two cores.
 
-A third of the blocks' operations is removed: from three blocks (DC-ViT), and by dropping two; and a quarter,
-which no number of dropped blocks gives. Every tuning has 100 steps.
+A fifth of the blocks' operations is removed, from two blocks and by dropping one; and three tenths, which no
+number of dropped blocks gives. Every tuning has 100 steps. Tuned by the 200 labels instead:
+`--config.targets.more.tuning=labels`.
 """
 
 from ml_collections import ConfigDict
@@ -13,12 +14,11 @@ def get_config() -> ConfigDict:
   """Returns the settings."""
   config = ConfigDict()
   config.network = vit(dict(name='digits'))
-  config.network.model.update(width=48, depth=6, num_heads=4, mlp_ratio=4.0)
+  config.network.model.update(width=48, depth=5, num_heads=4, mlp_ratio=4.0)
   config.targets = dict(
-    third=dict(title='DC-ViT, 1/3', reduction=1 / 3, num_blocks=3),
-    quarter=dict(title='DC-ViT, 1/4', reduction=0.25),
-    dropped=dict(title='blocks dropped, 1/3', reduction=1 / 3),
-    labels=dict(title='by labels, 1/4', reduction=0.25, tuning='labels'),
+    fifth=dict(title='DC-ViT, 1/5', reduction=0.2, num_blocks=2),
+    more=dict(title='DC-ViT, 3/10', reduction=0.3),
+    dropped=dict(title='block dropped, 1/5', reduction=0.2),
   )
   config.tiny = dict(total=200)
   config.recipe = dict(
@@ -42,16 +42,12 @@ def get_config() -> ConfigDict:
 
 def claims() -> tuple[dict, ...]:
   """Returns the claims."""
-  third, quarter = 'DC-ViT, 1/3', 'DC-ViT, 1/4'
+  more, less = 'DC-ViT, 3/10', dict(higher_is_better=False)
   return (
-    dict(statement='1/3 fewer: tuning recovers at least a point', metric='accuracy', margin=1.0,
-         baseline=f'{third}, untuned', method=third),
-    dict(statement='1/3 fewer: tuning brings features closer', metric='feature_error', margin=0.0,
-         baseline=f'{third}, untuned', method=third, higher_is_better=False),
-    dict(statement='a quarter fewer within 1 %', metric='off_target', margin=-1.0,
-         baseline='original', method=quarter, higher_is_better=False),
-    dict(statement='a quarter fewer: not below dropping two blocks', metric='accuracy', margin=0.0,
-         baseline='blocks dropped, 1/3', method=quarter),
-    dict(statement='features teach more than the labels of the images', metric='accuracy', margin=0.0,
-         baseline='by labels, 1/4', method=quarter),
+    dict(statement='3/10 fewer: tuning recovers at least a point', metric='accuracy', margin=1.0,
+         baseline=f'{more}, untuned', method=more),
+    dict(statement='3/10 fewer: tuning brings features closer', metric='feature_error',
+         baseline=f'{more}, untuned', method=more, **less),
+    dict(statement='3/10 fewer: the target is met within 1 %', metric='off_target', margin=-1.0,
+         baseline='original', method=more, **less),
   )  # fmt: skip
