@@ -1,4 +1,4 @@
-"""DC-ViT on digits: a transformer of five blocks, 200 images without labels; two minutes on two cores.
+"""DC-ViT on digits: a transformer of five blocks, 200 images without labels; minutes on two cores.
 
 A fifth of the blocks' operations is removed, from two blocks and by dropping one; and three tenths, which no
 number of dropped blocks gives. Every tuning has 100 steps. Tuned by the 200 labels instead:

@@ -1,4 +1,4 @@
-"""UP-ViTs on pasted digits: a transformer cut to half its width; a minute or two on two cores.
+"""UP-ViTs on pasted digits: a transformer cut to half its width; some minutes on two cores.
 
 Each of 1297 training digits lies at four random places and scales on a plain 16x16 canvas. The network has 4
 blocks of 48 channels with 6 heads, of which 24 channels with 3 heads are left. Each row is trained for three
