@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -38,8 +38,9 @@ from experiments.harness.sections import Experiment, Recipe, check_batch, check_
 from experiments.harness.settings import found_by, identity, section
 from experiments.harness.supervised import Seen, Table, cross_entropy
 from experiments.harness.tasks import ImageTask
+from experiments.protocols import channel_ranking
 from experiments.protocols.subsets import Subset
-from jaxlab import compression, data, losses, models, parallel, quantizers
+from jaxlab import compression, data, losses, parallel, quantizers
 from jaxlab.compression import Plan
 from jaxlab.training import TrainState, map_batches, pad_rows
 
@@ -118,8 +119,8 @@ class Settings(Experiment):
     recipe: of the training on labels, and of that on the whole network's predictions.
     distillation: of the latter.
     refinement: of the labels; None: there is none.
-    quantized: bit-widths at which the whole network and the trained ones are quantized behind all of it,
-      their ranges measured on the proxy images.
+    quantized: bit-widths at which the whole network and the trained ones are quantized at the end; ranges of
+      inputs are measured on the proxy images.
   """
 
   network: Network
@@ -168,42 +169,23 @@ class Settings(Experiment):
     return tuple(name for name, own in zip(TRAININGS, there, strict=True) if own)
 
 
-def protected(config: Settings, groups: Sequence[str]) -> list[str]:
-  """Returns the groups that stay whole."""
-  return [name for name in groups if any(re.fullmatch(own, name) for own in config.protected)]
-
-
 def whole_network(config: Settings) -> nn.Module:
   """Returns the network that is pruned."""
   return networks.create(config.network.model)
 
 
-def operations(config: Settings, model: nn.Module) -> int:
-  """Returns the multiply-accumulates of an image."""
-  image = jax.ShapeDtypeStruct((1, *config.network.data.view), jnp.float32)
-  shapes = supervised.abstract_variables(model, config.network.task)
-  return compression.multiply_accumulates(model, shapes, image)
+def random_scores(config: Settings) -> dict[str, np.ndarray]:
+  """Returns the scores of a random ranking."""
+  rng = np.random.default_rng((config.seed, 1))
+  return channel_ranking.random_scores(whole_network(config), rng)
 
 
 def pruned(config: Settings, scores: Mapping[str, np.ndarray], share: float) -> Plan:
-  """Returns the plan that leaves a share of the operations, those of the highest scores."""
-  model = whole_network(config)
-  options = {'min_ratio': config.min_ratio, 'protected': protected(config, list(scores))}
-
-  def cost(keep: Mapping[str, np.ndarray]) -> float:
-    return operations(config, compression.sliced_model(model, compression.plan(model, keep)))
-
-  count = compression.search_num_remove(scores, cost, share * operations(config, model), **options)
-  return compression.plan(model, compression.global_ranking(scores, count, **options))
-
-
-def random_scores(config: Settings) -> dict[str, np.ndarray]:
-  """Returns scores that say nothing."""
-  rng, sizes = (
-    np.random.default_rng((config.seed, 1)),
-    compression.structure(whole_network(config)).sizes,
-  )
-  return {name: rng.random(size) for name, size in sizes.items()}
+  """Returns the plan that leaves a share of the operations."""
+  return channel_ranking.pruned(
+    config.network, whole_network(config), scores, share,
+    min_ratio=config.min_ratio, protected=config.protected,
+  )  # fmt: skip
 
 
 def divergences(config: Settings, variables: Variables, images: Array) -> dict[str, Array]:
@@ -217,15 +199,13 @@ def divergences(config: Settings, variables: Variables, images: Array) -> dict[s
   return {name: own / len(images) for name, own in found.items()}
 
 
-def scored(
-  config: Settings, ranking: str, net: Loaded, limited: data.Source
-) -> dict[str, np.ndarray]:
+def scored(config: Settings, ranking: str, net: Loaded, images: Array) -> dict[str, np.ndarray]:
   """Returns the scores of a ranking."""
   if ranking == 'random':
     return random_scores(config)
   if ranking == 'l1':
     return jax.device_get(compression.kernel_norms(net.model, net.variables))
-  found = jax.jit(functools.partial(divergences, config))(net.variables, proxy(config, limited))
+  found = jax.jit(functools.partial(divergences, config))(net.variables, images)
   return {name: np.asarray(own, np.float64) for name, own in jax.device_get(found).items()}
 
 
@@ -307,10 +287,6 @@ def check(config: Settings) -> Iterator[str]:
   if problems := list(found_by('network.model', compression.structure, whole_network(config))):
     yield from problems
     return
-  groups = list(compression.structure(whole_network(config)).groups)
-  for pattern in config.protected:
-    if not any(re.fullmatch(pattern, name) for name in groups):
-      yield f'protected: no group matches {pattern!r}; groups: {", ".join(groups[:6])}, ...'
   if problems := list(found_by('limited', lambda: config.images)):
     yield from problems
     return
@@ -326,7 +302,7 @@ def check(config: Settings) -> Iterator[str]:
     yield from check_batch(config.mesh, recipe.batch_size, f'{name}.batch_size')
     if size < recipe.batch_size:
       yield f'{name}.batch_size={recipe.batch_size} exceeds {size} images.'
-  yield from found_by('shares', pruned, config, random_scores(config), config.shares[-1])
+  yield from found_by('shares, protected', pruned, config, random_scores(config), config.shares[-1])
 
 
 def column(share: float) -> str:
@@ -362,24 +338,24 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Ranks the channels, prunes, and trains what is left in each way."""
   net = networks.load(config, config.network, workdir / 'whole')
   limited = config.limited.draw(np.random.default_rng(config.seed), net.train)
-  total = operations(config, net.model)
+  total = channel_ranking.operations(config.network, net.model)
 
   def accuracy(model: nn.Module, variables: Variables) -> float:
     own = config.network
     return networks.accuracy(config, own.data, model, own.task, variables, net.test)
 
-  def judged(model: nn.Module, variables: Variables) -> dict[str, float]:
-    found = {'trained': accuracy(model, variables)}
-    for bits in config.quantized:
-      found[f'quantized_{bits}'] = quantized_accuracy(
-        config, bits, model, variables, limited, net.test
-      )
-    return found
+  def quantized(model: nn.Module, variables: Variables) -> dict[str, float]:
+    accuracy_at = functools.partial(
+      channel_ranking.quantized_accuracy, net, model, variables, images
+    )
+    return {f'quantized_{bits}': accuracy_at(bits) for bits in config.quantized}
 
-  rows = {WHOLE: {**judged(net.model, net.variables), 'macs': 100.0}}
+  images = proxy(config, limited)
+  rows = {WHOLE: {'trained': accuracy(net.model, net.variables), 'macs': 100.0}}
+  rows[WHOLE] |= quantized(net.model, net.variables)
   plans, starts = {}, {}
   for ranking in config.rankings:
-    scores, metrics = scored(config, ranking, net, limited), {}
+    scores, metrics = scored(config, ranking, net, images), {}
     for share in config.shares:
       plans[ranking] = pruned(config, scores, share)
       small, starts[ranking] = compression.slice_network(net.model, net.variables, plans[ranking])
@@ -387,15 +363,15 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       say(
         f'{RANKINGS[ranking]}, {100 * share:g} % of the operations: {metrics[column(share)]:.4g} %'
       )
-    metrics['macs'] = 100 * operations(config, small) / total
+    metrics['macs'] = 100 * channel_ranking.operations(config.network, small) / total
     plans[ranking].save(workdir / f'plan_{ranking}.json')
     rows[RANKINGS[ranking]] = metrics
-  plan = programs(config, plans)
+  plan, ends = programs(config, plans), {}
   for ranking in config.rankings:
     own = plan[f'{ranking}_labels']
     trained = runs.train(own, limited, workdir / f'{ranking}_labels', start=starts[ranking])
-    small = compression.sliced_model(net.model, plans[ranking])
-    rows[RANKINGS[ranking]] |= judged(small, trained.variables)
+    small, ends[ranking] = compression.sliced_model(net.model, plans[ranking]), trained.variables
+    rows[RANKINGS[ranking]]['trained'] = accuracy(small, trained.variables)
   small, variables = compression.sliced_model(net.model, plans['curl']), starts['curl']
   for name in config.trainings:
     source, given = limited, {'frozen': {'teacher': net.variables}}
@@ -407,38 +383,15 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     trained = runs.train(plan[name], source, workdir / name, start=variables, **given)
     variables = trained.variables
     macs = rows[RANKINGS['curl']]['macs']
-    rows[TRAININGS[name]] = {**judged(small, variables), 'macs': macs}
+    rows[TRAININGS[name]] = {'trained': accuracy(small, variables), 'macs': macs}
+  last = TRAININGS[config.trainings[-1]] if config.trainings else RANKINGS['curl']
+  rows[last] |= quantized(small, variables if config.trainings else ends['curl'])
   draw(config, rows, workdir / 'accuracy_over_operations.png')
   roles = {WHOLE: 'reference', RANKINGS['l1']: 'baseline', RANKINGS['random']: 'baseline'}
   lines = [results.row(name, roles.get(name, 'method'), own) for name, own in rows.items()]
   return results.results(
     config, lines, title='accuracies in %, multiply-accumulates in % of the whole'
   )
-
-
-def quantized_accuracy(
-  config: Settings,
-  bits: str,
-  model: nn.Module,
-  variables: Variables,
-  limited: data.Source,
-  test: data.Source,
-) -> float:
-  """Returns the accuracy in percent of a network whose kernels and inputs are quantized after training."""
-  rules = quantizers.edge_rules(*quantizers.parse_bits(bits), edges=models.anatomy(model))
-  network = quantizers.percentile_ptq(model, variables, [proxy(config, limited)], rules)
-  task = config.network.task
-
-  @jax.jit
-  def correct(batch: Mapping[str, Array]) -> dict[str, Array]:
-    scores = task.score(network(task.inputs(batch)), task.targets(batch))
-    return {'correct': scores['correct']}
-
-  found = map_batches(
-    correct, test, batch_size=config.eval_batch_size, mesh=config.mesh.make(),
-    **harness_data.reading(config.network.data, 'test'),
-  )  # fmt: skip
-  return 100 * float(np.mean(found['correct']))
 
 
 def predictions(config: Settings, net: Loaded, source: data.Source) -> np.ndarray:

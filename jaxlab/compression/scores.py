@@ -82,7 +82,8 @@ def removal_scores(
     inputs: `[batch, ...]`, all in one pass.
     score: `(logits without, logits with) -> [batch]`; the sum over the batch is returned.
     names: groups and parts that are scored; None: all of `structure(model)`.
-    chunk: candidates that run at once; None: one. More is faster where a pass does not fill the device.
+    chunk: candidates that run at once; None: one. More is faster where a pass does not fill the device; of
+      convolutions it makes grouped ones, which are slow on a CPU.
 
   Returns:
     By group `[channels]`, by part `[]`: the sum over the batch.

@@ -16,7 +16,6 @@ def get_config() -> ConfigDict:
   config = embedded.get_config()
   config.network = birds('mobilenetv2_100', 'mobilenetv2_100.ra_in1k')
   config.limited = dict()
-  config.candidates = 1
   config.protected = ('conv_stem', 'conv_head')
   config.shares = (96.07 / 299.8,)
   config.augment = dict(kind='resized_crop')

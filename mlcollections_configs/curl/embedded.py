@@ -25,7 +25,6 @@ def get_config() -> ConfigDict:
   )
   config.limited = dict(total=500)
   config.proxy = 256
-  config.candidates = 4
   config.protected = ('stem', 'layer3')
   config.shares = (0.8, 0.6, 0.35)
   config.augment = config.network['augment']

@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     data=dict(name='imagenet2012'), model=dict(name='resnet50'), pretrained='resnet50.tv_in1k'
   )
   config.limited = dict()
-  config.candidates = 1
   config.protected = ('stem', 'layer4')
   config.rankings = ('curl',)
   config.shares = (1.11 / 4.09,)
