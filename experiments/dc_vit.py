@@ -285,8 +285,9 @@ class Trials:
     self.config, self.net, self.few, self.workdir = config, net, few, workdir
     self.original = Compressed(net.model, net.variables)
     self._found: dict[Any, dict[int, tuple[Compressed, float]]] = {}
-    given = config.synthesis, config.network.data, net.model, net.variables, config.seed
-    self.images, self.labels, self.told = synthetic_images.make(*given)
+    given = config.synthesis, config.network.data, net.model, net.variables
+    found = synthetic_images.make(*given, jax.random.key(config.seed))
+    self.images, self.labels, self.told = found
 
   def tuned(self, target: Target, start: Compressed, folder: str) -> tuple[Compressed, float]:
     """Returns a network behind its tuning, and the last loss."""

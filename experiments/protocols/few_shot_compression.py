@@ -24,7 +24,9 @@ from experiments.harness.sections import (
 from experiments.harness.settings import found_by, free, identity, section
 from experiments.harness.supervised import Loss, Seen
 from experiments.harness.tasks import ImageTask
+from experiments.protocols import synthetic_images
 from experiments.protocols.quantized_training import check_view
+from experiments.protocols.synthetic_images import Synthesis
 from jaxlab import compression, data, losses, models
 from jaxlab.compression import Plan
 
@@ -93,7 +95,7 @@ class Settings(Experiment):
       the network itself takes for its classes ('synthetic', made of noise by `compression.synthesize`), or
       normal noise of the data's mean and deviation ('noise').
     other: the other data set.
-    synthesis: options of `compression.synthesize`.
+    synthesis: how they are made, see `synthetic_images.Synthesis`; there are as many as are asked for.
     augment: of the images.
     tuning: of the small networks.
     timed: repeats of the measurement of latencies; 0: none.
@@ -187,20 +189,10 @@ def tiny_set(config: Settings, nets: Loaded, total: int) -> data.Source:
 
 def synthesized(config: Settings, nets: Loaded, total: int) -> np.ndarray:
   """Returns normalized images that the network takes for its classes, each class as often."""
-  own = config.network.data
-  keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), total))
-  labels = compression.distinct_labels(keys[0], total, own.num_classes)
-  low, high = ((value - np.asarray(own.mean)) / np.asarray(own.std) for value in (0.0, 1.0))
-  predict = jax.jit(nets.model.apply)
-  made, _ = jax.jit(
-    lambda variables: compression.synthesize(
-      keys[1], lambda x: predict(variables, x), labels, own.view,
-      low=low, high=high, **config.synthesis,
-    )
-  )(nets.variables)  # fmt: skip
-  share = compression.require_recognized(predict(nets.variables, made), labels)
-  runs.say(f'{total} images were made; the network takes {share:.0%} of them for their class')
-  return np.asarray(made)
+  own = Synthesis(**{**config.synthesis, 'count': total})
+  key = jax.random.fold_in(jax.random.key(config.seed), total)
+  found, *_ = synthetic_images.make(own, config.network.data, nets.model, nets.variables, key)
+  return np.asarray(found)
 
 
 def task(config: Settings, total: int) -> ImageTask:

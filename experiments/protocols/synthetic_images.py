@@ -81,7 +81,7 @@ def made(
 
 
 def make(
-  own: Synthesis, images: Images, model: nn.Module, variables: Variables, seed: int
+  own: Synthesis, images: Images, model: nn.Module, variables: Variables, key: Array
 ) -> tuple[Array, Array, Array]:
   """Returns what `made` does, compiled.
 
@@ -89,7 +89,7 @@ def make(
     ValueError: if the network does not recognize enough of the images.
   """
   function = jax.jit(functools.partial(made, own, images, model))
-  found, labels, logits = function(variables, jax.random.key(seed))
+  found, labels, logits = function(variables, key)
   share = compression.require_recognized(logits, labels, own.recognized)
   say(f'synthetic images: {share:.0%} of {len(labels)} recognized')
   return found, labels, logits
