@@ -126,7 +126,7 @@ def overridden(
         text = text if texts else changes[key]
         text = os.fspath(text) if isinstance(text, os.PathLike) else text
         value = parse(text, kind) if isinstance(text, str) else text
-        _put(values, key.split('.'), _opened(value))
+        _put(values, key.split('.'), _opened(value), cls)
       except ValueError as error:
         problems.append(f'--config.{key}={text}: {error}')
   return values, problems
@@ -408,9 +408,32 @@ def _keys(kind: Any, value: Any, path: str = '') -> list[str]:
   return [path]
 
 
-def _put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-  for name in keys[:-1]:
+def _put(values: dict[str, Any], keys: Sequence[str], value: Any, kind: Any) -> None:
+  """Puts in a value; a section that is not there starts as the default of its field."""
+  for index, name in enumerate(keys[:-1]):
     if not isinstance(values.get(name), dict):
-      values[name] = {}
+      given = values[name] if name in values else _default(_type_at(kind, {}, keys[:index]), name)
+      values[name] = _changed(given) if dataclasses.is_dataclass(given) else {}
     values = values[name]
   values[keys[-1]] = value
+
+
+def _default(kind: Any, name: str) -> Any:
+  """Returns the default of the field `name` of a section."""
+  for option in typing.get_args(kind) if _is_union(kind) else (kind,):
+    for field in dataclasses.fields(option) if dataclasses.is_dataclass(option) else ():
+      if field.name == name:
+        return _own(field)
+  return None
+
+
+def _changed(section: Any) -> dict[str, Any]:
+  """Returns the fields in which a section differs from the defaults of its class."""
+  values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+  own = {field.name: _own(field) for field in dataclasses.fields(section)}
+  return {name: value for name, value in values.items() if value != own[name]}
+
+
+def _own(field: dataclasses.Field) -> Any:
+  factory = field.default_factory
+  return field.default if factory is dataclasses.MISSING else factory()

@@ -163,3 +163,28 @@ def test_the_identity_leaves_out_what_does_not_decide():
   other = fill(Outer, {'inner': {'rate': 1.0}})
   assert identity(one) == identity(other) != identity(dataclasses.replace(one, size=4))
   assert 'where' not in identity(one)['inner'] and identity(one)['inner']['rate'] == 1.0
+
+
+def test_a_field_changed_within_a_default_section_leaves_what_that_default_says():
+  @dataclasses.dataclass(frozen=True)
+  class Middle:
+    inner: Inner = dataclasses.field(default_factory=lambda: Inner(4.0, 'b', 'there'))
+    size: int = 1
+
+  @dataclasses.dataclass(frozen=True)
+  class Whole:
+    middle: Middle = dataclasses.field(default_factory=lambda: Middle(size=7))
+    other: Inner | None = dataclasses.field(default_factory=lambda: Inner(2.0, 'b'))
+
+  # Hints of classes within a function are found by value.
+  for cls in (Middle, Whole):
+    cls.__annotations__ = {
+      'inner': Inner, 'size': int, 'middle': Middle, 'other': Inner | None
+    }  # fmt: skip
+  found = fill(Whole, override(Whole, {}, ['middle.inner.rate=3', 'other.rate=1']))
+  assert found == Whole(Middle(Inner(3.0, 'b', 'there'), 7), Inner(1.0, 'b'))
+  # A section that is given as a whole is what it says.
+  assert fill(Whole, {'middle': {'size': 2}}).middle == Middle(size=2)
+  assert fill(Whole, override(Whole, {'other': {'rate': 5.0}}, ['other.kind=a'])).other == Inner(
+    5.0
+  )
