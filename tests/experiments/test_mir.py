@@ -96,9 +96,9 @@ def test_fine_tuning_on_labels_agrees_with_official_code_to_the_last_weight(vect
 
 
 def test_a_run_has_a_row_for_every_way_and_number_of_images(tmp_path):
-  found = launcher.launch(tiny('totals=10,8', 'runs=bp,mir'), tmp_path)
+  found = launcher.launch(tiny('totals=10,8', 'runs=mir'), tmp_path)
   rows = {item['name']: item['metrics'] for item in found['rows']}
-  assert list(rows) == ['whole', 'pruned', 'labels (BP)', 'MiR']
+  assert list(rows) == ['whole', 'pruned', 'MiR']
   hits = [own[f'accuracy_{total}'] for own in rows.values() for total in (10, 8)]
   np.testing.assert_allclose(hits, np.round(hits), atol=1e-6)  # of 100 test images
   assert rows['whole']['macs'] == 100 > rows['pruned']['macs']
