@@ -23,7 +23,12 @@ from jaxlab.compression.compressed_block import (
   dense_cut,
   frozen_behind,
 )
-from jaxlab.compression.costs import multiply_accumulates, num_parameters, paired_latency
+from jaxlab.compression.costs import (
+  least_tpu_latency,
+  multiply_accumulates,
+  num_parameters,
+  paired_latency,
+)
 from jaxlab.compression.dense import (
   MODES,
   BlockMacs,
@@ -90,6 +95,7 @@ __all__ = [
   'kept_hidden',
   'kept_neurons',
   'kernel_norms',
+  'least_tpu_latency',
   'mask_variables',
   'masked',
   'masked_apply',

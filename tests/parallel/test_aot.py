@@ -71,3 +71,20 @@ def test_one_device_communicates_nothing_and_computes_eight_times_as_much():
 def test_missing_compiler_says_how_to_install_it():
   with pytest.raises(ModuleNotFoundError, match=r'pip install .*tpu'):
     tpu_topology_mesh()
+
+
+def test_least_time_is_the_longer_of_computing_and_moving(monkeypatch):
+  import jax
+  import jax.numpy as jnp
+
+  from jaxlab.parallel import aot
+
+  compiled = jax.jit(jnp.dot).lower(*(jnp.zeros((64, 64)),) * 2).compile()
+  with pytest.raises(ValueError, match="peaks of 'cpu' are not known"):
+    aot.least_seconds(compiled)
+  monkeypatch.setitem(aot._KINDS, 'cpu', 'v5e')
+  cost = compiled.cost_analysis()
+  monkeypatch.setitem(aot.PEAK_FLOPS, 'v5e', 1.0)
+  assert aot.least_seconds(compiled) == cost['flops'] >= 2 * 64**3
+  monkeypatch.setitem(aot.PEAK_FLOPS, 'v5e', 1e30)
+  assert aot.least_seconds(compiled) == cost['bytes accessed'] / aot.HBM_BYTES_PER_SECOND['v5e']
