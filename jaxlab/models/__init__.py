@@ -108,6 +108,10 @@ from jaxlab.models.intercept import (
   map_matching,
   module_paths,
 )
+from jaxlab.models.lazy_checkpoints import (
+  LazyStateDict,
+  open_state_dict,
+)
 from jaxlab.models.llama import (
   Llama,
 )
@@ -129,6 +133,13 @@ from jaxlab.models.network_stages import (
 from jaxlab.models.normalization import (
   BatchNorm,
   batch_normalize,
+)
+from jaxlab.models.parameter_surgery import (
+  destroy_parameters,
+  merge_parameters,
+  remove_blocks,
+  select_parameters,
+  unselected,
 )
 from jaxlab.models.pointnet import (
   PointNet,
@@ -240,6 +251,7 @@ __all__ = [
   'Encoder',
   'Hook',
   'HookPoint',
+  'LazyStateDict',
   'LearnableWeightScaling',
   'Linear',
   'Llama',
@@ -288,6 +300,7 @@ __all__ = [
   'csra_logits',
   'csra_scores',
   'csra_temperatures',
+  'destroy_parameters',
   'draw_sketches',
   'eval_mode_hooks',
   'expand_subspaces',
@@ -307,6 +320,7 @@ __all__ = [
   'max_residual',
   'mean_embedding',
   'merge_coordinates',
+  'merge_parameters',
   'mlp_baseline',
   'moco_projector',
   'module_paths',
@@ -314,13 +328,16 @@ __all__ = [
   'nearest_class_mean',
   'newton_schulz_sqrt',
   'nrs_net',
+  'open_state_dict',
   'packed_axes',
   'random_subspace_index',
   'read_state_dict',
+  'remove_blocks',
   'require_resolution',
   'resample_position_embedding',
   'rotary_embedding',
   'sample_token',
+  'select_parameters',
   'shake',
   'simsiam_predictor',
   'simsiam_projector',
@@ -331,6 +348,7 @@ __all__ = [
   'to_torch',
   'total_stride',
   'truncate',
+  'unselected',
   'unstack_blocks',
   'upper_triangle',
   'weight_pairs',
