@@ -3,6 +3,7 @@
 `structure(model)` tells which channels shrink together and which parts can be left out; `plan` says what
 stays, as data; `masked_apply` computes what would be left, at the shapes of the whole network, and
 `slice_network` makes the smaller one; `removal_scores` and `kernel_norms` say what matters.
+`merge_words` and `select_words` make what a network reads small: a prompt.
 """
 
 from jaxlab.compression import convolutional as _convolutional
@@ -41,6 +42,17 @@ from jaxlab.compression.dense import (
 )
 from jaxlab.compression.filters import filter_plan, keep_count
 from jaxlab.compression.plan import Plan, compose, plan, renamed
+from jaxlab.compression.prompts import (
+  ClassifierInput,
+  PromptWords,
+  budget_rate,
+  chunk_tokens,
+  classifier_input,
+  keep_threshold,
+  kept_text,
+  merge_words,
+  select_words,
+)
 from jaxlab.compression.ranking import global_ranking, search_num_remove
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
 from jaxlab.compression.selection import half_block, highest_channels, highest_channels_by_head
@@ -67,16 +79,21 @@ __all__ = [
   'MODES',
   'AdaptorPositions',
   'BlockMacs',
+  'ClassifierInput',
   'Cut',
   'DenseCut',
   'DenseStructure',
   'Group',
   'Plan',
+  'PromptWords',
   'Structure',
   'adaptor_hooks',
   'adaptor_positions',
   'block_macs',
+  'budget_rate',
   'candidate_blocks',
+  'chunk_tokens',
+  'classifier_input',
   'compose',
   'compress_block',
   'dense_cut',
@@ -92,14 +109,17 @@ __all__ = [
   'highest_channels_by_head',
   'init_adaptors',
   'keep_count',
+  'keep_threshold',
   'kept_hidden',
   'kept_neurons',
+  'kept_text',
   'kernel_norms',
   'least_tpu_latency',
   'mask_variables',
   'masked',
   'masked_apply',
   'masks',
+  'merge_words',
   'multiply_accumulates',
   'num_parameters',
   'paired_latency',
@@ -112,6 +132,7 @@ __all__ = [
   'saved_share',
   'search_num_remove',
   'select_blocks',
+  'select_words',
   'shape_names',
   'shape_plan',
   'shrunk',

@@ -44,6 +44,12 @@ from jaxlab.data.protocols.open_noise import (
   CIFAR100_LIKE_CIFAR10,
   make_ncifar,
 )
+from jaxlab.data.protocols.prompt_annotation import (
+  WordAnnotation,
+  annotate_words,
+  filter_annotations,
+  mix_instructed,
+)
 from jaxlab.data.protocols.samplers import (
   ClassAwareSampler,
   ClassBalancedSampler,
@@ -272,6 +278,8 @@ __all__ = [
   'VtabTask',
   'WiderAttribute',
   'WithFields',
+  'WordAnnotation',
+  'annotate_words',
   'as_labels',
   'asymmetric_noise',
   'balanced_subsets',
@@ -306,6 +314,7 @@ __all__ = [
   'exponential_counts',
   'few_shot_draws',
   'few_shot_split',
+  'filter_annotations',
   'gaussian_blur',
   'grayscale',
   'grouped_label',
@@ -320,6 +329,7 @@ __all__ = [
   'materialize',
   'merge_background',
   'mix_images',
+  'mix_instructed',
   'mix_with_probability',
   'mixup',
   'mixup_loss',

@@ -9,6 +9,7 @@ from models.random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
 from scipy.special import erf, softmax
 
+from jaxlab.losses import cross_entropy
 from jaxlab.models import Bert, capture, from_config, from_torch, mean_embedding, to_torch
 from jaxlab.models.bert import BertBlock
 from jaxlab.models.checkpoint_names import HF_BERT, HF_BERT_BARE, HF_ROBERTA
@@ -44,6 +45,51 @@ def test_token_classifier_agrees_with_transformers(vectors):
     assert actual.shape == expected.shape
     difference = np.abs(actual - expected)[mask == 1].max()
     assert difference <= 1e-4 * max(1, np.abs(expected).max())
+
+
+@golden('efpc', 'token_classifier')
+def test_preserve_or_discard_classifier_agrees_with_transformers(vectors):
+  """LLMLingua-2's classifier; its own loss also counts padding, whose vectors `Bert` leaves undefined."""
+  table = 'param_roberta_embeddings_{}_embeddings_weight'
+  vocab_size, width = vectors[table.format('word')].shape
+  layers = {
+    name.split('_')[4] for name in vectors if name.startswith('param_roberta_encoder_layer')
+  }
+  first = vectors.param('pad_token_id') + 1
+  model = Bert(
+    vocab_size=vocab_size,
+    max_length=len(vectors[table.format('position')]),
+    token_types=len(vectors[table.format('token_type')]),
+    first_position=first,
+    width=width,
+    depth=len(layers),
+    num_heads=vectors.param('num_heads'),
+    hidden=len(vectors['param_roberta_encoder_layer_0_intermediate_dense_bias']),
+    num_classes=len(vectors['param_classifier_bias']),
+    epsilon=vectors.param('layer_norm_eps'),
+  )
+  tokens, mask = vectors['in_input_ids'].astype(np.int32), vectors['in_attention_mask']
+  labels, real = vectors['in_labels'].astype(np.int32), mask == 1
+  names = to_torch(random_variables(model, tokens), renames=HF_ROBERTA)
+  parameters = {name: vectors['param_' + name.replace('.', '_')] for name in names}
+  variables = from_torch(model, parameters, renames=HF_ROBERTA)
+  patterns = ['embeddings', *(f'layer_{index}' for index in range(model.depth))]
+  logits, captured = jax.jit(lambda v: capture(model, v, patterns, tokens, mask=mask))(variables)
+  for index, name in enumerate(patterns):
+    assert_close(captured[name], vectors[f'out_hidden_{index}'], where=real)
+  assert_close(logits, vectors['out_logits'], where=real)
+  preserved = jax.nn.softmax(logits)[..., 1]
+  assert_close(preserved, vectors['out_preserve_probs'], where=real)
+  loss = jnp.mean(cross_entropy(logits, labels), where=real)
+  assert_close(loss, vectors['out_loss_mean_over_real_tokens'])
+
+  def official(kernel):
+    logits = vectors[f'out_hidden_{model.depth}'] @ kernel.T + vectors['param_classifier_bias']
+    return jnp.mean(cross_entropy(logits, labels))
+
+  loss, gradient = jax.value_and_grad(official)(jnp.asarray(vectors['param_classifier_weight']))
+  assert_close(loss, vectors['out_loss_mean_over_all_positions'])
+  assert_close(gradient, vectors['grad_classifier_weight'])
 
 
 def reference(params, tokens, mask, segments):

@@ -1,1 +1,4 @@
-"""Which records and labels a training sees: long-tailed splits, samplers, few-shot episodes, label noise."""
+"""Which records and labels a training sees.
+
+Long-tailed splits, samplers, few-shot episodes, label noise, kept words of a prompt.
+"""
