@@ -41,6 +41,15 @@ from jaxlab.compression.dense import (
   vit_macs,
 )
 from jaxlab.compression.filters import filter_plan, keep_count
+from jaxlab.compression.key_value_heads import (
+  FoldedLayers,
+  energy_shares,
+  fold_keys,
+  fold_values,
+  group_basis,
+  group_gram,
+  mean_pool_heads,
+)
 from jaxlab.compression.plan import Plan, compose, plan, renamed
 from jaxlab.compression.prompts import (
   ClassifierInput,
@@ -83,6 +92,7 @@ __all__ = [
   'Cut',
   'DenseCut',
   'DenseStructure',
+  'FoldedLayers',
   'Group',
   'Plan',
   'PromptWords',
@@ -100,10 +110,15 @@ __all__ = [
   'dense_structure',
   'describe',
   'distinct_labels',
+  'energy_shares',
   'filter_plan',
   'fold_adaptors',
+  'fold_keys',
+  'fold_values',
   'frozen_behind',
   'global_ranking',
+  'group_basis',
+  'group_gram',
   'half_block',
   'highest_channels',
   'highest_channels_by_head',
@@ -119,6 +134,7 @@ __all__ = [
   'masked',
   'masked_apply',
   'masks',
+  'mean_pool_heads',
   'merge_words',
   'multiply_accumulates',
   'num_parameters',
