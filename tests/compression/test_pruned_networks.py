@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from models.random_variables import random_images, random_variables
 
 from jaxlab import compression, quantizers
@@ -30,7 +31,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('name', list(NETWORKS))
+@pytest.mark.parametrize('name', tables.first(NETWORKS))
 def test_a_pruned_network_is_quantized_compensated_and_runs_in_integers(name):
   model, keep, drop = NETWORKS[name]
   variables = random_variables(model, X)
@@ -39,7 +40,8 @@ def test_a_pruned_network_is_quantized_compensated_and_runs_in_integers(name):
   x = jnp.asarray(X)
   expected = np.asarray(jax.jit(small.apply)(own, x))
   # As many kernels are found as the network has, and none stays in float.
-  quantized = quantizers.percentile_ptq(small, own, [x], quantizers.edge_rules(8, 8))
+  rules = quantizers.edge_rules(8, 8)
+  quantized = jax.jit(lambda v, x: quantizers.percentile_ptq(small, v, x, rules))(own, x)
   assert not quantized.skipped
   run = jax.jit(lambda network, x: network(x))
 
