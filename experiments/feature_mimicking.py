@@ -245,13 +245,13 @@ def hash_shape(config: Settings) -> tuple[int, int]:
   return config.hashing.bits or 32 * dim, dim
 
 
-def draw_hashes(config: Settings, std: float, features: np.ndarray) -> Constants:
+def draw_hashes(config: Settings, std: float, features: np.ndarray | None) -> Constants:
   """Returns the hyperplanes of a seed, `weight` and `bias`.
 
   Args:
     config: the settings.
     std: of the normals, if the settings give none.
-    features: of the teacher, `[records, dim]`.
+    features: of the teacher, `[records, dim]`; None: the bias is 0.
   """
   own, key = config.hashing, jax.random.fold_in(jax.random.key(config.seed), 1)
   count, dim = hash_shape(config)
@@ -261,6 +261,21 @@ def draw_hashes(config: Settings, std: float, features: np.ndarray) -> Constants
   parts = [weight[start : start + CHUNK] for start in range(0, count, CHUNK)]
   find = functools.partial(losses.hyperplane_bias, features=features, kind=own.bias)
   return {'weight': weight, 'bias': jnp.concatenate([find(part) for part in parts])}
+
+
+def hyperplanes(
+  config: Settings, model: nn.Module, variables: Variables, source: data.Source, workdir: Any
+) -> Constants | None:
+  """Returns the hyperplanes of a run; None: no row hashes, and no bits are compared.
+
+  The teacher looks at the training images only where a bias is to be found.
+  """
+  if not any(config.methods[name].hashes for name in config.runs or config.methods):
+    return None
+  features = None
+  if config.hashing.bias != 'zero':
+    features = taught_features(config, model, variables, source, workdir)
+  return draw_hashes(config, distillation.classifier_std(config.teacher, variables), features)
 
 
 def titles(config: Settings) -> dict[str, str]:
@@ -319,8 +334,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     multi_label_evaluation.require_known(test, config.protocol)
   model = distillation.network(config.teacher)
   variables = distillation.teacher(config, config.teacher, train[0], workdir / 'teacher')
-  features = taught_features(config, model, variables, train[1], workdir)
-  hashes = draw_hashes(config, distillation.classifier_std(config.teacher, variables), features)
+  hashes = hyperplanes(config, model, variables, train[1], workdir)
   judge = functools.partial(distillation.outputs, config, config.teacher, source=test)
   told = judge(model=model, variables=variables)
   teacher_features.require_features(told['features'], 'test features of the teacher')
@@ -364,25 +378,29 @@ def taught_features(
   folder = type(workdir)(config.features_dir) if config.features_dir else workdir
   name, key = config.teacher.model['name'], jax.random.key(config.seed)
   given = config, name, (model, variables), config.student, source, folder, key
-  return distillation.taught_features(*given)['features']
+  return distillation.taught_features(*given, fields=('features',))['features']
 
 
-def closeness(student: np.ndarray, teacher: np.ndarray, hashes: Constants) -> dict[str, float]:
+def closeness(
+  student: np.ndarray, teacher: np.ndarray, hashes: Constants | None
+) -> dict[str, float]:
   """Returns how a student's features lie to its teacher's, see `METRICS`.
 
-  The mean cosine; mean and (relative) deviation of the ratio of lengths, where the teacher's is not 0; and
-  the share of bits that agree, in percent.
+  The mean cosine; mean and (relative) deviation of the ratio of lengths, where the teacher's is not 0; and,
+  where there are hyperplanes, the share of bits that agree, in percent.
   """
   there = teacher.any(1)
   ratios = np.asarray(evaluation.norm_ratios(student[there], teacher[there]))
-  weight, bias = hashes['weight'], hashes['bias']
-  bits = [losses.hash_values(own, weight, bias) > 0 for own in (student, teacher)]
-  return {
+  found = {
     'cosine': float(evaluation.mean_cosine(student, teacher)),
     'norm_ratio': float(ratios.mean()),
     'norm_spread': float(ratios.std() / ratios.mean()),
-    'bit_agreement': 100 * float(jnp.mean(bits[0] == bits[1])),
   }
+  if hashes is not None:
+    weight, bias = hashes['weight'], hashes['bias']
+    bits = [losses.hash_values(own, weight, bias) > 0 for own in (student, teacher)]
+    found['bit_agreement'] = 100 * float(jnp.mean(bits[0] == bits[1]))
+  return found
 
 
 def draw(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -162,6 +162,7 @@ def taught_features(
   source: data.Source,
   folder: Any,
   key: Array | None = None,
+  fields: Sequence[str] | None = None,
 ) -> teacher_features.Arrays:
   """Returns what a teacher says of a student's images, computed once and kept in `folder`.
 
@@ -173,13 +174,14 @@ def taught_features(
     source: its records.
     folder: of the file.
     key: see `teacher_features.compute`.
+    fields: likewise.
   """
   given = own.data, own.task, *network, source, key
   file = f'{name}-{own.data.name}-seed{config.seed}.npz'.replace('/', '_')
   return teacher_features.cached(
     folder / file,
     teacher_features.fingerprints(*given),
-    lambda: teacher_features.compute(config, *given),
+    lambda: teacher_features.compute(config, *given, fields),
   )
 
 

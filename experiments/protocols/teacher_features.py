@@ -10,7 +10,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ def compute(
   variables: Variables,
   source: data.Source,
   key: Array | None = None,
+  fields: Sequence[str] | None = None,
 ) -> Arrays:
   """Returns `features`, `logits` and `targets` of all records, one pass.
 
@@ -74,6 +75,7 @@ def compute(
     variables: its variables.
     source: the records.
     key: images are augmented as for training, by this key; None: they are read as in the test.
+    fields: those of them that are returned; None: all, and where labels tell what is `known`, that.
   """
 
   @jax.jit
@@ -84,7 +86,8 @@ def compute(
       x = task.augmented(data.example_keys(key, 0, batch['index']), batch)
     features, logits = features_and_logits(model, variables, x)
     told = {'known': batch['known']} if 'known' in batch else {}
-    return {'features': features, 'logits': logits, 'targets': task.targets(batch), **told}
+    found = {'features': features, 'logits': logits, 'targets': task.targets(batch), **told}
+    return found if fields is None else {name: found[name] for name in fields}
 
   return map_batches(
     lambda batch: fn(variables, batch),

@@ -7,6 +7,7 @@ import pytest
 from golden_vectors import assert_close
 
 from experiments import feature_mimicking
+from experiments.harness import data as harness_data
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import distillation
@@ -111,6 +112,22 @@ def test_hyperplanes_halve_the_teachers_features_whatever_their_number():
   assert feature_mimicking.hash_shape(tiny_config('hashing.bits=None')) == (384, 12)
 
 
+@pytest.mark.parametrize(
+  ('changes', 'hashed'), [(['hashing.bias=zero'], True), (['runs=ce,kd,l2'], False)]
+)
+def test_the_teacher_sees_training_images_only_where_a_bias_is_to_be_found(
+  changes, hashed, tmp_path
+):
+  teacher, variables, _ = given()
+  config = tiny_config(*changes)
+  source = harness_data.load(config.student.data, 'train')
+  hashes = feature_mimicking.hyperplanes(config, teacher, variables, source, tmp_path)
+  assert not list(tmp_path.iterdir())
+  assert (hashes is not None) == hashed
+  found = feature_mimicking.closeness(np.eye(12), np.eye(12), hashes)
+  assert ('bit_agreement' in found) == hashed
+
+
 def test_a_layer_stands_before_the_classifier_where_widths_or_settings_ask_for_it():
   config = tiny_config("student.model={'name': 'mlp', 'hidden': (12,)}")
   adapted = {name: feature_mimicking.adapted(config, own) for name, own in config.methods.items()}
@@ -129,6 +146,7 @@ def test_a_run_compares_rows_and_leaves_pictures_and_the_teachers_features(tmp_p
   assert {*feature_mimicking.METRICS, 'accuracy'} == rows['LSH-L2'].keys()
   stored = np.load(tmp_path / 'mlp-digits-seed0.npz')
   assert stored['features'].shape == (130, 12)
+  assert {*stored} == {'features', 'fingerprints'}
   for name in ('directions', 'accuracy'):
     assert (tmp_path / f'{name}.png').stat().st_size > 5000
 
