@@ -24,7 +24,7 @@ def draw_hyperplanes(key: jax.Array, dim: int, count: int, std: ArrayLike) -> ja
   Args:
     key: a typed key.
     dim: of the features.
-    count: number of bits; the paper takes 2048 or 32 times `dim`.
+    count: number of bits; the paper takes 32 times `dim`, or 2048 or 8192, and 4096 for detection.
     std: the deviation of all weights of the teacher's classifier (0.06 of ResNet-34 on ImageNet). The larger,
       the sharper the bits.
 

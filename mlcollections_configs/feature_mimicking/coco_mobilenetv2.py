@@ -2,14 +2,14 @@
 
   python -m experiments.feature_mimicking --config=coco_mobilenetv2 --workdir=gs://...
 
-As `voc2007_resnet50`, in batches of 32 with beta 3 and 2048 bits. ResNet-50:
-`--config.student.model.name=resnet50 --config.student.pretrained=resnet50.tv_in1k`. Prepare the data once:
-`tfds build coco/2014 --file_format=array_record`.
+As `voc2007_resnet50`, in batches of 32 with beta 3 and 2048 bits; KD has the weight that it has there
+[inferred]. ResNet-50: `--config.student.model.name=resnet50 --config.student.pretrained=resnet50.tv_in1k`.
+Prepare the data once: `tfds build coco/2014 --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.feature_mimicking import embedded, voc2007_resnet50
+from mlcollections_configs.feature_mimicking import voc2007_resnet50
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     own.update(batch_size=32)
     own.optimizer.weight_decay = 1e-4
   config.hashing.bits = 2048
-  config.methods = embedded.methods(beta=3.0, where_right=False)
+  config.methods = voc2007_resnet50.methods(beta=3.0)
   config.protocol = 'coco'
   config.log_every = 200
   config.checkpoint_every = 2586

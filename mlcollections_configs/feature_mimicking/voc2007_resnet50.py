@@ -6,8 +6,10 @@ Two stages of 60 epochs: the layer before the classifier alone, then everything.
 ImageNet; how the teacher is trained is not told: as the student is [inferred]. Difficult objects count in
 training and are left out of the test. With 2048 features both networks have one width, and the layer is
 there by `two_layers` [inferred]. MobileNetV2: `--config.student.model.name=mobilenetv2_100
---config.student.pretrained=mobilenetv2_100.ra_in1k`. Prepare the data once: `tfds build voc/2007
---file_format=array_record`.
+--config.student.pretrained=mobilenetv2_100.ra_in1k`. ResNet-34 to ResNet-18, with 2048 bits for the teacher's
+512 features: `--config.teacher.model.name=resnet34 --config.teacher.pretrained=resnet34.tv_in1k
+--config.student.model.name=resnet18 --config.student.pretrained=resnet18.tv_in1k --config.hashing.bits=2048`.
+Prepare the data once: `tfds build voc/2007 --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
@@ -22,10 +24,7 @@ def get_config() -> ConfigDict:
   config.student = learner('resnet50')
   config.align = recipe()
   config.hashing = dict(bits=8192, bias='median')
-  config.methods = embedded.methods(beta=0.5, where_right=False)
-  config.methods.kd.alpha = 0.001
-  for name in ('l2', 'lsh', 'lshl2'):
-    config.methods[name].two_layers = True
+  config.methods = methods(beta=0.5)
   config.runs = ('ce', 'l2', 'lshl2')
   config.protocol = 'voc07'
   config.eval_batch_size = 64
@@ -55,6 +54,15 @@ def learner(name: str) -> dict:
     pretrained=f'{name}.tv_in1k',
     recipe=recipe(),
   )
+
+
+def methods(beta: float) -> dict:
+  """Returns the rows: where features are mimicked, with the layer before the classifier at any width."""
+  rows = embedded.methods(beta=beta, where_right=False)
+  rows['kd'] |= dict(alpha=0.001)
+  for name in ('l2', 'lsh', 'lshl2'):
+    rows[name] |= dict(two_layers=True)
+  return rows
 
 
 def recipe() -> dict:

@@ -137,6 +137,15 @@ def test_a_layer_stands_before_the_classifier_where_widths_or_settings_ask_for_i
   assert [name for name, own in adapted.items() if not own] == ['ce', 'kd']
 
 
+@pytest.mark.parametrize('setting', ['voc2007_resnet50', 'coco_mobilenetv2'])
+def test_on_several_classes_the_layer_is_there_at_equal_widths_too(setting):
+  student = ['student.model.name=resnet50', 'student.pretrained=resnet50.tv_in1k']
+  config = launcher.load('feature_mimicking', setting, student)
+  layered = [name for name, own in config.methods.items() if feature_mimicking.aligned(config, own)]
+  assert layered == ['l2', 'lsh', 'lshl2'] and feature_mimicking.same_width(config)
+  assert config.methods['kd'].alpha == 0.001
+
+
 def test_a_run_compares_rows_and_leaves_pictures_and_the_teachers_features(tmp_path):
   config = tiny_config('runs=ce,l2,lshl2')
   found = launcher.launch(config, tmp_path)
