@@ -8,8 +8,8 @@ into bits, and a student is trained to fall on the same side of each of them:
   loss = CE + beta (LSH + |student - teacher|^2 / dim), where the teacher is right, if labels are single
 
 W is normal and stays, b balances the bits. Where widths differ a linear layer brings the student's features
-to the teacher's; behind the training it and the classifier are one layer again. Claim: better than labels
-alone by some points, and no worse than the distance of the features alone.
+to the teacher's; behind the training it and the classifier are one layer again. Claims: some points
+above labels alone, and not below the distance of the features alone.
 
   python -m experiments.feature_mimicking
   python -m experiments.feature_mimicking --config=cifar100_wrn --workdir=DIR
