@@ -107,12 +107,13 @@ class Settings(Experiment):
 
   Attributes:
     network: the whole network.
-    limited: training images that are left once it is pruned; without values all.
+    limited: training images that are at hand, for scores and for what is left; without values all.
     proxy: of these, the number that scores are measured on, seen as in the test, in one pass.
     direction: of the divergence, see `compression.prediction_divergence`.
     candidates: channels left out at once, see `compression.removal_scores`.
     min_ratio: share of a group that stays, looked at before each removal.
-    protected: patterns of groups that stay whole.
+    protected: patterns of groups that stay whole and are not scored, such as the stem's, which may lie in
+      the first trunk.
     rankings: compared, of `RANKINGS`.
     shares: of the multiply-accumulates that are left, falling; at the last one networks are trained.
     augment: of the images in training.
@@ -129,7 +130,7 @@ class Settings(Experiment):
   direction: Literal['pruned_to_original', 'original_to_pruned'] = 'pruned_to_original'
   candidates: int = 1
   min_ratio: float = 0.3
-  protected: tuple[str, ...] = ('stem',)
+  protected: tuple[str, ...] = ()
   rankings: tuple[Literal['curl', 'l1', 'random'], ...] = tuple(RANKINGS)
   shares: tuple[float, ...] = (0.35,)
   augment: Augment = section(Augment)
@@ -192,7 +193,9 @@ def divergences(config: Settings, variables: Variables, images: Array) -> dict[s
   """Returns CURL's score of every channel."""
   model = whole_network(config)
   score = functools.partial(compression.prediction_divergence, direction=config.direction)
-  names = list(compression.structure(model).groups)
+  groups = list(compression.structure(model).groups)
+  stay = channel_ranking.matching(config.protected, groups)
+  names = [name for name in groups if name not in stay]
   found = compression.removal_scores(
     model, variables, images, score=score, names=names, chunk=config.candidates
   )
@@ -249,11 +252,15 @@ def training(config: Settings, name: str, ranking: str, plan: Plan) -> Run:
   program = supervised.program(small, ImageTask.of(images, augment), recipe, steps, **options)
   decides = {
     'network': config.network, 'limited': config.limited, 'augment': augment, 'ranking': ranking,
-    'kept': plan.kept_sizes, name: own,
+    'kept': plan.keep, name: own,
   }  # fmt: skip
-  decides |= (
-    {'distillation': config.distillation, 'first': config.recipe} if name == 'refined' else {}
-  )
+  if name == 'refined':
+    first = {
+      'distillation': config.distillation,
+      'recipe': config.recipe,
+      'augment': config.augment,
+    }
+    decides['first'] = first
   decides |= {key: getattr(config, key) for key in ('proxy', 'direction', 'protected', 'min_ratio')}
   title = TRAININGS.get(name, RANKINGS[ranking])
   return Run(config, images, recipe, program, recipe.epochs * steps, identity(decides), title)
@@ -284,6 +291,12 @@ def check(config: Settings) -> Iterator[str]:
   rows = [WHOLE, *map(re.escape, (*RANKINGS.values(), *TRAININGS.values()))]
   metrics = ['trained', 'macs', *(f'quantized_{bits}' for bits in config.quantized)]
   yield from results.check_claims(config, rows, [*metrics, *map(column, config.shares)])
+  own = config.network.data
+  if not isinstance(own, Images) or own.multi_label or not own.labeled:
+    yield 'network.data: expected images of one class each.'
+    return
+  if config.refinement is not None and (own.dtype != 'uint8' or min(own.stored_image[:2]) < 4):
+    yield f'refinement: images of {own.dtype} {own.stored_image} cannot be expanded; uint8, 4 pixels a side.'
   if problems := list(found_by('network.model', compression.structure, whole_network(config))):
     yield from problems
     return
@@ -355,16 +368,21 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   rows[WHOLE] |= quantized(net.model, net.variables)
   plans, starts = {}, {}
   for ranking in config.rankings:
-    scores, metrics = scored(config, ranking, net, images), {}
+    scores, metrics = None, {}
     for share in config.shares:
-      plans[ranking] = pruned(config, scores, share)
+      file = workdir / f'plan_{ranking}_{100 * share:g}.json'
+      if file.exists():
+        plans[ranking] = Plan.load(file)
+      else:
+        scores = scored(config, ranking, net, images) if scores is None else scores
+        plans[ranking] = pruned(config, scores, share)
+        plans[ranking].save(file)
       small, starts[ranking] = compression.slice_network(net.model, net.variables, plans[ranking])
       metrics[column(share)] = accuracy(small, starts[ranking])
       say(
         f'{RANKINGS[ranking]}, {100 * share:g} % of the operations: {metrics[column(share)]:.4g} %'
       )
     metrics['macs'] = 100 * channel_ranking.operations(config.network, small) / total
-    plans[ranking].save(workdir / f'plan_{ranking}.json')
     rows[RANKINGS[ranking]] = metrics
   plan, ends = programs(config, plans), {}
   for ranking in config.rankings:
@@ -399,15 +417,15 @@ def predictions(config: Settings, net: Loaded, source: data.Source) -> np.ndarra
   task, (height, width, _) = config.network.task, config.network.data.view
 
   @jax.jit
-  def logits(batch: Mapping[str, Array]) -> dict[str, Array]:
+  def logits(variables: Variables, batch: Mapping[str, Array]) -> dict[str, Array]:
     images = task.inputs(batch)
     top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     images = images[:, top : top + height, left : left + width]
-    return {'logits': net.model.apply(net.variables, images, train=False)}
+    return {'logits': net.model.apply(variables, images, train=False)}
 
   found = map_batches(
-    logits, source, batch_size=config.eval_batch_size, mesh=config.mesh.make(),
-    num_threads=config.network.data.num_threads,
+    functools.partial(logits, net.variables), source, batch_size=config.eval_batch_size,
+    mesh=config.mesh.make(), num_threads=config.network.data.num_threads,
   )  # fmt: skip
   return np.asarray(found['logits'], np.float32)
 
@@ -426,6 +444,8 @@ def draw(config: Settings, rows: Mapping[str, Mapping[str, float]], path: pathli
   with pictures.drawn(path, 1, 2, size=(10, 3.8)) as (left, right):
     x = [100, *(100 * share for share in config.shares)]
     for ranking in config.rankings:
+      if config.pictured and RANKINGS[ranking] not in config.pictured:
+        continue
       own = rows[RANKINGS[ranking]]
       y = [rows[WHOLE]['trained'], *(own[column(share)] for share in config.shares)]
       left.plot(x, y, '-o', label=RANKINGS[ranking], markersize=4)

@@ -59,7 +59,9 @@ def pruned(
   Raises:
     ValueError: if the share cannot be reached, or a pattern matches no group.
   """
-  options = {'min_ratio': min_ratio, 'protected': matching(protected, list(scores))}
+  stay = matching(protected, list(compression.structure(model).groups))
+  scores = {name: own for name, own in scores.items() if name not in stay}
+  options = {'min_ratio': min_ratio}
 
   def cost(keep: Mapping[str, np.ndarray]) -> float:
     return operations(network, compression.sliced_model(model, compression.plan(model, keep)))

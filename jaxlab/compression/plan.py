@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
+import operator
 import os
-import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from flax import linen as nn
 
-from jaxlab.compression.structure import Group, Structure, structure
+from jaxlab.compression.structure import Group, Structure, shrunk, structure
 
 _FORMAT = 1
 
@@ -36,7 +35,7 @@ class Plan:
   heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    keep = {name: tuple(int(i) for i in own) for name, own in self.keep.items()}
+    keep = {name: tuple(map(operator.index, own)) for name, own in self.keep.items()}
     object.__setattr__(self, 'keep', keep)
     object.__setattr__(self, 'drop', tuple(self.drop))
     object.__setattr__(self, 'sizes', dict(self.sizes))
@@ -49,16 +48,20 @@ class Plan:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the plan as JSON, whole or not at all."""
-    path = pathlib.Path(path)
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file:
-      json.dump({'format': _FORMAT, **dataclasses.asdict(self)}, file, indent=1)
-    os.replace(file.name, path)
+    from etils import epath
+
+    path = epath.Path(path)
+    partial = path.parent / f'{path.name}.partial'
+    partial.write_text(json.dumps({'format': _FORMAT, **dataclasses.asdict(self)}, indent=1))
+    partial.replace(path)
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'Plan':
     """Reads a plan; raises ValueError, with the file's name, for anything else."""
+    from etils import epath
+
     try:
-      fields = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+      fields = json.loads(epath.Path(path).read_text())
       if fields.pop('format') != _FORMAT:
         raise ValueError('another format')
       return cls(**fields)
@@ -66,7 +69,12 @@ class Plan:
       raise ValueError(f'{os.fspath(path)} holds no plan of this format: {error}.') from None
 
   def check(self, model: nn.Module) -> Structure:
-    """Returns the structure of the network; raises ValueError if the plan was made for another one."""
+    """Returns the structure of the network.
+
+    Raises:
+      ValueError: if the plan was made for another one, or would break it: a plan that was loaded or made by
+        hand is looked at as one that `plan` makes.
+    """
     found = structure(model)
     if self.sizes != found.sizes:
       names = [*self.sizes, *(name for name in found.sizes if name not in self.sizes)]
@@ -75,6 +83,9 @@ class Plan:
         f'{name}: {self.sizes.get(name)} here, {found.sizes.get(name)} there' for name in apart[:3]
       )
       raise ValueError(f'the plan was made for another network than this one ({shown}).')
+    _, problems = _kept(found, self.keep, self.drop, self.heads)
+    if problems:
+      raise ValueError(f'the plan would break this {type(model).__name__}: {"; ".join(problems)}.')
     return found
 
 
@@ -104,7 +115,25 @@ def plan(
   (100, ('blocks_1/attention',))
   """
   found = structure(model)
-  keep, heads, drop = dict(keep or {}), dict(heads or {}), tuple(dict.fromkeys(drop))
+  heads, drop = dict(heads or {}), tuple(dict.fromkeys(drop))
+  kept, problems = _kept(found, dict(keep or {}), drop, heads)
+  if problems:
+    raise ValueError(f'no plan for this {type(model).__name__}: {"; ".join(problems)}.')
+  whole = {name for name, own in kept.items() if len(own) == found.sizes[name]} - set(heads)
+  kept = {name: own for name, own in kept.items() if name not in whole}
+  made = Plan(found.sizes, kept, drop, {name: heads[name] for name in heads if name in kept})
+  # What its fields cannot say, such as heads that differ within a stage, is an error now.
+  shrunk(model, made.kept_sizes, head_counts(found, made), set(drop))
+  return made
+
+
+def _kept(
+  found: Structure,
+  keep: Mapping[str, Sequence[int] | np.ndarray],
+  drop: Sequence[str],
+  heads: Mapping[str, int],
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+  """Returns the indices that stay, by group, and what is wrong with them and with what is left out."""
   problems = _drop_problems(found, drop)
   problems += [f'heads: {name!r} is not in keep' for name in heads if name not in keep]
   kept = {}
@@ -116,11 +145,7 @@ def plan(
         kept[name] = _indices(found.groups[name], given, heads.get(name))
       except ValueError as error:
         problems.append(f'{name}: {error}')
-  if problems:
-    raise ValueError(f'no plan for this {type(model).__name__}: {"; ".join(problems)}.')
-  whole = {name for name, own in kept.items() if len(own) == found.sizes[name]} - set(heads)
-  kept = {name: own for name, own in kept.items() if name not in whole}
-  return Plan(found.sizes, kept, drop, {name: heads[name] for name in heads if name in kept})
+  return kept, problems
 
 
 def _indices(group: Group, given: Sequence[int] | np.ndarray, heads: int | None) -> tuple[int, ...]:
@@ -207,8 +232,8 @@ def compose(model: nn.Module, first: Plan, second: Plan) -> Plan:
     second: for the network that `first` makes (`slice_network`).
 
   Raises:
-    ValueError: if either plan was made for another network, or the second groups channels of an attention
-      anew of which the first left unequal parts.
+    ValueError: if either plan was made for another network; or if one of the two groups the channels of an
+      attention anew and the other leaves unequal parts of the new heads.
   """
   whole = first.check(model)
   names = {renamed(name, first.drop): name for name in whole.groups}

@@ -44,11 +44,25 @@ def global_ranking(
   >>> {name: keep.tolist() for name, keep in global_ranking(scores, 2).items()}
   {'a': [True, False, True], 'b': [False, True, True]}
   """
+  keep = _ranked(scores, num_remove, min_ratio, protected)
+  if empty := [name for name, own in keep.items() if not own.any()]:
+    raise ValueError(
+      f'nothing would be left of {", ".join(empty)}: protect it, or take a larger min_ratio.'
+    )
+  return keep
+
+
+def _ranked(
+  scores: Mapping[str, np.ndarray], num_remove: int, min_ratio: float, protected: Collection[str]
+) -> dict[str, np.ndarray]:
+  """Returns what stays, also if that is nothing of a group."""
   values = {name: np.asarray(own, np.float64) for name, own in scores.items()}
   for name, own in values.items():
-    if own.ndim != 1 or not own.size or not np.isfinite(own).all():
+    if own.ndim != 1 or not own.size:
+      raise ValueError(f'scores[{name!r}] must be a vector, got shape {own.shape}.')
+    if wrong := np.sum(~np.isfinite(own)):
       raise ValueError(
-        f'scores[{name!r}] must be a vector of finite numbers, got shape {own.shape}.'
+        f'scores[{name!r}]: {wrong} of {own.size} are not finite; are the network and its inputs?'
       )
   total = sum(own.size for own in values.values())
   if not 0 <= num_remove <= total:
@@ -63,10 +77,6 @@ def global_ranking(
   for name, channel in (entries[place] for place in order[:num_remove]):
     if name not in protected and keep[name].sum() / keep[name].size >= min_ratio:
       keep[name][channel] = False
-  if empty := [name for name, own in keep.items() if not own.any()]:
-    raise ValueError(
-      f'nothing would be left of {", ".join(empty)}: protect it, or take a larger min_ratio.'
-    )
   return keep
 
 
@@ -97,16 +107,26 @@ def search_num_remove(
   >>> search_num_remove(scores, lambda keep: keep['a'].sum(), 2)
   2
   """
-  options = {'min_ratio': min_ratio, 'protected': protected}
-  low, high = 0, sum(np.size(own) for own in scores.values())
-  if (least := cost(global_ranking(scores, high, **options))) > target:
+
+  def kept(count: int) -> dict[str, np.ndarray]:
+    return _ranked(scores, count, min_ratio, protected)
+
+  total = sum(np.size(own) for own in scores.values())
+  # The longest list that empties no group, then the shortest that is cheap enough.
+  longest = total
+  if not all(own.any() for own in kept(total).values()):
+    longest = _first(total, lambda n: not all(own.any() for own in kept(n).values())) - 1
+  if (least := cost(kept(longest))) > target:
     raise ValueError(
       f'target={target:g}: {least:g} is the least that min_ratio={min_ratio} and what is protected leave.'
     )
+  return _first(longest, lambda n: cost(kept(n)) <= target)
+
+
+def _first(last: int, holds: Callable[[int], bool]) -> int:
+  """Returns the first of 0 to `last` for which something holds that holds from there on."""
+  low, high = 0, last
   while low < high:
     middle = (low + high) // 2
-    if cost(global_ranking(scores, middle, **options)) <= target:
-      high = middle
-    else:
-      low = middle + 1
+    low, high = (low, middle) if holds(middle) else (middle + 1, high)
   return low

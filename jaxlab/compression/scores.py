@@ -100,16 +100,23 @@ def removal_scores(
     raise ValueError(
       f'names: {unknown[:3]} are no groups and no parts of this {type(model).__name__}.'
     )
+  if not names:
+    return {}
   ends = np.cumsum([sizes[name] for name in names])
-  original = masked_apply(model, variables, {}, inputs)
+
+  def outputs(stays: Array) -> Array:
+    own = dict(zip(names, jnp.split(stays, ends[:-1]), strict=True))
+    masks = {name: own[name] if name in found.groups else own[name][0] for name in names}
+    return masked_apply(model, variables, masks, inputs)
 
   def without(candidate: Array) -> Array:
     stays = (jnp.arange(ends[-1]) != candidate).astype(jnp.float32)
-    own = dict(zip(names, jnp.split(stays, ends[:-1]), strict=True))
-    masks = {name: own[name] if name in found.groups else own[name][0] for name in names}
-    return jnp.sum(score(masked_apply(model, variables, masks, inputs), original))
+    return jnp.sum(score(outputs(stays), original))
 
-  scores = jax.lax.map(without, jnp.arange(ends[-1]), batch_size=chunk)
+  # Scores are as small as 1e-9: neither fewer bits nor another form of the whole network may enter.
+  with jax.default_matmul_precision('float32'):
+    original = outputs(jnp.ones(ends[-1]))
+    scores = jax.lax.map(without, jnp.arange(ends[-1]), batch_size=chunk)
   split = dict(zip(names, jnp.split(scores, ends[:-1]), strict=True))
   return {name: own if name in found.groups else own[0] for name, own in split.items()}
 

@@ -35,7 +35,8 @@ def slice_network(
 
   Every array of the whole network is cut along its groups' axes to the channels that stay; parts that are
   left out are gone, and the blocks behind them move up. The result computes what the masked network computes
-  (`masked_apply` with `masks(model, plan)`), to rounding.
+  (`masked_apply` with `masks(model, plan)`), to rounding; but where a plan groups the channels of an
+  attention anew (`plan.heads`), which masks do not, and without `same_scores`.
 
   Args:
     model: the whole network.
@@ -85,8 +86,9 @@ def slice_network(
 
 def sliced_model(model: nn.Module, plan: Plan) -> nn.Module:
   """Returns the smaller network alone, without variables; see `slice_network`."""
-  heads = head_counts(plan.check(model), plan)
-  return shrunk(model, plan.kept_sizes, heads, set(plan.drop))
+  found = plan.check(model)
+  sizes = {name: plan.kept_sizes[name] for name in found.groups}
+  return shrunk(model, sizes, head_counts(found, plan), set(plan.drop))
 
 
 def _without_norms(path: str, drop: Sequence[str]) -> str | None:

@@ -77,8 +77,8 @@ def structure(model: nn.Module) -> Structure:
   """Returns what can be cut out of a network of this library.
 
   Knows `ResNet` (trunks of stages and inner channels of blocks; with `shortcut='pad'` or groups of
-  convolutions no trunks or inner channels), `MobileNetV2` without squeeze-and-excitation, `VGG`, `ViT`
-  without `scan`, and `PVT`. Nothing is traced.
+  convolutions no trunks or inner channels), `MobileNetV2` without squeeze-and-excitation, `VGG` (not its two
+  hidden layers), `ViT` without `scan`, and `PVT`. Nothing is traced.
 
   Raises:
     ValueError: for another network.

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   config.recipe = embedded.tuning(epochs=100, base=0.1, warmup_epochs=5, batch_size=512)
   config.distillation = None
   config.refinement = None
+  config.quantized = ()
   config.claims = ()
   config.log_every = 200
   config.checkpoint_every = 2502

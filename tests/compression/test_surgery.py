@@ -17,7 +17,7 @@ NETWORKS = {
   'basic': ResNet((2, 2), width=4, stem='cifar', **FEW),
   'bottleneck': ResNet((2, 2), 'bottleneck', width=4, stem='cifar', **FEW),
   'mobilenetv2': MobileNetV2(
-    (1, 2, 2), (4, 6, 8), (1, 1, 2), stem_width=4, head_width=9, stem='cifar', expansion=2, **FEW
+    (1, 2, 2), (4, 6, 8), (1, 1, 2), stem_width=6, head_width=9, stem='cifar', expansion=2, **FEW
   ),
   'vgg': VGG((1, 2), (6, 8), hidden=10, **FEW),
   'vit': ViT(4, 8, 12, 2, num_heads=3, **FEW),
@@ -90,9 +90,7 @@ def test_sliced_network_computes_what_the_masked_one_does(name):
   }
 
 
-@pytest.mark.parametrize(
-  'name', [pytest.param(name, marks=pytest.mark.exhaustive) for name in MORE]
-)
+@pytest.mark.parametrize('name', tables.few(MORE, 'deit'))
 def test_sliced_variant_computes_what_the_masked_one_does(name):
   model = MORE[name]
   x, variables = drawn(model)
@@ -138,6 +136,17 @@ def test_plans_are_saved_whole_and_compose(tmp_path):
   found = compression.slice_network(model, variables, both)
   assert found[0] == expected[0]
   jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
+  broken = {
+    'indices from -1 to 99': {'layer1': (-1, 99)},
+    'nothing would stay': {'layer1': ()},
+    'indices come twice': {'layer1': (1, 1)},
+  }
+  for message, keep in broken.items():
+    with pytest.raises(ValueError, match=f'the plan would break this ResNet: layer1: {message}'):
+      compression.slice_network(model, variables, compression.Plan(first.sizes, keep))
+  (tmp_path / 'plan.json').write_text('{"format": 1, "sizes": {}, "keep": {"layer1": [0.5]}}')
+  with pytest.raises(ValueError, match='holds no plan'):
+    compression.Plan.load(tmp_path / 'plan.json')
   (tmp_path / 'plan.json').write_text('{"format": 1, "kept": 3}')
   with pytest.raises(ValueError, match=r'plan\.json holds no plan'):
     compression.Plan.load(tmp_path / 'plan.json')
@@ -266,6 +275,18 @@ def test_heads_of_different_widths_are_refused():
     compression.plan(
       NETWORKS['vit'], {'blocks_0/attention/qkv': range(5)}, heads={'blocks_0/attention/qkv': 5}
     )
+
+
+def test_heads_of_a_stage_stay_as_many():
+  with pytest.raises(ValueError, match='as many heads in all blocks of a stage'):
+    compression.plan(NETWORKS['pvt'], {'stages_1/blocks_0/attention/q': range(4)})
+
+
+def test_the_order_of_a_plans_groups_does_not_matter():
+  model = NETWORKS['vgg']
+  plan = some_plan(model)
+  turned = compression.Plan(dict(reversed(plan.sizes.items())), plan.keep)
+  assert compression.sliced_model(model, turned) == compression.sliced_model(model, plan)
 
 
 def test_plans_and_variables_of_other_networks_are_refused():
