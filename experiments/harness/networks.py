@@ -173,7 +173,8 @@ def training(
     model, network.task, network.recipe, steps, prepare=prepare, **options
   )
   num_steps = network.recipe.epochs * steps
-  own = {**drawn_by(network), **decides}
+  public_weights = {'pretrained': network.pretrained} if network.pretrained else {}
+  own = {**drawn_by(network), **public_weights, **decides}
   return Run(config, network.data, network.recipe, program, num_steps, own, title)
 
 

@@ -87,11 +87,35 @@ def test_public_weights_are_read_and_judged_without_training(network, tmp_path, 
     assert isinstance(a, jax.Array)
 
 
+def test_public_weights_with_a_recipe_are_fine_tuned_under_a_new_classifier(
+  network, tmp_path, monkeypatch
+):
+  features = networks.create(MODEL, num_classes=None)
+  x = jnp.zeros((1, 8, 8, 1))
+  public = jax.tree.map(np.asarray, jax.jit(features.init)(jax.random.key(3), x))
+  asked = []
+
+  def load_pretrained(name, **fields):
+    asked.append(fields['num_classes'])
+    return features, public
+
+  monkeypatch.setattr(models, 'load_pretrained', load_pretrained)
+  still = dataclasses.replace(network.recipe, schedule=Schedule(0.0))
+  own = dataclasses.replace(network, pretrained='mlp.public', recipe=still)
+  loaded = networks.load(CONFIG, own, tmp_path / 'net')
+  assert asked == [None] and loaded.model.num_classes == 10
+  np.testing.assert_array_equal(
+    loaded.variables['params']['fc0']['kernel'], public['params']['fc0']['kernel']
+  )
+  assert loaded.variables['params']['fc']['kernel'].shape == (8, 10)
+  with pytest.raises(ValueError, match='pretrained'):
+    networks.load(CONFIG, dataclasses.replace(own, pretrained='mlp.other'), tmp_path / 'net')
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    ({'recipe': None}, 'expected public weights or a recipe'),
-    ({'pretrained': 'mlp.x'}, 'expected public weights or a recipe'),
+    ({'recipe': None}, 'expected public weights, a recipe, or both'),
     ({'model': {'name': 'mlpp'}}, 'model: .*mlpp'),
   ],
 )
