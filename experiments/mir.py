@@ -7,7 +7,7 @@ untouched, goes on top of it ("replacing"). Claim: far above fine-tuning on the 
 pooled features.
 
   python -m experiments.mir
-  python -m experiments.mir --config.origin=noise                # no image at all
+  python -m experiments.mir --config.origin=noise --config.runs=mir_post_pool,mir   # no image at all
   python -m experiments.mir --config=imagenet_resnet34 --workdir=DIR
 """
 

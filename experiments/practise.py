@@ -15,6 +15,7 @@ Claim: above dropping other blocks, above labels, and not below pruned filters t
 import bisect
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import time
@@ -25,13 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 
 from experiments.harness import data as harness_data
 from experiments.harness import launcher, pictures, results, runs
 from experiments.harness.networks import Loaded
 from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables, say
-from experiments.harness.settings import found_by, section
+from experiments.harness.sections import check_batch
+from experiments.harness.settings import found_by, identity, section
 from experiments.harness.supervised import cross_entropy, streams
 from experiments.protocols import few_shot_compression
 from experiments.protocols.few_shot_compression import Tuning, mimicking, small_network
@@ -85,6 +88,13 @@ class Settings(few_shot_compression.Settings):
     yield from super().check()
     if not self.label_rate > 0:
       yield f'label_rate={self.label_rate}: expected a positive number.'
+    if not self.runs:
+      yield f'runs is empty; runs: {", ".join(TITLES)}.'
+    if self.totals and self.totals[0] > 1:
+      size = self.recovery.batch(self.totals[0], self.mesh)
+      yield from check_batch(
+        self.mesh, size, f'recovery: a batch of {size} of {self.totals[0]} images'
+      )
     if self.price == 'latency' and not self.timed:
       yield "price='latency' needs timed, the number of repeats; it is 0."
     if 'labels' in self.runs and not self.labeled:
@@ -199,23 +209,65 @@ def recovery(config: Settings, blocks: Sequence[str]) -> Run:
 
 
 def remaining_errors(
-  config: Settings, blocks: Sequence[str], adaptors: PyTree, whole: Variables, source: data.Source
-) -> dict[str, float]:
-  """Returns the error of each block's gap over all images as they are evaluated: its recoverability."""
+  config: Settings,
+  blocks: Sequence[str],
+  adaptors: Sequence[PyTree],
+  whole: Variables,
+  source: data.Source,
+) -> list[dict[str, float]]:
+  """Returns by block the errors of the gaps over all images as they are evaluated, of each of `adaptors`.
+
+  With trained adaptors they are the blocks' recoverability.
+  """
   own, total = Recovery(config, blocks), config.totals[0]
   task = few_shot_compression.task(config, total)
-  found = map_batches(
-    jax.jit(lambda batch: own.errors(adaptors, whole, task.inputs(batch)).T),
-    source,
-    batch_size=config.recovery.batch(total, config.mesh),
-    mesh=config.mesh.make(),
-    **harness_data.reading(few_shot_compression.images(config, total), 'test'),
-  )
-  return dict(zip(blocks, np.asarray(found, np.float64).mean(0).tolist(), strict=True))
+  # Weights as arguments: as constants they would be part of a program, one for each of the adaptors.
+  errors = jax.jit(lambda *given: own.errors(*given[:2], task.inputs(given[2])).T)
+  options = harness_data.reading(few_shot_compression.images(config, total), 'test')
+  options |= {'batch_size': config.recovery.batch(total, config.mesh), 'mesh': config.mesh.make()}
+  found = []
+  for each in adaptors:
+    values = map_batches(functools.partial(errors, each, whole), source, **options)
+    means = np.asarray(values, np.float64).mean(0).tolist()
+    found.append(dict(zip(blocks, means, strict=True)))
+  return found
 
 
-def savings(config: Settings, nets: Loaded) -> dict[str, dict[str, float]]:
-  """Returns the share that each block saves, of `macs` and, if it is timed, of `latency`."""
+def savings(config: Settings, nets: Loaded, workdir: pathlib.Path) -> dict[str, dict[str, float]]:
+  """Returns the share that each block saves, of `macs` and, if it is timed, of `latency`.
+
+  Measured once, since times differ a little each time, and which blocks go with them: `savings.json` in the
+  work directory holds them. Those of process 0 hold on all hosts.
+
+  Raises:
+    ValueError: for blocks that save nothing of `price` (nothing is written), or, where they decide, times of
+      another network, number of repeats or device.
+  """
+  file, names = workdir / 'savings.json', candidates(config)
+  decides = identity({
+    'model': config.network.model, 'view': config.network.data.view, 'timed': config.timed,
+    'timed_batch': config.timed_batch, 'device': jax.devices()[0].device_kind,
+  })  # fmt: skip
+  decides = json.loads(json.dumps(decides))
+  held = json.loads(file.read_text()) if file.exists() else {}
+  if held and held['settings'] != decides and config.price == 'latency':
+    raise ValueError(
+      f'{file} holds what blocks save by {held["settings"]}; these are {decides}. Choose another work '
+      'directory.'
+    )
+  if held.get('settings') == decides:
+    shares = held['savings']
+  else:
+    shares = _measured(config, nets)
+  shares = multihost_utils.broadcast_one_to_all(shares)
+  shares = {name: {kind: float(x) for kind, x in shares[name].items()} for name in names}
+  compression.require_savings({name: own[config.price] for name, own in shares.items()})
+  if jax.process_index() == 0:
+    results.save_json(file, {'settings': decides, 'savings': shares})
+  return shares
+
+
+def _measured(config: Settings, nets: Loaded) -> dict[str, dict[str, float]]:
   small = {WHOLE: (nets.model, nets.variables)}
   for block in candidates(config):
     plan = dropping(config, [block])
@@ -231,7 +283,7 @@ def score(
   config: Settings, nets: Loaded, source: data.Source, workdir: pathlib.Path
 ) -> dict[str, dict[str, float]]:
   """Returns of each block `error` without and `recoverability` with adaptors, what it saves, and `score`."""
-  saved, found, began = savings(config, nets), {}, time.perf_counter()
+  saved, found, began = savings(config, nets, workdir), {}, time.perf_counter()
   for stage, blocks in stages(config).items():
     plain = Recovery(config, blocks).init(nets.variables['params'])
     folder, frozen = workdir / f'recover_{stage}', {'whole': nets.variables}
@@ -239,18 +291,16 @@ def score(
       trained = runs.train(recovery(config, blocks), source, folder, frozen=frozen).state.params
     except FloatingPointError as error:
       raise FloatingPointError(
-        f'adaptors around {", ".join(blocks)}, one gap at a time: {error} Take a lower recovery.rate.'
+        f'adaptors of {stage}, one gap at a time: {error} Take a lower recovery.rate.'
       ) from None
-    values = (
-      remaining_errors(config, blocks, own, nets.variables, source) for own in (plain, trained)
-    )
+    values = remaining_errors(config, blocks, [plain, trained], nets.variables, source)
     for name, errors in zip(('error', 'recoverability'), values, strict=True):
       for block, error in errors.items():
         found.setdefault(block, {})[name] = error
   steps, gaps = config.recovery.steps, len(candidates(config))
   say(
     f'{gaps} blocks were scored in {time.perf_counter() - began:.0f} s, compilation included: {steps} steps '
-    f'each, {len(stages(config))} programs'
+    f'each, {len(stages(config))} trainings'
   )
   prices = compression.pruning_scores(
     {block: own['recoverability'] for block, own in found.items()},

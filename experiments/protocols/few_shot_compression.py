@@ -12,7 +12,7 @@ from experiments.harness import data as harness_data
 from experiments.harness import networks, runs, supervised
 from experiments.harness.data import Augment, Images
 from experiments.harness.networks import Loaded
-from experiments.harness.runs import Run, Variables
+from experiments.harness.runs import Run, Variables, say
 from experiments.harness.sections import (
   Experiment,
   Mesh,
@@ -21,7 +21,7 @@ from experiments.harness.sections import (
   Schedule,
   check_batch,
 )
-from experiments.harness.settings import found_by, free, identity, section
+from experiments.harness.settings import fill, found_by, free, identity, section
 from experiments.harness.supervised import Loss, Seen
 from experiments.harness.tasks import ImageTask
 from experiments.protocols import synthetic_images
@@ -33,6 +33,8 @@ from jaxlab.compression import Plan
 Array = jax.Array
 PyTree = Any
 
+# Steps behind which what running statistics were is less than a percent of them.
+FEWEST_STEPS = 50
 OPTIMIZER = {'name': 'sgd', 'momentum': 0.9, 'weight_decay': 1e-4}
 
 
@@ -95,7 +97,7 @@ class Settings(Experiment):
       the network itself takes for its classes ('synthetic', made of noise by `compression.synthesize`), or
       normal noise of the data's mean and deviation ('noise').
     other: the other data set.
-    synthesis: how they are made, see `synthetic_images.Synthesis`; there are as many as are asked for.
+    synthesis: how they are made, see `synthetic_images.Synthesis`; as many as are asked for, `count` at once.
     augment: of the images.
     tuning: of the small networks.
     timed: repeats of the measurement of latencies; 0: none.
@@ -136,6 +138,12 @@ class Settings(Experiment):
         yield 'other: expected a train_size.'
         return
       yield from check_view('other', self.other, own.view)
+    found = list(found_by('synthesis', synthesis, self))
+    yield from found
+    if not found:
+      yield from (f'synthesis: {problem}' for problem in synthesis(self).check())
+      if self.origin == 'synthetic':
+        yield from synthetic_images.check_shift(synthesis(self), own)
     if self.timed < 0 or self.timed_batch < 1:
       yield f'timed={self.timed}, timed_batch={self.timed_batch}: expected a number, or 0, and 1 or more.'
     if not self.totals or len(set(self.totals)) < len(self.totals):
@@ -187,11 +195,20 @@ def tiny_set(config: Settings, nets: Loaded, total: int) -> data.Source:
   return data.subset(source, data.sample_tiny_set(rng, source, total))
 
 
+def synthesis(config: Settings) -> Synthesis:
+  """Returns how images are made, `count` of them at once.
+
+  Raises:
+    ValueError: for options that do not exist, or of another type.
+  """
+  return fill(Synthesis, config.synthesis)
+
+
 def synthesized(config: Settings, nets: Loaded, total: int) -> np.ndarray:
   """Returns normalized images that the network takes for its classes, each class as often."""
-  own = Synthesis(**{**config.synthesis, 'count': total})
   key = jax.random.fold_in(jax.random.key(config.seed), total)
-  found, *_ = synthetic_images.make(own, config.network.data, nets.model, nets.variables, key)
+  given = config.network.data, nets.model, nets.variables, key
+  found, *_ = synthetic_images.make(synthesis(config), *given, total=total)
   return np.asarray(found)
 
 
@@ -277,6 +294,11 @@ def tune(
   run: Run, source: data.Source, folder: Any, small: Variables, whole: Variables
 ) -> Variables:
   """Returns the variables that a tuning ends with, from those of the small network; `whole` teach."""
+  if run.num_steps < FEWEST_STEPS:
+    say(
+      f'WARNING: {run.title} in {run.num_steps} steps: running statistics of batch norms move by a tenth a '
+      f'step; before {FEWEST_STEPS} they are still partly those of the whole network.'
+    )
   frozen = {'teacher': whole} if run.program.frozen else None
   return runs.train(run, source, folder, frozen=frozen, start=small).variables
 
@@ -298,7 +320,8 @@ def latencies(
   config: Settings, found: Mapping[str, tuple[nn.Module, Variables]]
 ) -> dict[str, float]:
   """Returns the time of a forward pass of `timed_batch` images in seconds by name, taken in turns."""
-  images = np.zeros((config.timed_batch, *config.network.data.view), np.float32)
+  # On the device once, or each call would time a copy, too.
+  images = jax.device_put(np.zeros((config.timed_batch, *config.network.data.view), np.float32))
 
   def side(model: nn.Module, variables: Variables) -> Callable[[], Array]:
     compiled = jax.jit(model.apply)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from experiments.harness import supervised
@@ -65,13 +66,23 @@ def check_shift(own: Synthesis, images: Images) -> Iterator[str]:
 
 
 def made(
-  own: Synthesis, images: Images, model: nn.Module, variables: Variables, key: Array
+  own: Synthesis,
+  images: Images,
+  model: nn.Module,
+  variables: Variables,
+  key: Array,
+  labels: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-  """Returns images as the network reads them, the classes that they were made for, and its logits."""
+  """Returns images as the network reads them, the classes that they were made for, and its logits.
+
+  Without `labels` they are of `own.count` drawn classes.
+  """
   options = dataclasses.asdict(own)
   del options['recognized']
   label_key, key = jax.random.split(key)
-  labels = compression.distinct_labels(label_key, options.pop('count'), images.num_classes)
+  count = options.pop('count')
+  if labels is None:
+    labels = compression.distinct_labels(label_key, count, images.num_classes)
   for name, value in (('low', 0.0), ('high', 1.0)):
     pixel = jnp.full((1, 1, images.view[-1]), value)
     options[name] = data.normalize(pixel, images.mean, images.std)
@@ -81,15 +92,39 @@ def made(
 
 
 def make(
-  own: Synthesis, images: Images, model: nn.Module, variables: Variables, key: Array
+  own: Synthesis,
+  images: Images,
+  model: nn.Module,
+  variables: Variables,
+  key: Array,
+  total: int | None = None,
 ) -> tuple[Array, Array, Array]:
   """Returns what `made` does, compiled.
+
+  Args:
+    own: how they are made.
+    images: the network's.
+    model: the network.
+    variables: of it.
+    key: a typed key.
+    total: number of images, each class as often; `own.count` of them are made at once (fewer, if so they
+      are parts of one size). None: `own.count`.
 
   Raises:
     ValueError: if the network does not recognize enough of the images.
   """
   function = jax.jit(functools.partial(made, own, images, model))
-  found, labels, logits = function(variables, key)
+  total = own.count if total is None else total
+  parts = -(-total // own.count)
+  label_key, _ = jax.random.split(key)
+  labels = compression.distinct_labels(label_key, total, images.num_classes)
+  # What fills up the last part is cut off again.
+  chunks = np.resize(labels, (parts, -(-total // parts)))
+  keys = [key, *(jax.random.fold_in(key, part) for part in range(1, parts))]
+  made_parts = [
+    jax.device_get(function(variables, *each)) for each in zip(keys, chunks, strict=True)
+  ]
+  found, labels, logits = (jnp.asarray(np.concatenate(own)[:total]) for own in zip(*made_parts))
   share = compression.require_recognized(logits, labels, own.recognized)
   say(f'synthetic images: {share:.0%} of {len(labels)} recognized')
   return found, labels, logits

@@ -17,7 +17,12 @@ from jaxlab.compression.adaptors import (
   init_adaptors,
   stage_of,
 )
-from jaxlab.compression.block_scores import pruning_scores, saved_share, select_blocks
+from jaxlab.compression.block_scores import (
+  pruning_scores,
+  require_savings,
+  saved_share,
+  select_blocks,
+)
 from jaxlab.compression.compressed_block import (
   DenseCut,
   compress_block,
@@ -145,6 +150,7 @@ __all__ = [
   'removal_scores',
   'renamed',
   'require_recognized',
+  'require_savings',
   'saved_share',
   'search_num_remove',
   'select_blocks',

@@ -86,8 +86,8 @@ def adaptor_positions(
 
   Behind the last convolution of each block before the gap in the same stage, and behind the projection on its
   first block's shortcut; before the first convolution of each block after the gap in the same stage, and
-  before that of the next stage's first block, and its shortcut's. In the last stage nothing is adapted behind
-  the gap's blocks. Paths are those of the whole network.
+  before that of the next stage's first block, and its shortcut's. Behind the gaps of the last stage only
+  blocks of that stage are adapted: no stage follows. Paths are those of the whole network.
 
   Args:
     model: the whole network.

@@ -19,6 +19,18 @@ def saved_share(whole: float, part: float) -> float:
   return (whole - part) / whole
 
 
+def require_savings(saved: Mapping[str, float]) -> None:
+  """Raises ValueError, naming the blocks, unless all save a share in (0, 1]; see `pruning_scores`.
+
+  >>> require_savings({'a': 0.125, 'b': 0.25})
+  """
+  if wrong := [f'{name} ({own:.3g})' for name, own in saved.items() if not (0 < own <= 1)]:
+    raise ValueError(
+      f'saved by {", ".join(wrong)}: expected shares in (0, 1]. Measure times again on an idle machine, or '
+      'take shares of multiply-accumulates.'
+    )
+
+
 def pruning_scores(
   recoverability: Mapping[str, float], saved: Mapping[str, float]
 ) -> dict[str, float]:
@@ -46,11 +58,7 @@ def pruning_scores(
     )
   if wrong := [name for name, own in recoverability.items() if not (0 <= own < np.inf)]:
     raise ValueError(f'recoverability of {", ".join(wrong)}: expected finite errors.')
-  if wrong := [f'{name} ({own:.3g})' for name, own in saved.items() if not (0 < own <= 1)]:
-    raise ValueError(
-      f'saved by {", ".join(wrong)}: expected shares in (0, 1]. Measure times again on an idle machine, or '
-      'take shares of multiply-accumulates.'
-    )
+  require_savings(saved)
   return {name: float(own) / float(saved[name]) for name, own in recoverability.items()}
 
 

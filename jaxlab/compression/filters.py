@@ -19,6 +19,8 @@ PyTree = Any
 def keep_count(size: int, ratio: float) -> int:
   """Returns how many of `size` channels stay where a share `ratio` is removed: `ceil(size (1 - ratio))`.
 
+  At least one, whatever the ratio.
+
   Raises:
     ValueError: for a ratio outside of [0, 1), or no channels.
 
@@ -30,7 +32,7 @@ def keep_count(size: int, ratio: float) -> int:
   if size < 1:
     raise ValueError(f'size={size}: expected a number of channels.')
   # 10 * (1 - 0.7) is a hair above 3.
-  return math.ceil(round(size * (1 - ratio), 9))
+  return max(1, math.ceil(round(size * (1 - ratio), 9)))
 
 
 def filter_plan(
@@ -44,8 +46,8 @@ def filter_plan(
   """Returns the plan that removes a share of the filters within residual blocks, of the smallest L1 norm.
 
   Of a basic block those of its first convolution, of a bottleneck those of the 3x3 one, of an inverted
-  residual those of the expansion, with the depthwise ones behind them. Of equal norms the first stay. What
-  blocks hand on keeps its width.
+  residual those of the expansion, whose norms alone count; the depthwise ones behind them go with them. Of
+  equal norms the first stay. What blocks hand on keeps its width.
 
   Args:
     model: the whole network.
@@ -77,7 +79,7 @@ def filter_plan(
   counts = {name: keep_count(found.groups[name].size, ratio) for name in names}
   if variables is None:
     return make_plan(model, {name: range(count) for name, count in counts.items()})
-  norms = kernel_norms(model, variables, names)
+  norms = kernel_norms(model, variables, names, named_layer=True)
   return make_plan(model, {name: _largest(norms[name], count) for name, count in counts.items()})
 
 

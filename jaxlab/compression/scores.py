@@ -122,7 +122,11 @@ def removal_scores(
 
 
 def kernel_norms(
-  model: nn.Module, variables: Mapping[str, PyTree], names: Collection[str] | None = None
+  model: nn.Module,
+  variables: Mapping[str, PyTree],
+  names: Collection[str] | None = None,
+  *,
+  named_layer: bool = False,
 ) -> dict[str, Array]:
   """Returns the L1 norm of what makes each channel: the sum of `|kernel|` over all but its outputs.
 
@@ -133,9 +137,14 @@ def kernel_norms(
     model: the network.
     variables: its collections.
     names: groups; None: all.
+    named_layer: count only the layer that a group is named after: of the hidden channels of an inverted
+      residual the expansion, not the depthwise convolution behind it.
 
   Returns:
     `[channels]` by group.
+
+  Raises:
+    ValueError: with `named_layer`, for a group that is named after a stage or a branch.
   """
   from flax import traverse_util
 
@@ -144,8 +153,12 @@ def kernel_norms(
   scores = {}
   for name in found.groups if names is None else names:
     group, total = found.groups[name], jnp.zeros(found.groups[name].size)
+    if named_layer and f'{name}/kernel' not in params:
+      raise ValueError(f'names: {name!r} is no layer; expected such groups with named_layer=True.')
     for cut in group.cuts:
       path = cut.path.removeprefix('params/')
+      if named_layer and path != f'{name}/kernel':
+        continue
       if cut.axis == -1 and path.endswith('/kernel') and path in params:
         kernel = jnp.abs(params[path])
         total += jnp.sum(kernel.reshape(-1, cut.parts, group.size), (0, 1))

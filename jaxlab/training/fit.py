@@ -93,8 +93,8 @@ def fit(
     ValueError: before the first step, if config, mesh, batch, rules, `frozen` or `workdir` do not fit
       together, if another process runs in `workdir`, or if the run there is beyond `num_steps`.
     FloatingPointError: if the loss (the metric `loss`), a parameter or a statistic of the model is not
-      finite, or `best_metric` never was; names the step and the last good checkpoint. Such a state is
-      neither saved nor returned.
+      finite, or `best_metric` never was; names the step, its other metrics that are not finite, and the
+      last good checkpoint. Such a state is neither saved nor returned.
     SystemExit: with status 0, after SIGTERM or Ctrl-C; a second Ctrl-C ends at once.
   """
   for name, every in {'log_every': log_every, 'checkpoint_every': checkpoint_every}.items():
@@ -254,5 +254,7 @@ def _means(
     if not np.all(np.isfinite(row.get('loss', 0.0))):
       at = step - len(rows) + 1 + index
       good = checkpoints.last_good() if checkpoints else 'Without a workdir nothing was saved.'
-      raise FloatingPointError(f'The loss is {float(row["loss"])} at step {at}. {good}')
+      parts = [name for name, own in row.items() if name != 'loss' and not np.all(np.isfinite(own))]
+      named = f', with {", ".join(parts)}' if parts else ''
+      raise FloatingPointError(f'The loss is {float(row["loss"])} at step {at}{named}. {good}')
   return {name: float(np.mean([row[name] for row in rows], dtype=np.float64)) for name in rows[-1]}

@@ -3,7 +3,7 @@
   python -m experiments.mir
 
 Each of 1297 training digits lies at four random places and scales on a plain 16x16 canvas. Six basic
-blocks, 43 thousand parameters; pruned in all blocks but those that change the shape.
+blocks, 44 thousand parameters; pruned in all blocks but those that change the shape.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,7 @@
 Half of the filters of the first convolution in each block that keeps the shape; 2000 steps of 64 images at
 0.02, a tenth of it from 40 % and a hundredth from 80 % on; labels at 1e-4. The paper's runs have seeds 2021
 to 2025. Without a single photograph: `--config.origin=synthetic --config.runs=mir_post_pool,mir`. Prepare
-the data
-once: `tfds build imagenet2012 --file_format=array_record`.
+the data once: `tfds build imagenet2012 --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +28,7 @@ def get_config() -> ConfigDict:
 
 
 def imagenet(name: str, weights: str) -> dict:
-  """Returns a network with torchvision's weights."""
+  """Returns a network with public weights, torchvision's (`tv_in1k`) or timm's."""
   return dict(
     data=dict(name='imagenet2012'),
     augment=dict(kind='resized_crop'),

@@ -2,7 +2,9 @@
 
   python -m experiments.mir --config=imagenet_resnet50 --workdir=gs://...
 
-Half of the filters of the 3x3 convolution in each block that keeps the shape.
+Half of the filters of the 3x3 convolution in each block around an identity. `layer1_0`, whose shortcut is a
+projection though its stride is 1, stays whole; the default of the third party's code that the share of half
+is known from prunes it, too.
 """
 
 from ml_collections import ConfigDict

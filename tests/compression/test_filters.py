@@ -34,6 +34,24 @@ def test_the_filters_of_the_largest_norm_stay_and_ties_go_to_the_first():
   assert set(found.keep) == {f'{own}/conv1' for own in ('layer1_0', 'layer1_1', 'layer2_1')}
 
 
+def test_a_share_of_nearly_all_leaves_one():
+  assert keep_count(3, 1 - 1e-12) == 1
+
+
+def test_of_an_inverted_residual_the_expansion_alone_counts():
+  model = models.MobileNetV2(
+    stage_sizes=(1, 2), widths=(4, 4), stem_width=8, head_width=8, stem='cifar', num_classes=3
+  )
+  variables = random_variables(model, random_images((1, 8, 8, 3)))
+  block = variables['params']['blocks_1_1']
+  order = np.random.default_rng(0).permutation(block['conv_pw']['kernel'].shape[-1])
+  # By the depthwise convolutions, which are larger, the order would be the opposite.
+  block['conv_pw']['kernel'] = np.ones_like(block['conv_pw']['kernel']) * (1 + order)
+  block['conv_dw']['kernel'] = np.ones_like(block['conv_dw']['kernel']) * 1e3 * (1 - order)
+  found = filter_plan(model, variables, 0.5).keep['blocks_1_1/conv_pw']
+  np.testing.assert_array_equal(found, np.flatnonzero(order >= len(order) // 2))
+
+
 @pytest.mark.parametrize(
   ('model', 'all_convs', 'expected'),
   [

@@ -249,6 +249,8 @@ def test_norms_of_kernels_are_sums_over_what_makes_a_channel():
   writers = [('layer2_0', 'conv2'), ('layer2_0', 'downsample_0'), ('layer2_1', 'conv2')]
   total = sum(np.abs(params[a][b]['kernel']).sum((0, 1, 2)) for a, b in writers)
   assert_close(found['layer2'], total)
+  with pytest.raises(ValueError, match="'layer2' is no layer"):
+    compression.kernel_norms(model, variables, ['layer2'], named_layer=True)
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,59 @@ def test_images_may_come_from_elsewhere(origin, tmp_path, monkeypatch):
     assert np.abs(normal.std() / config.network.data.std - 1) < 0.4
 
 
+def test_synthetic_images_are_made_in_parts(monkeypatch):
+  config = tiny(
+    'origin=synthetic', 'runs=mir', 'synthesis={"count": 8, "steps": 2, "warmup_steps": 1, "shift": 1}',
+    'network.recipe.epochs=1',
+  )  # fmt: skip
+  launcher.check(config)
+  model = few_shot_compression.whole_network(config)
+  variables = dict(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32)))
+  sizes = []
+
+  def made(own, images, model, variables, key, labels):
+    sizes.append(len(labels))  # once: parts have one size
+    return (
+      np.ones((len(labels), *images.view)) * jax.random.uniform(key),
+      labels,
+      jax.nn.one_hot(labels, 10),
+    )
+
+  monkeypatch.setattr(few_shot_compression.synthetic_images, 'made', made)
+  own, data_section = few_shot_compression.synthesis(config), config.network.data
+  given = data_section, model, variables, jax.random.key(3)
+  images, labels, logits = few_shot_compression.synthetic_images.make(own, *given, total=21)
+  assert sizes == [7] and images.shape == (21, 8, 8, 1) and logits.shape == (21, 10)
+  assert set(np.bincount(labels, minlength=10)) == {2, 3}
+  assert len(np.unique(images[:, 0, 0, 0])) == 3  # each part has a noise of its own
+
+
+@pytest.mark.parametrize('steps', [2, 50])
+def test_a_tuning_too_short_for_running_statistics_is_said(steps, monkeypatch, capsys):
+  config = tiny(f'tuning.steps={steps}')
+  run = mir.training(config, 'bp', few_shot_compression.whole_network(config), 10)
+  monkeypatch.setattr(
+    few_shot_compression.runs, 'train', lambda *a, **k: type('', (), {'variables': 1})
+  )
+  assert few_shot_compression.tune(run, None, None, {}, {}) == 1
+  assert ('WARNING: labels (BP) in 2 steps' in capsys.readouterr().out) == (steps == 2)
+
+
+def test_latencies_are_of_images_on_the_device(monkeypatch):
+  config = tiny('timed=2', 'timed_batch=4')
+  seen = []
+  monkeypatch.setattr(jax, 'jit', lambda apply: lambda variables, images: seen.append(images))
+  monkeypatch.setattr(
+    compression,
+    'paired_latency',
+    lambda sides, repeats: {name: own() for name, own in sides.items()},
+  )
+  model = few_shot_compression.whole_network(config)
+  few_shot_compression.latencies(config, {'a': (model, {}), 'b': (model, {})})
+  assert all(isinstance(own, jax.Array) and own.shape == (4, 8, 8, 1) for own in seen)
+  assert len(seen) == 2
+
+
 def test_the_rate_falls_twice_at_shares_of_the_steps():
   whole = Mesh()
   recipe = few_shot_compression.Tuning(steps=2000).recipe(50, whole)
@@ -158,10 +211,17 @@ def test_the_rate_falls_twice_at_shares_of_the_steps():
     ('label_rate=0', 'label_rate=0.0'),
     ('temperature=0', 'temperature=0.0'),
     ('runs=[]', 'runs is empty'),
+    ('synthesis={"step": 3}', 'synthesis: .*step: unknown key; expected steps'),
+    ('synthesis={"steps": 3}', 'synthesis: warmup_steps=100'),
+    ('synthesis={"count": 0}', 'synthesis: count=0'),
+    (
+      ('origin=synthetic', 'runs=mir', 'synthesis={"shift": 8}'),
+      r'synthesis.shift=8: expected 0 to 7',
+    ),
     ('timed=-1', 'timed=-1'),
     ("network.model={'name': 'mlp', 'hidden': (8,), 'num_classes': 10}", 'network.model: The map'),
   ],
 )
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
-    launcher.check(tiny(change))
+    launcher.check(tiny(*([change] if isinstance(change, str) else change)))

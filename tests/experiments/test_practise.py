@@ -163,17 +163,61 @@ def test_the_cheapest_and_the_dearest_blocks_are_dropped():
 
 def test_adaptors_that_diverge_are_named(tmp_path, monkeypatch):
   def diverge(*args, **kwargs):
-    raise FloatingPointError('The loss is nan at step 1.')
+    raise FloatingPointError('The loss is nan at step 1, with layer1_2.')
 
   monkeypatch.setattr(practise.runs, 'train', diverge)
   config = tiny()
-  model = few_shot_compression.whole_network(config)
-  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-  nets = Loaded(config, config.network, model, dict(variables), None, None)
+  nets = untrained(config)
   with pytest.raises(
-    FloatingPointError, match=r'around layer1_1, layer1_2, .* step 1. Take a lower'
+    FloatingPointError, match=r'adaptors of layer1, .* step 1, with layer1_2. Take a lower'
   ):
     practise.score(config, nets, None, tmp_path)
+
+
+def untrained(config):
+  """Returns a network as it is drawn."""
+  model = few_shot_compression.whole_network(config)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+  return Loaded(config, config.network, model, dict(variables), None, None)
+
+
+def timed(monkeypatch, *times):
+  """Lets each block leave these shares of the latency, in percent."""
+
+  def costs(config, found, base):
+    left = dict(zip(found, (100.0, *times), strict=True))
+    return {name: {'macs': 90.0, 'latency': own} for name, own in left.items()}
+
+  monkeypatch.setattr(few_shot_compression, 'costs', costs)
+
+
+def test_what_blocks_save_is_measured_once(tmp_path, monkeypatch):
+  config = tiny('price=latency', 'timed=3')
+  nets = untrained(config)
+  timed(monkeypatch, 90.0, 75.0)
+  first = practise.savings(config, nets, tmp_path)
+  assert {name: own['latency'] for name, own in first.items()} == pytest.approx(
+    {'layer1_1': 0.1, 'layer1_2': 0.25}
+  )
+  timed(monkeypatch, 75.0, 90.0)
+  assert practise.savings(config, nets, tmp_path) == first
+  other = tiny('price=latency', 'timed=4')
+  with pytest.raises(ValueError, match=r'savings.json holds .*Choose another work directory'):
+    practise.savings(other, nets, tmp_path)
+  # Where they decide nothing, times are taken anew.
+  found = practise.savings(tiny('price=macs', 'timed=4'), nets, tmp_path)
+  assert found['layer1_1']['latency'] == pytest.approx(0.25)
+
+
+def test_a_block_that_saves_nothing_ends_a_run_before_any_training(tmp_path, monkeypatch):
+  config = tiny('price=latency', 'timed=3')
+  nets = untrained(config)
+  timed(monkeypatch, 90.0, 101.0)
+  monkeypatch.setattr(practise.runs, 'train', lambda *args, **kwargs: pytest.fail('training'))
+  with pytest.raises(ValueError, match=r'saved by layer1_2 \(-0.01\)'):
+    practise.score(config, nets, None, tmp_path)
+  timed(monkeypatch, 90.0, 99.0)  # measured again, nothing was written
+  assert practise.savings(config, nets, tmp_path)['layer1_2']['latency'] == pytest.approx(0.01)
 
 
 def test_filters_save_as_much_and_hardly_more():
@@ -201,6 +245,8 @@ def test_filters_save_as_much_and_hardly_more():
     ('price=latency', "price='latency' needs timed"),
     ('origin=noise', "'labels' needs labels"),
     ('recovery.steps=0', 'recovery.steps=0'),
+    ('recovery.batch_size=7', 'recovery: a batch of 7 of 10 images'),
+    ('runs=[]', 'runs is empty'),
     ('label_rate=0', 'label_rate=0.0'),
     ('last_conv=last', 'last_conv'),
   ],

@@ -208,6 +208,17 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     run(40, program=make_program(blow_up_at=5))
 
 
+def test_the_metrics_that_are_not_finite_are_named_with_the_loss():
+  program = make_program(blow_up_at=2)
+
+  def step(*args):
+    state, metrics = program.step(*args)
+    return state, {**metrics, 'first': 2 * metrics['loss'], 'second': 0 * state.step}
+
+  with pytest.raises(FloatingPointError, match=r'nan at step 2, with first\. Without'):
+    run(3, program=program.replace(step=step))
+
+
 def test_state_that_is_not_finite_is_never_saved(tmp_path):
   with pytest.raises(FloatingPointError, match=r'parameter is not finite after step 1'):
     run(2, tmp_path, program=make_program(learning_rate=np.inf), checkpoint_every=1)
