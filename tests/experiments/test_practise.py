@@ -10,7 +10,7 @@ from experiments import practise
 from experiments.harness import launcher
 from experiments.harness.networks import Loaded
 from experiments.harness.settings import SettingsError
-from experiments.protocols import few_shot_compression
+from experiments.protocols import block_recovery, few_shot_compression
 from jaxlab import compression, models
 
 DATA = "{'name': 'digits', 'train_options': {'test_size': 1597}, 'test_options': {'test_size': 100}, 'train_size': 200}"  # noqa: E501
@@ -57,7 +57,7 @@ def test_recovering_a_block_agrees_with_official_code_to_the_last_adaptor(vector
   place = blocks.index(block)
   whole = variables(vectors.tree('param_origin_'))
   images = [own.astype(np.float32) for own in batches(vectors, 'images_nchw')]
-  run, own = practise.recovery(config, blocks), practise.Recovery(config, blocks)
+  run, own = block_recovery.recovery(config, blocks), block_recovery.Recovery(config, blocks)
   errors = jax.jit(lambda adaptors, x: jnp.mean(own.errors(adaptors, whole, x)[place]))
 
   def metric(adaptors):
@@ -119,7 +119,7 @@ def test_gaps_do_not_touch_each_other():
   )
   alone = {}
   for own in (blocks, *((block,) for block in blocks)):
-    run = practise.recovery(config, own)
+    run = block_recovery.recovery(config, own)
     state, metrics = jax.jit(run.program.step)(
       run.program.init(jax.random.key(0)), {'whole': dict(whole)}, x
     )
