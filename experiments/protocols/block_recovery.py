@@ -1,4 +1,4 @@
-"""Adaptors that let what stands around a dropped block make up for it: of all gaps of a stage in one program."""
+"""Adaptors by which the neighbors of a dropped block make up for it: one program for the gaps of a stage."""
 
 import dataclasses
 import functools
