@@ -139,6 +139,9 @@ class Network:
     """Yields what is wrong with the values."""
     if not self.pretrained and self.recipe is None:
       yield 'pretrained: expected public weights, a recipe, or both.'
+    name = self.model.get('name')
+    if self.pretrained and self.pretrained.partition('.')[0] != name:
+      yield f'pretrained: {self.pretrained!r} are weights of another network than {name!r}.'
     if self.weights and not self.pretrained:
       yield f'weights={self.weights!r}: give the name of the weights, pretrained, too.'
     try:

@@ -132,7 +132,7 @@ def test_runs_leave_all_rows_and_share_the_float_network(tmp_path, folder, capsy
     (['calibration.compensation=100', 'calibration.batch_size=64'], 'multiple'),
     (['calibration.ranges=2000'], r'calibration\.ranges=2000: expected 1 to 1297 \(vit\)'),
     (['network.vit.quantization=gpt'], r"network\.vit\.quantization.*'repq', 'percentile', 'gptq'"),
-    (['network.vit.pretrained=resnet18'], 'network.vit.pretrained: .* one of the two'),
+    (['network.vit.pretrained=resnet18'], 'network.vit.pretrained: .* of another network'),
     (['fitting.start_block=3'], r'QwT: start_block=3 is none of 3 blocks \(vit\)'),
     (['fine_tuning.bits=2w3a'], r"fine_tuning\.bits.*'lowest', 'all'"),
     (['fine_tuning.recipe.batch_size=2048'], 'at most 1297'),

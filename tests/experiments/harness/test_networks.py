@@ -116,6 +116,7 @@ def test_public_weights_with_a_recipe_are_fine_tuned_under_a_new_classifier(
   ('changes', 'message'),
   [
     ({'recipe': None}, 'expected public weights, a recipe, or both'),
+    ({'pretrained': 'resnet18.x'}, "'resnet18.x' are weights of another network than 'mlp'"),
     ({'model': {'name': 'mlpp'}}, 'model: .*mlpp'),
   ],
 )
