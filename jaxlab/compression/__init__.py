@@ -30,7 +30,6 @@ from jaxlab.compression.compressed_block import (
   frozen_behind,
 )
 from jaxlab.compression.costs import (
-  least_tpu_latency,
   multiply_accumulates,
   num_parameters,
   paired_latency,
@@ -134,7 +133,6 @@ __all__ = [
   'kept_neurons',
   'kept_text',
   'kernel_norms',
-  'least_tpu_latency',
   'mask_variables',
   'masked',
   'masked_apply',

@@ -10,8 +10,6 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from jaxlab.parallel import aot
-
 PyTree = Any
 
 
@@ -89,30 +87,3 @@ def paired_latency(
       jax.block_until_ready(run())
       times[name].append(time.perf_counter() - start)
   return {name: float(np.median(own)) for name, own in times.items()}
-
-
-def least_tpu_latency(
-  model: nn.Module, variables: PyTree, *inputs: Any, topology: str = 'v5e:2x2'
-) -> float:
-  """Returns the time in seconds below which one chip of a TPU cannot run a pass, from the compiled program.
-
-  Compiled by the real TPU compiler on any x86 Linux machine (`pip install libtpu`), see
-  `parallel.aot.least_seconds`: planning for a pod what blocks or channels can gain needs no pod.
-
-  Args:
-    model: a network.
-    variables: its collections; shapes are enough.
-    *inputs: likewise.
-    topology: generation and shape, of which one chip is taken; see `parallel.aot.tpu_topology_mesh`.
-
-  Raises:
-    ModuleNotFoundError: without `libtpu`.
-    ValueError: for a topology that the compiler does not know.
-  """
-  chip = aot.tpu_topology_mesh(topology).devices.flat[0]
-  sharding = jax.sharding.SingleDeviceSharding(chip)
-  given = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    (variables, *inputs),
-  )
-  return aot.least_seconds(jax.jit(model.apply).lower(*given).compile())

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from jaxlab.compression.slicing import masked_apply
 from jaxlab.compression.structure import structure
@@ -146,8 +147,6 @@ def kernel_norms(
   Raises:
     ValueError: with `named_layer`, for a group that is named after a stage or a branch.
   """
-  from flax import traverse_util
-
   found = structure(model)
   params = traverse_util.flatten_dict(dict(variables['params']), sep='/')
   scores = {}

@@ -59,12 +59,7 @@ def slice_network(
   """
   found = plan.check(model)
   heads = head_counts(found, plan)
-  flat = {
-    (name, *path.split('/')): leaf
-    for name, tree in variables.items()
-    for path, leaf in traverse_util.flatten_dict(dict(tree), sep='/').items()
-  }
-  flat = {'/'.join(path): leaf for path, leaf in flat.items()}
+  flat = traverse_util.flatten_dict(dict(variables), sep='/')
   _check_sizes(found, flat)
   for name, indices in plan.keep.items():
     group = found.groups[name]

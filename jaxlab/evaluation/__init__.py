@@ -66,14 +66,6 @@ from jaxlab.evaluation.outliers import (
   data_independence,
   outlier_statistics,
 )
-from jaxlab.evaluation.parameter_differences import (
-  ChangeHistogram,
-  change_histogram,
-  delta_norms,
-  is_bimodal,
-  parameter_distances,
-  relative_change,
-)
 from jaxlab.evaluation.recalls import (
   confusion_metrics,
   geometric_mean,
@@ -96,7 +88,6 @@ from jaxlab.evaluation.values import (
 
 __all__ = [
   'Calibration',
-  'ChangeHistogram',
   'ChannelColinearity',
   'DataIndependence',
   'Ensemble',
@@ -107,7 +98,6 @@ __all__ = [
   'RetrievalScores',
   'Tally',
   'average_precision',
-  'change_histogram',
   'channel_colinearity',
   'channel_gains',
   'colinearity_index',
@@ -115,7 +105,6 @@ __all__ = [
   'confusion_metrics',
   'cumulative_score',
   'data_independence',
-  'delta_norms',
   'effective_rank',
   'ensemble',
   'episode_metrics',
@@ -126,7 +115,6 @@ __all__ = [
   'group_recalls',
   'harmonic_mean',
   'imbalanced_metrics',
-  'is_bimodal',
   'label_rank',
   'linear_probe_lars',
   'linear_probe_sgd',
@@ -139,14 +127,12 @@ __all__ = [
   'multi_label_probe',
   'norm_ratios',
   'outlier_statistics',
-  'parameter_distances',
   'per_class_recall',
   'perplexity',
   'predicted_classes',
   'probe_accuracy',
   'probe_logits',
   'recall_metrics',
-  'relative_change',
   'retrieval_scores',
   'shared_label_precision',
   'tally_compute',

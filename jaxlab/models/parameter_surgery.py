@@ -2,7 +2,7 @@
 
 Three of the four tools of "Who Reasons in the Large Language Models?" (Shao & Wu, NeurIPS 2025,
 https://arxiv.org/abs/2505.20993) that locate a capability in a network; the fourth, Delta, is in
-`jaxlab.evaluation.parameter_differences`. They take any pytree of named modules, and the state dict of a
+`jaxlab.models.parameter_differences`. They take any pytree of named modules, and the state dict of a
 checkpoint (`model.layers.3.self_attn.o_proj.weight`) as it is.
 """
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlab.models.intercept import Hook, any_of, raise_unmatched
-from jaxlab.parallel.partition import tree_paths
+from jaxlab.trees import tree_paths
 
 Array = jax.Array
 PyTree = Any

@@ -9,10 +9,11 @@ import importlib.util
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxlab.parallel.mesh import make_mesh
 from jaxlab.parallel.program import shard_program
@@ -157,6 +158,30 @@ def least_seconds(compiled: jax.stages.Compiled) -> float:
   cost = compiled.cost_analysis()
   flops, moved = float(cost.get('flops', 0.0)), float(cost.get('bytes accessed', 0.0))
   return max(flops / PEAK_FLOPS[kind], moved / HBM_BYTES_PER_SECOND[kind])
+
+
+def least_latency(
+  function: Callable[..., Any], *arguments: Any, topology: str = 'v5e:2x2'
+) -> float:
+  """Returns the time in seconds below which one chip of a TPU cannot run a function; see `least_seconds`.
+
+  It is compiled by the real TPU compiler on any x86 Linux machine (`pip install libtpu`): what a network
+  without some of its blocks or channels can gain on a pod is known without a pod.
+
+  Args:
+    function: of arrays, such as `model.apply`.
+    *arguments: pytrees of arrays, or of their shapes.
+    topology: generation and shape, of which one chip is taken; see `tpu_topology_mesh`.
+
+  Raises:
+    ModuleNotFoundError: without `libtpu`.
+    ValueError: for a topology that the compiler does not know.
+  """
+  sharding = SingleDeviceSharding(tpu_topology_mesh(topology).devices.flat[0])
+  given = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
+  )
+  return least_seconds(jax.jit(function).lower(*given).compile())
 
 
 def _devices(compiled: jax.stages.Compiled) -> list[jax.Device]:

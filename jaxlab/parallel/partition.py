@@ -8,18 +8,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlab.trees import tree_paths
+
 PyTree = Any
 Rules = Sequence[tuple[str, PartitionSpec]]
-
-
-def tree_paths(tree: PyTree) -> list[tuple[str, Any]]:
-  """Returns `(path, leaf)` of all leaves, in the tree's order.
-
-  >>> tree_paths({'conv1': {'kernel': 1}, 'momentum': (2, 3)})
-  [('conv1/kernel', 1), ('momentum/0', 2), ('momentum/1', 3)]
-  """
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
 
 
 def fsdp_spec(shape: Sequence[int], mesh: Mesh, min_size: int) -> PartitionSpec:

@@ -5,19 +5,19 @@ import pytest
 from golden_vectors import assert_close, golden
 from safetensors import numpy as safetensors_numpy
 
-from jaxlab import evaluation, models
+from jaxlab import models
 
 
 @golden('sfn', 'delta_stethoscope')
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_delta_agrees_with_reference(vectors, dtype):
   base, tuned = (vectors[f'in_weight_{name}'].astype(dtype) for name in ('base', 'tuned'))
-  norm = evaluation.parameter_distances({'w': base}, {'w': tuned})['w']
+  norm = models.parameter_distances({'w': base}, {'w': tuned})['w']
   assert_close(norm, vectors['out_l2_norm_of_difference'], 1e-6)
-  change = evaluation.relative_change(base, tuned)
+  change = models.relative_change(base, tuned)
   assert change.dtype == dtype
   assert_close(change.ravel(), vectors['out_relative_change_clipped'], 1e-6)
-  counts, normalized, edges = evaluation.change_histogram(change)
+  counts, normalized, edges = models.change_histogram(change)
   np.testing.assert_array_equal(counts, vectors['out_histogram_counts'])
   assert_close(normalized, vectors['out_histogram_normalised'], 1e-9)
   assert_close(edges, vectors['out_bin_edges'], 1e-6)
@@ -34,16 +34,16 @@ def test_delta_by_type_and_block_counts_weight_matrices_alone():
   tuned['layers_1']['self_attn']['o_proj'] = jax.tree.map(
     lambda a: a + 1, tuned['layers_1']['self_attn']['o_proj']
   )
-  found = evaluation.delta_norms(base, tuned)
+  found = models.delta_norms(base, tuned)
   attention, mlp = ('q_proj', 'k_proj', 'v_proj', 'o_proj'), ('gate_proj', 'up_proj', 'down_proj')
   assert set(found) == {f'self_attn/{n}' for n in attention} | {f'mlp/{n}' for n in mlp}
   assert found.pop('self_attn/o_proj').tolist() == [0, 8]
   assert all(norms.tolist() == [0, 0] for norms in found.values())
-  ranked = evaluation.parameter_distances(base, tuned)
+  ranked = models.parameter_distances(base, tuned)
   first, second = list(ranked.items())[:2]
   assert first == ('layers_1/self_attn/o_proj/kernel', 8)
   assert second == ('layers_1/self_attn/o_proj/bias', pytest.approx(np.sqrt(8)))
-  half = evaluation.delta_norms(_network(1.0, jnp.bfloat16), _network(1.0078125, jnp.bfloat16))
+  half = models.delta_norms(_network(1.0, jnp.bfloat16), _network(1.0078125, jnp.bfloat16))
   np.testing.assert_allclose(half['self_attn/q_proj'], 8 * 0.0078125)
 
 
@@ -58,10 +58,8 @@ def test_checkpoints_on_disk_are_compared_one_tensor_at_a_time(tmp_path):
   first = models.open_state_dict(tmp_path / 'base.safetensors')
   second = models.open_state_dict(tmp_path / 'tuned')
   assert set(second) == set(tuned) and len(second) == 2 and 'other' not in second
-  assert evaluation.parameter_distances(first, second) == evaluation.parameter_distances(
-    base, tuned
-  )
-  assert evaluation.delta_norms(first, second)['mlp/up_proj'].tolist() == [2]
+  assert models.parameter_distances(first, second) == models.parameter_distances(base, tuned)
+  assert models.delta_norms(first, second)['mlp/up_proj'].tolist() == [2]
 
   safetensors_numpy.save_file(base, tmp_path / 'tuned/9.safetensors')
   with pytest.raises(ValueError, match=r'lm_head.weight is in .*9\.safetensors'):
@@ -75,41 +73,41 @@ def test_checkpoints_on_disk_are_compared_one_tensor_at_a_time(tmp_path):
 
 
 def test_zero_weights_and_the_signs_of_changes():
-  change = evaluation.relative_change([-1.0, -1.0, 0.0, 0.0, 1.0], [-0.5, -1.5, -1.0, 0.0, 9.0])
+  change = models.relative_change([-1.0, -1.0, 0.0, 0.0, 1.0], [-0.5, -1.5, -1.0, 0.0, 9.0])
   np.testing.assert_allclose(change, [0.5, -0.5, -1, 0, 1], rtol=1e-6)
-  nothing = evaluation.change_histogram([1.0, -0.99])
+  nothing = models.change_histogram([1.0, -0.99])
   assert not nothing.counts.any() and not nothing.normalized.any()
 
 
 def test_two_modes_are_told_from_one():
   rng = np.random.default_rng(0)
   noise = 0.1 * rng.standard_normal((2, 20000))
-  two = evaluation.change_histogram(np.concatenate([noise[0] - 0.4, noise[1] + 0.4]))
-  one = evaluation.change_histogram(noise)
-  same_side = evaluation.change_histogram(np.concatenate([noise[0] + 0.3, noise[1] + 0.8]))
-  assert evaluation.is_bimodal(two.counts)
-  assert not evaluation.is_bimodal(one.counts)
-  assert not evaluation.is_bimodal(same_side.counts)
-  assert not evaluation.is_bimodal(np.zeros(200))
+  two = models.change_histogram(np.concatenate([noise[0] - 0.4, noise[1] + 0.4]))
+  one = models.change_histogram(noise)
+  same_side = models.change_histogram(np.concatenate([noise[0] + 0.3, noise[1] + 0.8]))
+  assert models.is_bimodal(two.counts)
+  assert not models.is_bimodal(one.counts)
+  assert not models.is_bimodal(same_side.counts)
+  assert not models.is_bimodal(np.zeros(200))
 
 
 def test_bad_input_is_named():
   base = {'a': np.zeros(2), 'b': np.zeros(3)}
   with pytest.raises(ValueError, match='b: in base, missing in tuned'):
-    evaluation.parameter_distances(base, {'a': np.zeros(2)})
+    models.parameter_distances(base, {'a': np.zeros(2)})
   with pytest.raises(ValueError, match='c: in tuned, missing in base'):
-    evaluation.parameter_distances(base, {**base, 'c': np.zeros(2)})
+    models.parameter_distances(base, {**base, 'c': np.zeros(2)})
   with pytest.raises(ValueError, match=r'b: base has \(3,\), tuned \(2,\)'):
-    evaluation.parameter_distances(base, {**base, 'b': np.zeros(2)})
+    models.parameter_distances(base, {**base, 'b': np.zeros(2)})
   with pytest.raises(ValueError, match='no weight matrix in a block'):
-    evaluation.delta_norms(base, base)
+    models.delta_norms(base, base)
   with pytest.raises(ValueError, match=r'base has \(2,\), tuned \(3,\)'):
-    evaluation.relative_change(np.zeros(2), np.zeros(3))
+    models.relative_change(np.zeros(2), np.zeros(3))
   with pytest.raises(ValueError, match='epsilon must be positive, got 0'):
-    evaluation.relative_change(np.zeros(2), np.zeros(2), epsilon=0)
+    models.relative_change(np.zeros(2), np.zeros(2), epsilon=0)
   with pytest.raises(ValueError, match='drop=2'):
-    evaluation.change_histogram(np.zeros(2), drop=2)
+    models.change_histogram(np.zeros(2), drop=2)
   with pytest.raises(ValueError, match='window must be odd'):
-    evaluation.is_bimodal(np.zeros(20), window=4)
+    models.is_bimodal(np.zeros(20), window=4)
   with pytest.raises(ValueError, match='vector of at least 9 bins'):
-    evaluation.is_bimodal(np.zeros(5))
+    models.is_bimodal(np.zeros(5))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxlab.models.parameter_surgery import block_of
-from jaxlab.parallel.partition import tree_paths
+from jaxlab.trees import tree_paths
 
 PyTree = Any
 
