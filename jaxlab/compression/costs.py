@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,8 +50,16 @@ def _count(jaxpr: Any) -> int:
       total += equation.outvars[0].aval.size * (kernel.size // outputs)
     else:
       times = params.get('length', 1) if equation.primitive.name == 'scan' else 1
-      total += times * sum(_count(inner) for inner in jax.core.jaxprs_in_params(params))
+      total += times * sum(map(_count, _inner(params)))
   return total
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+  """Yields the programs within an equation's parameters, closed or not."""
+  for value in params.values():
+    for own in value if isinstance(value, (tuple, list)) else (value,):
+      if hasattr(own, 'eqns'):
+        yield getattr(own, 'jaxpr', own)
 
 
 def num_parameters(variables: Mapping[str, PyTree]) -> int:
