@@ -148,7 +148,7 @@ def neurons(config: Settings, target: Target, net: Compressed, block: int, few: 
       x = config.network.task.inputs(batch)
       return jnp.mean(models.capture(net.model, variables, [path], x)[1][path], 1)
 
-    given['activations'] = over(config, functools.partial(mean, net.variables), few, 'train')
+    given['activations'] = over(config, functools.partial(mean, net.variables), few, 'test')
   kernels = mlp['fc1']['kernel'], mlp['fc2']['kernel']
   key = jax.random.fold_in(key, block)
   return compression.kept_neurons(key, *kernels, kept, target.neurons, **given)

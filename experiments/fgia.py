@@ -359,7 +359,9 @@ def beginning(config: Settings, part: Part, name: str) -> Variables:
   """Returns the variables of a run's network before its training."""
   model = network(config, part, name)
   images = jnp.zeros((2, *part.data.view))
-  drawn = dict(jax.jit(model.init)(jax.random.key(config.seed), images))
+  # As training draws them.
+  key, _ = supervised.streams(jax.random.key(config.seed))
+  drawn = dict(jax.jit(model.init)(key, images))
   if not config.pretrained:
     return drawn
   return runs.matched(drawn, public_weights(config), ('head/.*',))

@@ -101,6 +101,11 @@ class Row:
         yield f'{name}={getattr(self, name)}: expected a number that is not negative.'
     if not self.temperature > 0:
       yield f'temperature={self.temperature}: expected a positive number.'
+    if self.axes != 'none' and self.alpha:
+      yield (
+        f"alpha={self.alpha}: a tutor's logits go with axes='none'; which axes stay is decided by the "
+        'gradient of the labels alone.'
+      )
     if self.axes == 'none' and self.beta:
       yield f"beta={self.beta}: stored bits are of the teacher's space, which axes='none' does not have."
 
@@ -221,7 +226,8 @@ def training(config: Settings, name: str, facts: int | None = None) -> Run:
     decides |= {'groups': config.teacher.groups, 'std': config.std}
   if own.alpha:
     options['teacher'] = distillation.network(tutor(config))
-    decides['tutor'] = [config.tutor, distillation.ancestry(config.teacher)]
+    first = config.teacher
+    decides['tutor'] = [config.tutor, distillation.ancestry(first), first.groups]
   return distillation.run_of(
     config,
     student,
@@ -302,9 +308,13 @@ def programs(config: Settings, facts: int | None = None) -> dict[str, Run]:
   """Returns the trainings: of teacher and tutor, if they are trained, and of the rows."""
   found = {}
   if config.teacher.recipe is not None:
-    found['teacher'] = distillation.plain_training(config, config.teacher.learner, 'teacher')
+    found['teacher'] = distillation.plain_training(
+      config, config.teacher.learner, 'teacher', groups=config.teacher.groups
+    )
   if config.tutor is not None:
-    found['tutor'] = distillation.plain_training(config, tutor(config), 'teacher for the task')
+    found['tutor'] = distillation.plain_training(
+      config, tutor(config), 'teacher for the task', teacher=config.teacher
+    )
   return found | {name: training(config, name, facts) for name in config.runs or config.rows}
 
 
@@ -316,7 +326,10 @@ def taught(config: Settings, workdir: pathlib.Path) -> tuple[nn.Module, Variable
   source = harness_data.load(config.teacher.data, 'train')
   if config.teacher.groups:
     source = data.Relabeled(source, np.array(config.teacher.groups)[data.source_labels(source)])
-  return distillation.network(own), distillation.teacher(config, own, source, workdir / 'teacher')
+  variables = distillation.teacher(
+    config, own, source, workdir / 'teacher', groups=config.teacher.groups
+  )
+  return distillation.network(own), variables
 
 
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:

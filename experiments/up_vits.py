@@ -146,7 +146,9 @@ def measure(config: Settings, net: Loaded, file: Any) -> dict[str, np.ndarray]:
   """
   rng = np.random.default_rng(config.seed)
   images = config.proxy.draw(rng, net.train)
-  decides = {name: getattr(config, name) for name in ('seed', 'network', 'target', 'proxy')}
+  decides = {
+    name: getattr(config, name) for name in ('seed', 'network', 'target', 'proxy', 'proxy_batch')
+  }
   own = json.dumps(identity(decides), sort_keys=True)
   total, done = {}, 0
   if file.exists():

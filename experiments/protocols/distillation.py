@@ -118,9 +118,10 @@ def run_of(
   return Run(config, own.data, recipe, program, recipe.epochs * steps, parts, title)
 
 
-def plain_training(config: Experiment, own: Learner, title: str) -> Run:
-  """Returns the training of a learner on labels alone."""
-  return run_of(config, own, own.recipe, network(own), title, loss=label_loss(own.data))
+def plain_training(config: Experiment, own: Learner, title: str, **decides: Any) -> Run:
+  """Returns the training of a learner on labels alone; `decides` is what else decides what it ends with."""
+  loss = label_loss(own.data)
+  return run_of(config, own, own.recipe, network(own), title, decides=decides, loss=loss)
 
 
 def public(own: Learner, **fields: Any) -> Variables:
@@ -130,15 +131,20 @@ def public(own: Learner, **fields: Any) -> Variables:
   return models.load_pretrained(own.pretrained, **given, **{**own_fields, **fields})[1]
 
 
-def teacher(config: Experiment, own: Learner, source: data.Source, folder: Any) -> Variables:
-  """Returns the teacher's variables: public ones, or trained from wherever `folder` was left."""
+def teacher(
+  config: Experiment, own: Learner, source: data.Source, folder: Any, **decides: Any
+) -> Variables:
+  """Returns the teacher's variables: public ones, or trained from wherever `folder` was left.
+
+  `decides` as of `plain_training`.
+  """
   if own.recipe is None:
     return public(own, num_classes=own.data.num_classes)
   start = {}
   if own.pretrained:
     head = models.anatomy(network(own)).head
     start = {'start': public(own, num_classes=None), 'fresh': [f'{path}/.*' for path in head]}
-  run = plain_training(config, own, 'teacher')
+  run = plain_training(config, own, 'teacher', **decides)
   return runs.train(run, source, folder, **start).variables
 
 

@@ -67,6 +67,8 @@ def dense_cut(
   """
   if not isinstance(model, ViT) or model.distilled or model.activation == 'swiglu':
     raise ValueError(f'model: expected a plain ViT, got {type(model).__name__}.')
+  if model.attention_widths or model.hidden_widths:
+    raise ValueError('model: expected a ViT of equal blocks, not one that was cut before.')
   hidden = int(model.width * model.mlp_ratio)
   tokens = model.num_prefix_tokens + math.prod(model.grid)
   size = {'tokens': tokens, 'width': model.width, 'hidden': hidden, 'counter': counter}

@@ -168,7 +168,8 @@ def dense_structure(
       stacklevel=2,
     )
   assert ratio <= 1 + 1e-9, (removed, macs, count)
-  return DenseStructure(count, float(min(max(ratio, 0.0), 1.0)))
+  # Whole blocks that come out a rounding error short are whole blocks.
+  return DenseStructure(count, 1.0 if ratio > 1 - 1e-9 else float(max(ratio, 0.0)))
 
 
 def kept_hidden(drop_ratio: float, hidden: int, multiple: int = 1) -> int:
@@ -190,7 +191,7 @@ def kept_hidden(drop_ratio: float, hidden: int, multiple: int = 1) -> int:
     raise ValueError(f'drop_ratio={drop_ratio}: expected a share in [0, 1].')
   if hidden < 1 or not 1 <= multiple <= hidden:
     raise ValueError(f'hidden={hidden}, multiple={multiple}: expected 1 <= multiple <= hidden.')
-  if drop_ratio == 1:
+  if drop_ratio > 1 - 1e-9:
     return 0
   kept = int((1 - drop_ratio) * hidden + 1e-6)
   if multiple > 1:

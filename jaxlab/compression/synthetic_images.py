@@ -146,7 +146,10 @@ def synthesize(
       x = jnp.where(jax.random.bernoulli(flip_key), x[:, :, ::-1], x)
     logits = predict(x).astype(jnp.float32)
     error = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-    norms = jnp.mean(jnp.linalg.norm(x.reshape(len(x), -1), axis=1))
+    squares = jnp.sum(jnp.square(x), (1, 2, 3))
+    # Of an image of zeros the gradient of the norm is 0, not NaN.
+    there = squares > 0
+    norms = jnp.mean(jnp.where(there, jnp.sqrt(jnp.where(there, squares, 1.0)), 0.0))
     return error + variation_weight * variation(x, variation_power) + norm_weight * norms
 
   def step(carry: PyTree, index: Array) -> tuple[PyTree, Array]:

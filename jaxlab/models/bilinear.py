@@ -132,7 +132,7 @@ def draw_sketches(seed: int, channels: int, dim: int) -> tuple[np.ndarray, np.nd
 
 def _products(x: Array) -> Array:
   """Returns the products of channels of a map, summed over positions, `[batch, channels, channels]`."""
-  return jnp.einsum('bhwi,bhwj->bij', x, x)
+  return jnp.einsum('bhwi,bhwj->bij', x, x, precision='highest')
 
 
 def signed_root(z: Array, eps: float) -> Array:

@@ -127,3 +127,13 @@ FC = np.ones((3, 8)), np.ones((8, 3))
 def test_what_cannot_be_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+@pytest.mark.parametrize('depth', [5, 10, 11, 15, 20, 24])
+def test_whole_blocks_are_whole_whatever_rounding_says(depth):
+  for width in (64, 384, 768, 1024):
+    macs = block_macs(197, width, 4 * width)
+    for count in range(1, depth + 1):
+      found = dense_structure(count / depth * (depth * sum(macs)), macs, depth)
+      assert found == (count, 1.0), (width, count)
+      assert kept_hidden(found.drop_ratio, 4 * width) == 0

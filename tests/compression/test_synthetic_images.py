@@ -76,3 +76,12 @@ def made(**changes):
 def test_what_cannot_be_is_refused(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_an_image_of_zeros_has_a_gradient():
+  # Kept at zeros by its range, where the norm has no derivative of its own.
+  images, history = synthesize(
+    jax.random.key(0), lambda x: jnp.zeros((len(x), 2)), jnp.zeros(1, jnp.int32), (4, 4, 1),
+    low=0.0, high=0.0, steps=3, warmup_steps=1, shift=0,
+  )  # fmt: skip
+  assert np.isfinite(history).all() and not np.any(images)

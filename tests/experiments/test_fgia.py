@@ -191,3 +191,9 @@ def test_a_run_compares_heads_and_draws_what_they_find(tmp_path, monkeypatch):
   for name in ('retrieved_isqrt', 'scores'):
     assert (tmp_path / f'{name}.png').stat().st_size > 3000
   assert not (tmp_path / 'retrieved_gap.png').exists()
+
+
+def test_untrained_networks_are_those_that_training_begins_with():
+  config, (_, state) = tiny_config(), start('retrieval')
+  drawn = fgia.beginning(config, config.retrieval, 'isqrt')
+  jax.tree.map(np.testing.assert_array_equal, drawn['params'], dict(state.params))

@@ -165,3 +165,12 @@ def test_a_run_compares_rows_keeps_axes_and_leaves_pictures(tmp_path):
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config(change))
+
+
+def test_another_teacher_is_another_run():
+  first = tcs.programs(tiny_config())
+  groups = 'teacher.groups=(0, 1, 2, 3, 4, 0, 1, 2, 3, 4)'
+  other = tcs.programs(tiny_config(groups))
+  assert other.keys() == first.keys() and {'teacher', 'tutor'} <= first.keys()
+  for name in ('teacher', 'tutor'):
+    assert other[name].identity != first[name].identity, name
