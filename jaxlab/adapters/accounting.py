@@ -13,7 +13,7 @@ from flax import traverse_util
 PyTree = Any
 
 
-def bias_mask(params: Mapping[str, PyTree], head: str = 'head/.*') -> dict[str, PyTree]:
+def bias_mask(params: Mapping[str, PyTree], head: str = 'head(_dist)?/.*') -> dict[str, PyTree]:
   """Returns what BitFit trains: True for biases and for the head, False for all others.
 
   Zaken et al. 2022, arXiv 2106.10199. A mask for `optax.masked`, or for freezing the rest.

@@ -14,7 +14,7 @@ from jaxlab.adapters._trees import at_paths
 from jaxlab.models.activations import GELUS
 from jaxlab.models.anatomy import anatomy
 from jaxlab.models.initializers import torch_default
-from jaxlab.models.intercept import Hook, Site, any_of, intercepting
+from jaxlab.models.intercept import Hook, Site, any_of, intercepting, path_string
 
 Array = jax.Array
 PyTree = Any
@@ -77,8 +77,9 @@ def adapter_hooks(model: nn.Module) -> tuple[Hook, ...]:
       return u + GELUS['quick_gelu'](u @ down + down_bias) @ up + up_bias
 
     kept = None if survival is None else survival.at[1].set(1)
-    hook = Hook(re.escape(outputs[site.path]), output=adapted)
-    with intercepting([hook], None):
+    # Within a part that runs by itself paths are the part's own.
+    inside = path_string(site.module.path) + outputs[site.path].removeprefix(site.path)
+    with intercepting([Hook(re.escape(inside), output=adapted)]):
       return call(x, kept, **kwargs)
 
   return (Hook(any_of(list(outputs)), call=call, collection=COLLECTION),)
@@ -132,7 +133,8 @@ def adaptformer_hooks(model: nn.Module, scale: float = 0.1) -> tuple[Hook, ...]:
       found.append(x)
       return x
 
-    with intercepting([Hook(re.escape(f'{site.path}/residual'), output=keep)]):
+    inside = '/'.join((*site.module.path, 'residual'))
+    with intercepting([Hook(re.escape(inside), output=keep)]):
       y = call(*args, **kwargs)
     down, up = (site.read(name).astype(y.dtype) for name in ('down', 'up'))
     return y + scale * jax.nn.relu(found[-1].astype(y.dtype) @ down) @ up

@@ -95,5 +95,5 @@ def merge_lora(
     if name == 'down':
       kernel = leaf_at(params, layer, 'kernel')
       product = jnp.matmul(down, leaf_at(lora, layer, 'up'), precision='highest')
-      flat[f'{layer}/kernel'] = kernel + (scale * product).astype(kernel.dtype)
+      flat[f'{layer}/kernel'] = (kernel + scale * product).astype(kernel.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')

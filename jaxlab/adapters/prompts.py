@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxlab.adapters._trees import at_paths
 from jaxlab.models.intercept import Hook, Site, any_of
 
 Array = jax.Array
@@ -41,7 +42,7 @@ def init_prompts(
   bound = math.sqrt(6 / (3 * patch_size**2 + width))
   keys = jax.random.split(key, len(blocks))
   draw = lambda own: jax.random.uniform(own, (count, width), jnp.float32, -bound, bound)  # noqa: E731
-  return {path: {'prompts': draw(own)} for path, own in zip(blocks, keys, strict=True)}
+  return at_paths({path: {'prompts': draw(own)} for path, own in zip(blocks, keys, strict=True)})
 
 
 def insert_prompts(tokens: ArrayLike, prompts: ArrayLike, num_prefix_tokens: int = 1) -> Array:
@@ -107,6 +108,8 @@ def prompt_hooks(
 
   def prompted(site: Site, x: Array) -> Array:
     prompts = site.read('prompts')
+    if len(prompts) != count:
+      raise ValueError(f'{site.path} has {len(prompts)} prompts, count={count}.')
     if dropout:
       kept = jax.random.bernoulli(site.module.make_rng('dropout'), 1 - dropout, prompts.shape)
       prompts = jnp.where(kept, prompts / (1 - dropout), 0)

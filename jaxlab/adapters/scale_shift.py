@@ -80,8 +80,9 @@ def merge_ssf(params: Mapping[str, PyTree], ssf: Mapping[str, PyTree]) -> dict[s
       continue
     weight = 'kernel' if f'{module}/kernel' in flat else 'scale'
     bias = leaf_at(params, module, 'bias')
-    flat[f'{module}/{weight}'] = leaf_at(params, module, weight) * scale
-    flat[f'{module}/bias'] = bias * scale + leaf_at(ssf, module, 'shift')
+    kernel, shift = leaf_at(params, module, weight), leaf_at(ssf, module, 'shift')
+    flat[f'{module}/{weight}'] = (kernel * scale).astype(kernel.dtype)
+    flat[f'{module}/bias'] = (bias * scale + shift).astype(bias.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

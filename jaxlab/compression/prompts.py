@@ -43,7 +43,8 @@ class ClassifierInput(NamedTuple):
   Attributes:
     tokens: int32.
     mask: bool, false for padding.
-    segments: int32, 1 for the text behind an instruction and what ends it (BERT's second segment), else 0.
+    segments: int32, 1 for the text behind an instruction and what ends it (BERT's second segment, with one
+      separator), else 0.
     is_text: bool, true for the tokens that are classified: neither instruction nor special ones nor padding.
   """
 
@@ -145,7 +146,9 @@ def classifier_input(
   start, stop = len(head), len(head) + len(text)
   tokens[: stop + 1] = [*head, *text, end]
   place = np.arange(max_length)
-  behind = (place >= start) & (place <= stop) & (len(instruction) > 0)
+  # RoBERTa's networks, with two separators, have one segment.
+  second = len(instruction) > 0 and separators == 1
+  behind = (place >= start) & (place <= stop) & second
   return ClassifierInput(
     tokens, place <= stop, behind.astype(np.int32), (place >= start) & (place < stop)
   )

@@ -170,9 +170,9 @@ def change_histogram(
 def is_bimodal(counts: ArrayLike, window: int = 9, ratio: float = 1.2) -> bool:
   """Returns whether a histogram over [-1, 1] has a mode on either side of 0, with a valley between them.
 
-  The histogram is smoothed by a moving average (its ends by what bins are there). It has two modes if on
-  either side of 0 a local maximum is at least `ratio` times the lowest value between the two. The paper
-  judges by eye: window and ratio are this library's.
+  The histogram is smoothed by a moving average (its ends by what bins are there). It has two modes if the
+  highest bins on either side of 0 are both at least `ratio` times the lowest value between them: ripples of a
+  tail are no modes. The paper judges by eye: window and ratio are this library's.
 
   Args:
     counts: `[bins]`, symmetric around 0, e.g. of `change_histogram`.
@@ -197,15 +197,10 @@ def is_bimodal(counts: ArrayLike, window: int = 9, ratio: float = 1.2) -> bool:
     )
   average = lambda x: np.convolve(x, np.ones(window), 'same')  # noqa: E731
   smooth = average(counts) / average(np.ones_like(counts))
-  padded = np.concatenate([[-np.inf], smooth, [-np.inf]])
-  peaks = np.flatnonzero((smooth >= padded[:-2]) & (smooth >= padded[2:]) & (smooth > 0))
-  middle = (counts.size - 1) / 2
-  for left in peaks[peaks < middle]:
-    for right in peaks[peaks > middle]:
-      valley = smooth[left : right + 1].min()
-      if min(smooth[left], smooth[right]) >= ratio * valley:
-        return True
-  return False
+  half = counts.size // 2
+  left, right = np.argmax(smooth[:half]), counts.size - half + np.argmax(smooth[-half:])
+  modes, valley = min(smooth[left], smooth[right]), smooth[left : right + 1].min()
+  return bool(modes > 0 and modes >= ratio * valley)
 
 
 def _changes(base: PyTree, tuned: PyTree) -> Iterator[tuple[str, int, float]]:

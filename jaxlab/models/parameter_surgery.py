@@ -87,6 +87,10 @@ def select_parameters(
     wrong = sorted(set(blocks) - set(index.values()))
     if wrong or not len(blocks):
       raise ValueError(f'blocks={list(blocks)}: expected indices in [0, {depth}), got {wrong}.')
+    inside = [path for path in paths if index.get(path) in blocks]
+    unused = [p for p in include if not any(_matches([p], names[path]) for path in inside)]
+    if unused:
+      raise ValueError(f'include: {unused} match nothing within the blocks {list(blocks)}.')
   chosen = [
     _matches(include, names[path])
     and not _matches(exclude, names[path])

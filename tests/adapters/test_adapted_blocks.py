@@ -337,3 +337,13 @@ def test_prompts_are_drawn_by_patch_and_width():
     assert own['prompts'].shape == (50, 64)
     assert 0.95 * bound < np.abs(own['prompts']).max() <= bound
   assert np.any(prompts['blocks_0']['prompts'] != prompts['blocks_1']['prompts'])
+
+
+def test_prompts_of_another_number_are_refused():
+  model = models.ViT(4, 8, 12, 1, num_heads=3)
+  x = jnp.zeros((1, 8, 8, 3))
+  variables = dict(jax.jit(model.init)(jax.random.key(0), x))
+  variables['prompts'] = adapters.init_prompts(jax.random.key(1), ['blocks_0'], 2, 12, 4)
+  hooks = adapters.prompt_hooks(['blocks_0'], 4, deep=False)
+  with pytest.raises(ValueError, match='blocks_0 has 2 prompts, count=4'):
+    models.apply(model, variables, x, hooks=hooks)

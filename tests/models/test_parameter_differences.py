@@ -111,3 +111,13 @@ def test_bad_input_is_named():
     models.is_bimodal(np.zeros(20), window=4)
   with pytest.raises(ValueError, match='vector of at least 9 bins'):
     models.is_bimodal(np.zeros(5))
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('heavy', [False, True])
+def test_one_mode_with_ripples_in_its_tails_is_one(seed, heavy):
+  rng = np.random.default_rng(seed)
+  change = rng.standard_t(2, 40000) * 0.2 if heavy else rng.normal(0, 0.2, 40000)
+  assert not models.is_bimodal(models.change_histogram(np.clip(change, -1, 1)).counts)
+  two = np.concatenate([change * 0.3 - 0.5, change * 0.3 + 0.5])
+  assert models.is_bimodal(models.change_histogram(np.clip(two, -1, 1)).counts)

@@ -159,8 +159,10 @@ def test_bad_input_is_named():
     models.select_parameters(params, 'o_proj')
   with pytest.raises(ValueError, match=r'expected indices in \[0, 3\), got \[3\]'):
     models.select_parameters(params, ['o_proj'], blocks=[2, 3])
-  with pytest.raises(ValueError, match='chooses no parameter of the blocks'):
+  with pytest.raises(ValueError, match=r"'lm_head'\] match nothing within the blocks"):
     models.select_parameters(params, ['lm_head'], blocks=[1])
+  with pytest.raises(ValueError, match=r"include: \['lm_head'\] match nothing within the blocks"):
+    models.select_parameters(params, ['o_proj', 'lm_head'], blocks=[1])
   mask = {'a': True}
   with pytest.raises(ValueError, match=r'a: base has \(2,\), tuned \(3,\)'):
     models.merge_parameters({'a': jnp.ones(2)}, {'a': jnp.ones(3)}, mask)

@@ -108,13 +108,17 @@ def split_800_200(train_size: int, held_out_size: int) -> tuple[np.ndarray, np.n
   return np.arange(800), np.arange(200)
 
 
-def distance_bin(distances: ArrayLike, bounds: ArrayLike) -> np.ndarray:
+def distance_bin(
+  distances: ArrayLike, bounds: ArrayLike, num_classes: int | None = None
+) -> np.ndarray:
   """Returns the largest j with `bounds[j] < distance`, int32; a distance at a bound is in the bin below.
 
   Args:
     distances: `[...]`: of `CLEVR_DISTANCES` from the camera to the nearest object, of `KITTI_DISTANCES` the
       smallest depth of a car, van or truck, `NO_VEHICLE` where there is none.
     bounds: rising.
+    num_classes: of the task, such as `VTAB_TASKS['clevr_dist'].num_classes`: larger bins are errors; None:
+      none is.
 
   Raises:
     ValueError: for distances that are not above the first bound, or not numbers.
@@ -125,7 +129,12 @@ def distance_bin(distances: ArrayLike, bounds: ArrayLike) -> np.ndarray:
   distances, bounds = np.asarray(distances, np.float64), np.asarray(bounds, np.float64)
   if not (distances > bounds[0]).all():
     raise ValueError(f'distances must be above {bounds[0]:g}, got {np.min(distances)}.')
-  return (np.searchsorted(bounds, distances, side='left') - 1).astype(np.int32)
+  found = (np.searchsorted(bounds, distances, side='left') - 1).astype(np.int32)
+  if num_classes is not None and (found >= num_classes).any():
+    raise ValueError(
+      f'distances up to {np.max(distances)} fall into bin {found.max()} of {num_classes} classes.'
+    )
+  return found
 
 
 def clevr_count_label(objects: ArrayLike) -> np.ndarray:

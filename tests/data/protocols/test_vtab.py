@@ -55,6 +55,7 @@ def test_latent_values_are_grouped_evenly():
   [
     (lambda: data.distance_bin([0.0], CLEVR_DISTANCES), 'above 0'),
     (lambda: data.distance_bin([np.nan], CLEVR_DISTANCES), 'got nan'),
+    (lambda: data.distance_bin([150.0], CLEVR_DISTANCES, 6), 'bin 6 of 6 classes'),
     (lambda: data.clevr_count_label([2]), 'from 3 to 10'),
     (lambda: data.clevr_count_label([3.5]), 'must be integers'),
     (lambda: data.grouped_label([40], 40), 'from 0 to 39'),
