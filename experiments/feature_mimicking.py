@@ -42,7 +42,6 @@ Constants = Mapping[str, Array]
 
 METRICS = ('cosine', 'norm_ratio', 'norm_spread', 'bit_agreement')
 HASHED = {'lsh': 'bce', 'lsh_l1': 'l1', 'lsh_l2': 'l2'}
-CHUNK = 512  # hyperplanes whose bias is found at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,9 +257,7 @@ def draw_hashes(config: Settings, std: float, features: np.ndarray | None) -> Co
   weight = losses.draw_hyperplanes(key, dim, count, own.std or std)
   if own.bias == 'zero':
     return {'weight': weight, 'bias': jnp.zeros(count)}
-  parts = [weight[start : start + CHUNK] for start in range(0, count, CHUNK)]
-  find = functools.partial(losses.hyperplane_bias, features=features, kind=own.bias)
-  return {'weight': weight, 'bias': jnp.concatenate([find(part) for part in parts])}
+  return {'weight': weight, 'bias': losses.hyperplane_bias(weight, features, own.bias)}
 
 
 def hyperplanes(

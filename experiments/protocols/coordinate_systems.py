@@ -17,6 +17,8 @@ from jaxlab import evaluation, losses
 
 Array = jax.Array
 
+RECORDS = 65536  # whose bits are found at once
+
 
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
@@ -108,7 +110,9 @@ def space(config: Experiment, features: np.ndarray) -> Space:
   std = config.std or float(found.variance.sum() ** -0.5)
   weight = losses.draw_hyperplanes(hash_key, dim, config.bits, std)
   bias = losses.hyperplane_bias(weight, features)
-  stored = {'bits': losses.hash_bits(features, weight, bias), 'weight': weight, 'bias': bias}
+  starts = range(0, records, RECORDS)
+  bits = [losses.hash_bits(features[start : start + RECORDS], weight, bias) for start in starts]
+  stored = {'bits': np.concatenate(bits), 'weight': weight, 'bias': bias}
   share = found.variance[:count].sum() / found.variance.sum()
   say(f'{count} of {dim} axes, {100 * share:.1f} % of the variance')
   axes = {'pca': found.components[:, :count], 'random': random}

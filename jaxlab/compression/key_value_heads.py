@@ -6,7 +6,7 @@ head's width that keep most of them on calibration data, and the projections are
 and behind, so that what is left is ordinary grouped-query attention:
 
   gram = sum(group_gram(value, group_size) for value in calibration)
-  value, output = fold_values(value_kernel, output_kernel, group_basis(gram, head_width))
+  value, output = fold_values(value_kernel, output_kernel, group_basis(gram, head_width), head_width)
 
 Values can always be folded; queries and keys if no rotation stands between their layers and the scores (no
 position terms, learned positions, ALiBi), not with rotary embedding. Host code in NumPy; bases are computed
@@ -149,6 +149,7 @@ def fold_values(
   value_kernel: ArrayLike,
   output_kernel: ArrayLike,
   basis: ArrayLike,
+  head_width: int,
   *,
   value_bias: ArrayLike | None = None,
 ) -> FoldedLayers:
@@ -164,6 +165,7 @@ def fold_values(
     value_kernel: `[dim, kv_heads * head_width]`, used as `x @ kernel`.
     output_kernel: `[heads * head_width, dim]`; query head h reads values `h // (heads / kv_heads)`.
     basis: `[groups, group_size * head_width, head_width]`, of `group_basis`.
+    head_width: of the network, which a group keeps.
     value_bias: `[kv_heads * head_width]`, or None.
 
   Returns:
@@ -171,16 +173,17 @@ def fold_values(
     and values.
 
   Raises:
-    ValueError: if shapes do not fit each other.
+    ValueError: if shapes do not fit each other, or the basis has another number of directions.
 
   References:
     Yu et al. 2024 (https://arxiv.org/abs/2406.07056), SVD-a for values.
 
   >>> basis = np.array([[[1.0], [0.0]]])
-  >>> folded = fold_values(np.array([[2.0, 3.0]]), np.array([[5.0], [7.0]]), basis)
+  >>> folded = fold_values(np.array([[2.0, 3.0]]), np.array([[5.0], [7.0]]), basis, 1)
   >>> folded.cached.tolist(), folded.partner.tolist()
   ([[2.0]], [[5.0], [0.0]])
   """
+  _require_directions(basis, head_width)
   output_kernel = np.asarray(output_kernel)
   cached = _narrow('value_kernel', value_kernel, basis)
   partner = _turn('output_kernel', output_kernel.T, value_kernel, basis).T
@@ -192,6 +195,7 @@ def fold_keys(
   query_kernel: ArrayLike,
   key_kernel: ArrayLike,
   basis: ArrayLike,
+  head_width: int,
   *,
   query_bias: ArrayLike | None = None,
   key_bias: ArrayLike | None = None,
@@ -209,6 +213,7 @@ def fold_keys(
     query_kernel: `[dim, heads * head_width]`; query head h reads keys `h // (heads / kv_heads)`.
     key_kernel: `[dim, kv_heads * head_width]`, used as `x @ kernel`.
     basis: `[groups, group_size * head_width, head_width]`, of `group_basis`.
+    head_width: of the network, which a group keeps.
     query_bias: `[heads * head_width]`, or None.
     key_bias: `[kv_heads * head_width]`, or None.
 
@@ -216,16 +221,17 @@ def fold_keys(
     `FoldedLayers` of the kernels' dtypes, `partner` the queries'.
 
   Raises:
-    ValueError: if shapes do not fit each other.
+    ValueError: if shapes do not fit each other, or the basis has another number of directions.
 
   References:
     Yu et al. 2024 (https://arxiv.org/abs/2406.07056), SVD-a for keys of networks such as BLOOM.
 
   >>> basis = np.array([[[1.0], [0.0]]])
-  >>> folded = fold_keys(np.array([[5.0, 7.0]]), np.array([[2.0, 3.0]]), basis)
+  >>> folded = fold_keys(np.array([[5.0, 7.0]]), np.array([[2.0, 3.0]]), basis, 1)
   >>> folded.cached.tolist(), folded.partner.tolist()
   ([[2.0]], [[5.0, 0.0]])
   """
+  _require_directions(basis, head_width)
   query = _bias('query_bias', query_bias, query_kernel)
   key = _bias('key_bias', key_bias, key_kernel)
   return FoldedLayers(
@@ -307,6 +313,12 @@ def _turn(name: str, kernel: ArrayLike, kv_kernel: ArrayLike, basis: ArrayLike) 
   split = kernel.reshape(*kernel.shape[:-1], heads, width).astype(np.float64)
   folded = np.einsum('...hn,hnk->...hk', split, rows)
   return folded.reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _require_directions(basis: ArrayLike, head_width: int) -> None:
+  """Raises ValueError unless a group keeps as many directions as a head has channels."""
+  if (found := _basis(basis).shape[-1]) != head_width:
+    raise ValueError(f'basis has {found} directions a group, a head {head_width} channels.')
 
 
 def _basis(basis: ArrayLike) -> np.ndarray:

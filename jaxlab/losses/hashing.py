@@ -39,7 +39,10 @@ def draw_hyperplanes(key: jax.Array, dim: int, count: int, std: ArrayLike) -> ja
 
 
 def hyperplane_bias(
-  weight: ArrayLike, features: ArrayLike, kind: Literal['median', 'mean'] = 'median'
+  weight: ArrayLike,
+  features: ArrayLike,
+  kind: Literal['median', 'mean'] = 'median',
+  chunk: int = 512,
 ) -> jax.Array:
   """Returns the bias that balances each bit over the teacher's features: minus the median of `W f`.
 
@@ -49,6 +52,7 @@ def hyperplane_bias(
     weight: normals `[count, dim]`.
     features: of the teacher on the training images, `[images, dim]`.
     kind: or minus the mean.
+    chunk: hyperplanes that are looked at at once: their values of all images are in memory.
 
   Returns:
     `[count]`, float32 or wider.
@@ -69,10 +73,16 @@ def hyperplane_bias(
   if jnp.ndim(features) != 2 or not jnp.shape(features)[0]:
     raise ValueError(f'features must be [images, dim] with images, got {jnp.shape(features)}.')
   require_finite(features=features)
-  values = hash_values(features, weight)
-  if kind == 'mean':
-    return -jnp.mean(values, 0)
-  return -jnp.sort(values, 0)[(len(values) - 1) // 2]
+
+  def own(weight: jax.Array) -> jax.Array:
+    values = hash_values(features, weight)
+    if kind == 'mean':
+      return -jnp.mean(values, 0)
+    return -jnp.sort(values, 0)[(len(values) - 1) // 2]
+
+  weight = jnp.asarray(weight)
+  parts = [own(weight[start : start + chunk]) for start in range(0, len(weight), chunk)]
+  return jnp.concatenate(parts)
 
 
 def hash_values(features: ArrayLike, weight: ArrayLike, bias: ArrayLike | None = None) -> jax.Array:

@@ -49,8 +49,8 @@ def test_folded_heads_agree_with_reference(vectors, x64):
           assert_close(found, singular, rtol)
           shares = np.cumsum(singular**2, 1) / np.sum(singular**2, 1, keepdims=True)
           assert_close(compression.energy_shares(gram), shares, rtol)
-      keys = compression.fold_keys(kernels['query'], kernels['key'], bases['key'])
-      values = compression.fold_values(kernels['value'], kernels['output'], bases['value'])
+      keys = compression.fold_keys(kernels['query'], kernels['key'], bases['key'], width)
+      values = compression.fold_values(kernels['value'], kernels['output'], bases['value'], width)
       assert keys.cached.shape[1] * size == kernels['key'].shape[1]
       assert keys.partner.dtype == values.cached.dtype == dtype
       layers = [(k, 0) for k in (keys.partner, keys.cached, values.cached, values.partner)]
@@ -73,8 +73,10 @@ def _folded(layers, hidden, kv_heads: int, width: int, size: int):
     for kernel, bias in layers[1:3]
   ]
   bases = [compression.group_basis(compression.group_gram(c, size), width) for c in caches]
-  keys = compression.fold_keys(query, key, bases[0], query_bias=query_bias, key_bias=key_bias)
-  values = compression.fold_values(value, output, bases[1], value_bias=value_bias)
+  keys = compression.fold_keys(
+    query, key, bases[0], width, query_bias=query_bias, key_bias=key_bias
+  )
+  values = compression.fold_values(value, output, bases[1], width, value_bias=value_bias)
   return [
     (keys.partner, keys.partner_bias),
     (keys.cached, keys.cached_bias),
@@ -148,14 +150,16 @@ def test_bad_input_is_named():
   with fails(r'gram must be \[groups, n, n\]'):
     compression.group_basis(np.ones((6, 6)), 3)
   with fails('value_kernel must have 12 channels of heads'):
-    compression.fold_values(np.ones((5, 9)), kernel.T, basis)
+    compression.fold_values(np.ones((5, 9)), kernel.T, basis, 3)
   with fails('output_kernel must have a multiple of 4 heads of 3 channels'):
-    compression.fold_values(kernel, np.ones((9, 5)), basis)
+    compression.fold_values(kernel, np.ones((9, 5)), basis, 3)
   with fails('query_kernel must have a multiple of 4 heads'):
-    compression.fold_keys(np.ones((5, 9)), kernel, basis)
+    compression.fold_keys(np.ones((5, 9)), kernel, basis, 3)
   with fails(r'key_bias must be \(12,\)'):
-    compression.fold_keys(kernel, kernel, basis, key_bias=np.ones(3))
+    compression.fold_keys(kernel, kernel, basis, 3, key_bias=np.ones(3))
   with fails('basis must be'):
-    compression.fold_keys(kernel, kernel, np.ones((2, 5, 3)))
+    compression.fold_keys(kernel, kernel, np.ones((2, 5, 3)), 3)
+  with fails('basis has 2 directions a group, a head 3 channels'):
+    compression.fold_keys(kernel, kernel, basis[..., :2], 3)
   with fails('groups of 3 heads of 3 channels'):
     compression.mean_pool_heads(kernel, 3, 3)
