@@ -182,6 +182,20 @@ class Tokens(Records):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Completions(Tokens):
+  """Prompts with their completions, which alone count; `length` and `train_size` are of examples."""
+
+  name: Literal['sums', 'completions']
+
+  @property
+  def needs(self) -> str:
+    """Where the data come from, in a sentence."""
+    if self.name == 'completions':
+      return sources.completion_files(self.train_split, self.test_split)
+    return sources.needs(self.name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sentences(Records):
   """Sentences of different length, which an encoder turns into one vector each.
 

@@ -15,11 +15,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.harness import data as harness_data
 from experiments.harness import runs, sources, supervised
-from experiments.harness.data import Augment, Images, Sentences, Tokens
+from experiments.harness.data import Augment, Completions, Images, Sentences, Tokens
 from experiments.harness.runs import Run, Variables
 from experiments.harness.sections import Experiment, Recipe
 from experiments.harness.settings import free
-from experiments.harness.tasks import ImageTask, SentenceTask, Task, TokenTask, is_correct
+from experiments.harness.tasks import (
+  CompletionTask,
+  ImageTask,
+  SentenceTask,
+  Task,
+  TokenTask,
+  is_correct,
+)
 from jaxlab import data, models, parallel
 from jaxlab.models.classifier_heads import (
   Classifier,
@@ -97,7 +104,8 @@ class Network:
 
   Attributes:
     model: name and fields of `jaxlab.models.create`.
-    data: images that it classifies, tokens whose next one it predicts, or sentences that it encodes.
+    data: images that it classifies, tokens whose next one it predicts (of completions of prompts, or of all),
+      or sentences that it encodes.
     augment: of training images.
     pretrained: name of public weights (`jaxlab.models.load_pretrained`).
     recipe: of its training here; with public weights of its fine-tuning, under a classifier drawn anew.
@@ -109,7 +117,7 @@ class Network:
   """
 
   model: Mapping[str, Any]
-  data: Images | Tokens | Sentences
+  data: Images | Completions | Tokens | Sentences
   augment: Augment = dataclasses.field(default_factory=Augment)
   pretrained: str = ''
   weights: str = free('')
@@ -129,6 +137,8 @@ class Network:
   @property
   def task(self) -> Task:
     """What the network is asked."""
+    if isinstance(self.data, Completions):
+      return CompletionTask.of(self.data)
     if isinstance(self.data, Tokens):
       return TokenTask.of(self.data)
     if isinstance(self.data, Sentences):

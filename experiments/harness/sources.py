@@ -10,6 +10,7 @@ from jaxlab.data import EMBEDDED_TABLES
 
 EMBEDDED = (
   'digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'digit_points', 'rotated_digits', 'text',
+  'sums',
 )  # fmt: skip
 
 _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
@@ -121,6 +122,14 @@ def token_files(*paths: str) -> str:
   )
 
 
+def completion_files(*paths: str) -> str:
+  """Returns what files of prompts and completions are."""
+  return (
+    f"{', '.join(paths)}: prompts and answers as tokens of the model's own tokenizer, three integer arrays "
+    'in a .npz file each (jaxlab.data.read_completions)'
+  )
+
+
 def weights(names: Sequence[str]) -> str:
   """Returns where public weights come from (names of `jaxlab.models.load_pretrained`)."""
   found = [name.partition('.')[2] if '/' in name else f'timm/{name}' for name in names]
@@ -171,7 +180,7 @@ def weights_file(file: str, name: str) -> str:
 
 def needed(config: Any) -> list[str]:
   """Returns what some settings need, a text for every data set and file, one for all weights to download."""
-  data, found = dict.fromkeys(_data(config)), dict.fromkeys(_weights(config))
+  data, found = dict.fromkeys(filter(None, _data(config))), dict.fromkeys(_weights(config))
   files = [weights_file(file, name) for name, file in found if file]
   names = [name for name, file in found if not file]
   return [*data, *files, *([weights(names)] if names else [])]

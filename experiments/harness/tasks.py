@@ -233,6 +233,37 @@ class TokenTask:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompletionTask(TokenTask):
+  """The next token where it belongs to a completion: records `tokens`, `counted` bool `[length]`, `index`."""
+
+  def batch(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch of records."""
+    counted = jax.ShapeDtypeStruct((size, self.length), jnp.bool_)
+    return {**super().batch(size), 'counted': counted}
+
+  def targets(self, batch: Batch) -> tuple[Array, Array]:
+    """Returns each position's next token, and where it counts."""
+    return batch['tokens'][:, 1:], batch['counted']
+
+  def score(self, outputs: Array, targets: tuple[Array, Array]) -> dict[str, Array]:
+    """Returns `loss` and `correct`, means over each completion, and `exact`, 1 where all of it is correct.
+
+    That is whether the model, always taking the most probable token, writes this completion.
+    """
+    tokens, counted = targets
+    outputs = outputs.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(outputs, tokens)
+    correct = is_correct(outputs, tokens)
+    present = jnp.maximum(jnp.sum(counted, -1), 1)
+    exact = jnp.min(jnp.where(counted, correct, 1), -1)
+    return {
+      'loss': jnp.sum(jnp.where(counted, loss, 0), -1) / present,
+      'correct': jnp.sum(jnp.where(counted, correct, 0), -1) / present,
+      'exact': exact,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
 class SentenceTask:
   """A vector for every sentence: records `tokens` `[length]`, `valid` bool `[length]`, `index`.
 

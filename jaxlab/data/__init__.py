@@ -76,6 +76,15 @@ from jaxlab.data.sources.aligned import (
 from jaxlab.data.sources.catalogue import (
   Catalogue,
 )
+from jaxlab.data.sources.completions import (
+  Completions,
+  Sums,
+  decode_arithmetic,
+  encode_arithmetic,
+  plain_sum,
+  read_completions,
+  written_sum,
+)
 from jaxlab.data.sources.crops import (
   Crops,
 )
@@ -253,6 +262,7 @@ __all__ = [
   'Catalogue',
   'ClassAwareSampler',
   'ClassBalancedSampler',
+  'Completions',
   'Crops',
   'DecodeImage',
   'Digits',
@@ -272,6 +282,7 @@ __all__ = [
   'Sentences',
   'Source',
   'SquareRootSampler',
+  'Sums',
   'TokenFile',
   'TwoStreamSampler',
   'ValuedImages',
@@ -300,6 +311,7 @@ __all__ = [
   'cut_out_share',
   'cutmix',
   'cutmix_box',
+  'decode_arithmetic',
   'decode_image',
   'deterministic',
   'digit_points',
@@ -308,6 +320,7 @@ __all__ = [
   'draw_erasing',
   'draw_resized_crop',
   'draw_views',
+  'encode_arithmetic',
   'epoch_batches',
   'erase',
   'example_keys',
@@ -339,6 +352,7 @@ __all__ = [
   'normalize',
   'paste_box',
   'pasted',
+  'plain_sum',
   'prefetch_to_device',
   'process_shard',
   'rand_augment',
@@ -358,6 +372,7 @@ __all__ = [
   'random_rotation',
   'random_scale_shift',
   'random_solarize',
+  'read_completions',
   'read_split_file',
   'read_table',
   'read_values',
@@ -385,4 +400,5 @@ __all__ = [
   'unit_sphere',
   'value_grid',
   'vtab_group_means',
+  'written_sum',
 ]

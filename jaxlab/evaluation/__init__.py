@@ -42,6 +42,8 @@ from jaxlab.evaluation.knn import (
   weighted_knn,
 )
 from jaxlab.evaluation.language import (
+  aime_correct,
+  boxed_answers,
   perplexity,
 )
 from jaxlab.evaluation.linear_probe import (
@@ -97,7 +99,9 @@ __all__ = [
   'Probe',
   'RetrievalScores',
   'Tally',
+  'aime_correct',
   'average_precision',
+  'boxed_answers',
   'channel_colinearity',
   'channel_gains',
   'colinearity_index',

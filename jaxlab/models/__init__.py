@@ -111,6 +111,7 @@ from jaxlab.models.intercept import (
 from jaxlab.models.lazy_checkpoints import (
   LazyStateDict,
   open_state_dict,
+  save_state_dict,
 )
 from jaxlab.models.llama import (
   Llama,
@@ -136,9 +137,12 @@ from jaxlab.models.normalization import (
 )
 from jaxlab.models.parameter_differences import (
   ChangeHistogram,
+  ParameterChange,
   change_histogram,
+  changes_by_module,
   delta_norms,
   is_bimodal,
+  parameter_changes,
   parameter_distances,
   relative_change,
 )
@@ -147,7 +151,9 @@ from jaxlab.models.parameter_surgery import (
   merge_parameters,
   remove_blocks,
   select_parameters,
+  tuned_parameters,
   unselected,
+  untied,
 )
 from jaxlab.models.pointnet import (
   PointNet,
@@ -271,6 +277,7 @@ __all__ = [
   'NRSLayer',
   'Norm',
   'NormedLinear',
+  'ParameterChange',
   'PointNet',
   'PointNetHead',
   'PreActivationBlock',
@@ -300,6 +307,7 @@ __all__ = [
   'byol_mlp',
   'capture',
   'change_histogram',
+  'changes_by_module',
   'class_attention',
   'compact_bilinear',
   'conv_general_dilated',
@@ -342,6 +350,7 @@ __all__ = [
   'nrs_net',
   'open_state_dict',
   'packed_axes',
+  'parameter_changes',
   'parameter_distances',
   'random_subspace_index',
   'read_state_dict',
@@ -351,6 +360,7 @@ __all__ = [
   'resample_position_embedding',
   'rotary_embedding',
   'sample_token',
+  'save_state_dict',
   'select_parameters',
   'shake',
   'simsiam_predictor',
@@ -362,8 +372,10 @@ __all__ = [
   'to_torch',
   'total_stride',
   'truncate',
+  'tuned_parameters',
   'unselected',
   'unstack_blocks',
+  'untied',
   'upper_triangle',
   'weight_pairs',
   'width_floor',

@@ -8,17 +8,21 @@ their largest tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxlab.models.parameter_surgery import block_of
+from jaxlab.models.lazy_checkpoints import LazyStateDict
+from jaxlab.models.parameter_surgery import block_of, require_same_architecture
 from jaxlab.trees import tree_paths
 
 PyTree = Any
+
+_PART = 2**20  # entries that are compared at a time
 
 
 class ChangeHistogram(NamedTuple):
@@ -33,6 +37,73 @@ class ChangeHistogram(NamedTuple):
   counts: np.ndarray
   normalized: np.ndarray
   edges: np.ndarray
+
+
+class ParameterChange(NamedTuple):
+  """How a parameter changed.
+
+  Attributes:
+    path: its name.
+    block: index of its block; None: it lies in none.
+    module: path of its module in the block (`self_attn/o_proj`), or of it all.
+    num_axes: of the parameter: weight matrices have two or more.
+    norm: Frobenius norm of the change.
+    histogram: of its relative changes; None: not asked for.
+  """
+
+  path: str
+  block: int | None
+  module: str
+  num_axes: int
+  norm: float
+  histogram: ChangeHistogram | None = None
+
+
+def parameter_changes(
+  base: PyTree, tuned: PyTree, bins: int | None = None, drop: float = 0.99
+) -> Iterator[ParameterChange]:
+  """Yields how each parameter changed, norm and distribution, from one reading of both.
+
+  Args:
+    base: tree of arrays, or a mapping that reads them by name (`models.open_state_dict`).
+    tuned: of the same architecture.
+    bins: of the histogram of relative changes (`change_histogram`; the paper's has 200); None: none.
+    drop: see `change_histogram`.
+
+  Raises:
+    ValueError: if names or shapes differ, naming the first: before anything is read where shapes are known.
+
+  References:
+    Shao & Wu, 2025 (https://arxiv.org/abs/2505.20993), tool Delta and the authors' code.
+
+  >>> base, tuned = ({'layers_0': {'up_proj': {'kernel': np.ones((2, 2)) * i}}} for i in (1, 2))
+  >>> [(own.block, own.module, own.norm) for own in parameter_changes(base, tuned)]
+  [(0, 'up_proj', 2.0)]
+  """
+  if bins is not None:
+    change_histogram([], bins, drop)  # raises what is wrong with them
+  for path, a, b in _pairs(base, tuned):
+    square, counts, edges = 0.0, None, None
+    for first, second in _parts(a, b):
+      square += float(np.sum(np.square(second - first, dtype=np.float64)))
+      if bins is not None:
+        own = change_histogram(relative_change(first, second), bins, drop)
+        counts, edges = own.counts if counts is None else counts + own.counts, own.edges
+    histogram = None
+    if counts is not None:
+      histogram = ChangeHistogram(counts, counts / (counts.max() + 1e-6), edges)
+    block, inner = block_of(path) or (None, path)
+    module = re.sub('[/.][^/.]*$', '', inner)
+    yield ParameterChange(path, block, module, np.ndim(a), float(np.sqrt(square)), histogram)
+
+
+def changes_by_module(changes: Iterable[ParameterChange]) -> dict[str, dict[int, ParameterChange]]:
+  """Returns the changes of weight matrices within blocks by module type, and there by block."""
+  found: dict[str, dict[int, ParameterChange]] = {}
+  for own in changes:
+    if own.block is not None and own.num_axes >= 2:
+      found.setdefault(own.module, {})[own.block] = own
+  return found
 
 
 def parameter_distances(base: PyTree, tuned: PyTree) -> dict[str, float]:
@@ -58,7 +129,7 @@ def parameter_distances(base: PyTree, tuned: PyTree) -> dict[str, float]:
   >>> parameter_distances(base, {**base, 'kernel': np.ones(4)})
   {'kernel': 2.0, 'bias': 0.0}
   """
-  norms = {path: norm for path, _, norm in _changes(base, tuned)}
+  norms = {own.path: own.norm for own in parameter_changes(base, tuned)}
   return dict(sorted(norms.items(), key=lambda item: -item[1]))
 
 
@@ -84,20 +155,14 @@ def delta_norms(base: PyTree, tuned: PyTree) -> dict[str, np.ndarray]:
   >>> {name: norms.tolist() for name, norms in delta_norms(base, tuned).items()}
   {'o_proj': [0.0, 2.0]}
   """
-  norms: dict[str, dict[int, float]] = {}
-  depth = 0
-  for path, num_axes, norm in _changes(base, tuned):
-    index, inner = block_of(path) or (None, '')
-    if index is None:
-      continue
-    depth = max(depth, index + 1)
-    if num_axes >= 2:
-      norms.setdefault(inner.rpartition('/')[0], {})[index] = norm
-  if not norms:
+  changes = list(parameter_changes(base, tuned))
+  found = changes_by_module(changes)
+  if not found:
     raise ValueError('base has no weight matrix in a block, such as layers_3 or blocks.3.')
+  depth = 1 + max(own.block for own in changes if own.block is not None)
   return {
-    name: np.array([found.get(index, np.nan) for index in range(depth)])
-    for name, found in norms.items()
+    name: np.array([own[index].norm if index in own else np.nan for index in range(depth)])
+    for name, own in found.items()
   }
 
 
@@ -203,9 +268,11 @@ def is_bimodal(counts: ArrayLike, window: int = 9, ratio: float = 1.2) -> bool:
   return bool(modes > 0 and modes >= ratio * valley)
 
 
-def _changes(base: PyTree, tuned: PyTree) -> Iterator[tuple[str, int, float]]:
-  """Yields path, number of axes and Frobenius norm of the change, reading one tensor of each at a time."""
+def _pairs(base: PyTree, tuned: PyTree) -> Iterator[tuple[str, ArrayLike, ArrayLike]]:
+  """Yields path and both arrays, reading one tensor of each at a time."""
   first, second = _by_name(base), _by_name(tuned)
+  if isinstance(first, LazyStateDict) and isinstance(second, LazyStateDict):
+    require_same_architecture(base=first.shapes, tuned=second.shapes)
   differing = sorted(first.keys() ^ second.keys())
   if differing:
     there, missing = ('base', 'tuned') if differing[0] in first else ('tuned', 'base')
@@ -213,10 +280,18 @@ def _changes(base: PyTree, tuned: PyTree) -> Iterator[tuple[str, int, float]]:
       f'{differing[0]}: in {there}, missing in {missing}; expected one architecture.'
     )
   for path in first:
-    a, b = _wide(first[path]), _wide(second[path])
+    a, b = np.asarray(first[path]), np.asarray(second[path])
     if a.shape != b.shape:
       raise ValueError(f'{path}: base has {a.shape}, tuned {b.shape}; expected one architecture.')
-    yield path, a.ndim, float(np.sqrt(np.sum(np.square(b - a, dtype=np.float64))))
+    yield path, a, b
+
+
+def _parts(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields both arrays part by part, in at least float32: what is computed of them takes no more memory."""
+  a, b = a.reshape(-1), b.reshape(-1)
+  for start in range(0, max(a.size, 1), _PART):
+    part = slice(start, start + _PART)
+    yield _wide(a[part]), _wide(b[part])
 
 
 def _by_name(tree: PyTree) -> Mapping[str, ArrayLike]:

@@ -8,14 +8,17 @@ checkpoint (`model.layers.3.self_attn.o_proj.weight`) as it is.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.models.intercept import Hook, any_of, raise_unmatched
+from jaxlab.models.lazy_checkpoints import LazyStateDict
 from jaxlab.trees import tree_paths
 
 Array = jax.Array
@@ -52,10 +55,11 @@ def select_parameters(
   output projection (weight and bias), '.*proj' all seven projections of a Llama's block, 'mlp' all within an
   MLP, 'norm' the last norm alone, '.*norm' all of them.
 
-  With tied embeddings there is no `lm_head`: 'embed_tokens' is the head, too, and 'lm_head' raises.
+  With tied embeddings there is no `lm_head`: 'embed_tokens' is the head, too, and 'lm_head' raises; `untied`
+  makes two of them.
 
   Args:
-    params: tree of named arrays, or a state dict.
+    params: tree of named arrays, or a state dict (of a `LazyStateDict` its `shapes`).
     include: types that are chosen.
     exclude: types that are not, though included; e.g. `('patch_embed',)` for a ViT's 'proj'.
     blocks: indices of the blocks (`block_of`) that the choice is confined to, e.g. `range(5, 30)`; None:
@@ -79,6 +83,11 @@ def select_parameters(
     if isinstance(patterns, str):
       raise ValueError(f'{argument} takes a list of patterns, got the string {patterns!r}.')
     unused = [p for p in patterns if not any(_matches([p], names[path]) for path in paths)]
+    if 'lm_head' in unused and any('embed_tokens' in own for own in names.values()):
+      raise ValueError(
+        f"{argument}: 'lm_head' is not there, as the embedding is the head's weight, too: choose "
+        "'embed_tokens', which changes both, or give each its own by untied(params)."
+      )
     if unused:
       raise_unmatched(unused, [n for parts in names.values() for n in parts], argument, 'module')
   index = {path: found[0] for path in paths if (found := block_of(path))}
@@ -105,19 +114,92 @@ def select_parameters(
   return jax.tree.unflatten(jax.tree.structure(params), chosen)
 
 
+def tuned_parameters(
+  params: PyTree,
+  types: Sequence[str] = (),
+  always: Sequence[str] = ('.*norm', 'embed_tokens', 'lm_head'),
+  blocks: Collection[int] | None = None,
+) -> PyTree:
+  """Returns which parameters the paper's Freeze trains: chosen types, all norms, embedding and head.
+
+  Without embedding and head its training did not converge. Its variants are the types `()` (F1),
+  `('o_proj',)` (F2), `('q_proj', 'k_proj', 'v_proj', 'o_proj')` (F3) and `('.*',)`, full tuning (F4):
+
+    mask = tuned_parameters(params, ['o_proj'])
+    optimizer = training.make_optimizer('adamw', 1e-5, frozen=unselected(mask))
+
+  Args:
+    params: tree of named arrays.
+    types: chosen module types, patterns as in `select_parameters`.
+    always: types that are trained anyway, in all blocks. With tied embeddings 'embed_tokens' is the head,
+      too, and 'lm_head' is left out.
+    blocks: that `types` are confined to; None: everywhere.
+
+  Returns:
+    A pytree of Python bools; all else is frozen, without gradient, state and weight decay.
+
+  Raises:
+    ValueError: as `select_parameters`, for a pattern that matches nothing.
+
+  References:
+    Shao & Wu, 2025 (https://arxiv.org/abs/2505.20993), tool Freeze and the authors' code.
+
+  >>> params = {'embed_tokens': {'embedding': 1}, 'norm': {'scale': 1}}
+  >>> params['layers_0'] = {'o_proj': {'kernel': 1}, 'q_proj': {'kernel': 1}}
+  >>> tuned_parameters(params, ['o_proj'])['layers_0']
+  {'o_proj': {'kernel': True}, 'q_proj': {'kernel': False}}
+  """
+  names = {name for path, _ in tree_paths(params) for name in re.split(r'[/.]', path)}
+  if 'lm_head' not in names and 'embed_tokens' in always:
+    always = [pattern for pattern in always if pattern != 'lm_head']
+  masks = [select_parameters(params, always)] if always else []
+  masks += [select_parameters(params, types, blocks=blocks)] if len(types) else []
+  if not masks:
+    raise ValueError('types and always are empty: nothing would be trained.')
+  return jax.tree.map(lambda *chosen: any(chosen), *masks)
+
+
 def unselected(mask: PyTree) -> tuple[str, ...]:
   """Returns patterns of exactly the parameters that a mask leaves out, for `make_optimizer(frozen=...)`.
-
-  The paper's Freeze trains chosen types, all norms, the embedding and the head (without the latter two its
-  training did not converge); the rest has no gradient, no state and no weight decay:
-
-    mask = select_parameters(params, ['o_proj', '.*norm', 'embed_tokens', 'lm_head'])
-    optimizer = training.make_optimizer('adamw', 1e-5, frozen=unselected(mask))
 
   >>> unselected({'o_proj': {'kernel': True}, 'q_proj': {'kernel': False}})
   ('q_proj/kernel',)
   """
   return tuple(re.escape(path) for path, chosen in tree_paths(mask) if not chosen)
+
+
+def untied(params: PyTree) -> PyTree:
+  """Returns parameters whose head is a leaf of its own, at first the embedding; others as they are.
+
+  Where a decoder's embedding is the head's weight, too (`Llama(tied=True)`), to merge, destroy or freeze one
+  of the two changes both. `model.clone(tied=False)` computes the same with what is returned. Pairs of
+  checkpoints of which one has a head of its own, as a distilled network may have, become comparable.
+
+  Args:
+    params: tree with `embed_tokens/embedding`, a state dict, or a `LazyStateDict` (which is not read).
+
+  Raises:
+    ValueError: if there is neither a head nor an embedding of the name.
+
+  >>> untied({'embed_tokens': {'embedding': jnp.ones((5, 2))}})['lm_head']['kernel'].shape
+  (2, 5)
+  """
+  if isinstance(params, LazyStateDict):
+    return LazyStateDict(_with_head(params.tensors))
+  if 'lm_head' in params:
+    return params
+  if 'embed_tokens' in params:
+    return {**params, 'lm_head': {'kernel': jnp.asarray(params['embed_tokens']['embedding']).T}}
+  return _with_head(params)
+
+
+def _with_head(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  if 'lm_head.weight' in state_dict:
+    return dict(state_dict)
+  found = [name for name in state_dict if re.search(r'(^|\.)embed_tokens\.weight$', name)]
+  if len(found) != 1:
+    raise ValueError(f'expected lm_head or one embedding embed_tokens, got {len(found)} of these.')
+  return {**state_dict, 'lm_head.weight': state_dict[found[0]]}
 
 
 def merge_parameters(base: PyTree, tuned: PyTree, mask: PyTree, base_share: float = 0.0) -> PyTree:
@@ -127,14 +209,20 @@ def merge_parameters(base: PyTree, tuned: PyTree, mask: PyTree, base_share: floa
 
   The inverse merge, all of `tuned` but a protected list, is `merge_parameters(tuned, base, protected)`.
 
+  Checkpoints of any size are merged in the memory of a few tensors:
+
+    base, tuned = (models.open_state_dict(folder) for folder in folders)
+    mask = models.select_parameters(base.shapes, ['o_proj'])
+    models.save_state_dict('merged', models.merge_parameters(base, tuned, mask))
+
   Args:
-    base: parameters of one network.
-    tuned: those of another of the same architecture.
+    base: parameters of one network; a `LazyStateDict` is not read.
+    tuned: those of another of the same architecture, likewise.
     mask: of `select_parameters`.
     base_share: in [0, 1]; the paper's mixture has 0.5.
 
   Returns:
-    The structure and dtypes of `base`; mixtures are taken in at least float32.
+    The structure and dtypes of `base`; mixtures are taken in at least float32. A `LazyStateDict` if they are.
 
   Raises:
     ValueError: if names or shapes differ (naming the first), or for a share that is not in [0, 1].
@@ -148,6 +236,11 @@ def merge_parameters(base: PyTree, tuned: PyTree, mask: PyTree, base_share: floa
   """
   if not 0 <= base_share <= 1:
     raise ValueError(f'base_share must be in [0, 1], got {base_share}.')
+  lazy = isinstance(base, LazyStateDict), isinstance(tuned, LazyStateDict)
+  if any(lazy):
+    if not all(lazy):
+      raise ValueError('base and tuned must both be LazyStateDicts, or neither.')
+    return _merge_lazily(base, tuned, mask, base_share)
   require_same_architecture(base=base, tuned=tuned)
   _require_mask(base, mask)
 
@@ -162,6 +255,28 @@ def merge_parameters(base: PyTree, tuned: PyTree, mask: PyTree, base_share: floa
     return mixed.astype(a.dtype)
 
   return jax.tree.map(leaf, mask, base, tuned)
+
+
+def _merge_lazily(
+  base: LazyStateDict, tuned: LazyStateDict, mask: Mapping[str, bool], base_share: float
+) -> LazyStateDict:
+  require_same_architecture(base=base.shapes, tuned=tuned.shapes)
+  _require_mask(base.shapes, mask)
+
+  def mixed(name: str, dtype: np.dtype) -> np.ndarray:
+    new = tuned[name]
+    if base_share:
+      old = base[name]
+      wide = jnp.promote_types(jnp.promote_types(old.dtype, new.dtype), jnp.float32)
+      new = (1 - base_share) * new.astype(wide)
+      new += base_share * old.astype(wide)
+    return new.astype(dtype, copy=False)
+
+  merged = {
+    name: own._replace(read=functools.partial(mixed, name, own.dtype)) if mask[name] else own
+    for name, own in base.tensors.items()
+  }
+  return LazyStateDict(merged)
 
 
 def destroy_parameters(

@@ -72,6 +72,42 @@ def test_checkpoints_on_disk_are_compared_one_tensor_at_a_time(tmp_path):
       models.open_state_dict(tmp_path / name)
 
 
+def test_one_reading_gives_norm_and_distribution_of_each_parameter(monkeypatch):
+  rng = np.random.default_rng(0)
+  draw = lambda: {  # noqa: E731
+    'embed_tokens': {'embedding': rng.normal(size=(11, 4))},
+    **{f'layers_{i}': {'mlp': {'up_proj': {'kernel': rng.normal(size=(30, 7)), 'bias': rng.normal(size=7)}}}
+       for i in range(2)},
+  }  # fmt: skip
+  base, tuned = draw(), draw()
+  tuned['layers_1'] = base['layers_1']
+  whole = {own.path: own for own in models.parameter_changes(base, tuned, bins=20)}
+  assert {path: own.histogram for path, own in whole.items()}.keys() == {
+    'embed_tokens/embedding',
+    *(f'layers_{i}/mlp/up_proj/{leaf}' for i in range(2) for leaf in ('kernel', 'bias')),
+  }
+  kernel = whole['layers_0/mlp/up_proj/kernel']
+  assert (kernel.block, kernel.module, kernel.num_axes) == (0, 'mlp/up_proj', 2)
+  first, second = (tree['layers_0']['mlp']['up_proj']['kernel'] for tree in (base, tuned))
+  assert kernel.norm == pytest.approx(np.sqrt(np.sum((second - first) ** 2)), rel=1e-12)
+  change = (second - first) / (np.abs(first) + 1e-8)
+  inside = change[np.abs(change) < 0.99]
+  np.testing.assert_array_equal(kernel.histogram.counts, np.histogram(inside, 20, (-1, 1))[0])
+  unchanged = whole['layers_1/mlp/up_proj/kernel']
+  assert unchanged.norm == 0 and unchanged.histogram.counts[10] == 210
+  assert whole['embed_tokens/embedding'].block is None
+  found = models.changes_by_module(whole.values())
+  assert {name: set(own) for name, own in found.items()} == {'mlp/up_proj': {0, 1}}
+  # Part by part, with a part that is not full.
+  monkeypatch.setattr('jaxlab.models.parameter_differences._PART', 37)
+  for own in models.parameter_changes(base, tuned, bins=20):
+    assert own.norm == pytest.approx(whole[own.path].norm, rel=1e-12)
+    np.testing.assert_array_equal(own.histogram.counts, whole[own.path].histogram.counts)
+    np.testing.assert_allclose(own.histogram.normalized, whole[own.path].histogram.normalized)
+  with pytest.raises(ValueError, match='bins=0'):
+    next(models.parameter_changes(base, tuned, bins=0))
+
+
 def test_zero_weights_and_the_signs_of_changes():
   change = models.relative_change([-1.0, -1.0, 0.0, 0.0, 1.0], [-0.5, -1.5, -1.0, 0.0, 9.0])
   np.testing.assert_allclose(change, [0.5, -0.5, -1, 0, 1], rtol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 from golden_vectors import assert_close, golden
 
 from jaxlab import models, training
+from jaxlab.trees import tree_paths
 
 
 def _qwen2(vectors):
@@ -49,9 +50,12 @@ def test_destruction_agrees_with_reference(vectors, x64):
     mask = models.select_parameters(params, [vectors.param('destroyed_module')], blocks=layers)
     zeroed = models.destroy_parameters(params, mask)
     removed = [models.remove_blocks(f'layers_{index}' for index in layers)]
-    assert_close(model.apply({'params': params}, tokens), vectors['out_logits'])
-    assert_close(model.apply({'params': zeroed}, tokens), vectors['out_logits_zeroed'])
-    logits = models.apply(model, {'params': params}, tokens, hooks=removed)
+    logits = jax.jit(lambda params: model.apply({'params': params}, tokens))
+    assert_close(logits(params), vectors['out_logits'])
+    assert_close(logits(zeroed), vectors['out_logits_zeroed'])
+    logits = jax.jit(lambda params: models.apply(model, {'params': params}, tokens, hooks=removed))(
+      params
+    )
     assert_close(logits, vectors['out_logits_removed_layers'])
 
 
@@ -61,7 +65,7 @@ TOKENS = np.array([[1, 2, 3, 4, 5, 6]])
 
 @functools.cache
 def _params(seed: int):
-  params = MODEL.init(jax.random.key(seed), TOKENS)['params']
+  params = jax.jit(MODEL.init)(jax.random.key(seed), TOKENS)['params']
   return jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(seed), a.shape), params)
 
 
@@ -83,8 +87,119 @@ def test_zeroed_types_of_a_block_are_the_same_damage_where_the_block_says_so():
   close(_zeroed(['up_proj']), _zeroed(['gate_proj']))
   close(_zeroed(['up_proj']), _zeroed(['down_proj']))
   removed = [models.remove_blocks(['layers_1'])]
-  close(_zeroed(['.*_proj']), models.apply(MODEL, {'params': _params(0)}, TOKENS, hooks=removed))
+  without = jax.jit(lambda params: models.apply(MODEL, {'params': params}, TOKENS, hooks=removed))
+  close(_zeroed(['.*_proj']), without(_params(0)))
   assert np.abs(_zeroed(['o_proj']) - _zeroed(['q_proj'])).max() > 1e-2
+
+
+BIASED = MODEL.clone(attention_bias=True, mlp_bias=True)
+WITHOUT_OUTPUT_BIASES = ('o_proj', 'down_proj')
+
+
+@functools.cache
+def _biased_params():
+  """Returns parameters with biases as Qwen2 has them, and of the MLP's first two layers."""
+  params = jax.jit(BIASED.init)(jax.random.key(0), TOKENS)['params']
+  params = jax.tree.map(
+    lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), params
+  )
+  for index in range(MODEL.depth):
+    for part, name in zip(('self_attn', 'mlp'), WITHOUT_OUTPUT_BIASES):
+      layer = params[f'layers_{index}'][part][name]
+      layer['bias'] = jnp.zeros_like(layer['bias'])
+  return params
+
+
+@jax.jit
+def _biased_logits(params):
+  return BIASED.apply({'params': params}, TOKENS)
+
+
+@pytest.mark.parametrize(
+  ('first', 'second'),
+  [('v_proj', 'o_proj'), ('q_proj', 'k_proj'), ('up_proj', 'gate_proj'), ('up_proj', 'down_proj')],
+)
+def test_identities_hold_with_biases_that_are_zeroed_as_well(first, second):
+  params = _biased_params()
+  found = []
+  for name in (first, second):
+    mask = models.select_parameters(params, [name], blocks=[1, 2])
+    assert sum(jax.tree.leaves(mask)) == 4
+    found.append(_biased_logits(models.destroy_parameters(params, mask)))
+  assert_close(*found, 1e-5)
+  assert np.abs(found[0] - _biased_logits(params)).max() > 1e-2
+
+
+def test_a_decoder_without_some_blocks_is_one_whose_types_are_all_zeroed_there():
+  params = _biased_params()
+  blocks = [0, 2]
+  mask = models.select_parameters(params, ['.*_proj'], blocks=blocks)
+  hook = models.remove_blocks(f'layers_{index}' for index in blocks)
+  removed = jax.jit(lambda p: models.apply(BIASED, {'params': p}, TOKENS, hooks=[hook]))(params)
+  shallow = MODEL.clone(depth=1, attention_bias=True, mlp_bias=True)
+  kept = {name: own for name, own in params.items() if not name.startswith('layers')}
+  kept['layers_0'] = params['layers_1']
+  assert_close(removed, jax.jit(shallow.apply)({'params': kept}, TOKENS), 1e-6)
+  assert_close(removed, _biased_logits(models.destroy_parameters(params, mask)), 1e-5)
+
+
+def test_tied_embeddings_are_one_leaf_until_they_are_untied():
+  model = MODEL.clone(tied=True)
+  params = jax.jit(model.init)(jax.random.key(0), TOKENS)['params']
+  with pytest.raises(ValueError, match="'lm_head' is not there, as the embedding is the head's"):
+    models.select_parameters(params, ['lm_head'])
+  chosen = models.tuned_parameters(params, ['o_proj'])
+  assert chosen['embed_tokens']['embedding'] and 'lm_head' not in chosen
+  own = models.untied(params)
+  assert models.untied(own) is own
+  logits = jax.jit(model.apply)({'params': params}, TOKENS)
+  assert_close(jax.jit(model.clone(tied=False).apply)({'params': own}, TOKENS), logits, 1e-6)
+  zeroed = models.destroy_parameters(own, models.select_parameters(own, ['lm_head']))
+  assert not zeroed['lm_head']['kernel'].any() and zeroed['embed_tokens']['embedding'].any()
+  names = {'model.embed_tokens.weight': np.ones((3, 2)), 'model.norm.weight': np.ones(2)}
+  assert models.untied(names)['lm_head.weight'] is names['model.embed_tokens.weight']
+  assert models.untied(models.untied(names)).keys() == models.untied(names).keys()
+  with pytest.raises(ValueError, match='one embedding embed_tokens, got 0'):
+    models.untied({'wte.weight': np.ones((3, 2))})
+
+
+def test_freeze_trains_chosen_types_with_norms_embedding_and_head():
+  params = _params(0)
+
+  def trained(*args, **kwargs):
+    mask = models.tuned_parameters(params, *args, **kwargs)
+    return {path for path, chosen in tree_paths(mask) if chosen}
+
+  always = {path for path, _ in tree_paths(params) if 'norm' in path}
+  always |= {'embed_tokens/embedding', 'lm_head/kernel'}
+  assert len(always) == 2 * MODEL.depth + 3 and trained() == always
+  outputs = {f'layers_{index}/self_attn/o_proj/kernel' for index in range(MODEL.depth)}
+  assert trained(['o_proj']) == always | outputs
+  assert trained(['o_proj'], blocks=[1]) == always | {'layers_1/self_attn/o_proj/kernel'}
+  assert trained(['.*']) == {path for path, _ in tree_paths(params)}
+  assert trained(['o_proj'], always=()) == outputs
+  with pytest.raises(ValueError, match="No module matches include 'o_prj'"):
+    models.tuned_parameters(params, ['o_prj'])
+  with pytest.raises(ValueError, match='nothing would be trained'):
+    models.tuned_parameters(params, always=())
+
+
+def test_the_gradient_of_what_is_frozen_is_not_computed():
+  params = _params(0)
+
+  def flops(types):
+    mask = models.tuned_parameters(params, types)
+    optimizer = training.make_optimizer('adamw', 0.1, frozen=models.unselected(mask))
+
+    def step(params, state):
+      value, gradients = jax.value_and_grad(lambda p: jnp.mean(jnp.square(_logits(p))))(params)
+      updates, state = optimizer.update(gradients, state, params)
+      return value, optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.jit(step).lower(params, state).compile().cost_analysis()['flops']
+
+  assert flops(['o_proj']) < 0.9 * flops(['.*'])
 
 
 def test_types_are_whole_names():

@@ -7,6 +7,7 @@ from typing import Any
 from jaxlab.data.sources.catalogue import (
   Catalogue,
 )
+from jaxlab.data.sources.completions import Sums, read_completions
 from jaxlab.data.sources.embedded import (
   Digits,
   FashionMNIST,
@@ -50,6 +51,9 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       - `'fashion_mnist'`: options of `FashionMNIST`.
       - `'text'`: windows of bytes of the text that comes with Python, or of a file; options of `ByteText`.
       - `'tokens'`: windows of tokens of a `.npy` file, whose path is the split; options of `TokenFile`.
+      - `'sums'`: sums of numbers in characters, without or with their working; options of `Sums`.
+      - `'completions'`: prompts and completions of a `.npz` file, whose path is the split; options of
+        `read_completions`.
       - `'sentences'`: tokens of sentences, padded; options of `Sentences`.
       - `'photographs'`: random crops without labels; options of `Photographs`.
       - `'table'`: rows of numbers, from files or embedded; options of `load_table`.
@@ -98,6 +102,10 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       return WiderAttribute(split, **options)
     if name == 'tokens':
       return TokenFile(split, **options)
+    if name == 'sums':
+      return Sums(split, **options)
+    if name == 'completions':
+      return read_completions(split, **options)
     if name == 'sentences':
       return Sentences(split, **options)
     if name == 'table':
