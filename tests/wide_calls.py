@@ -80,6 +80,11 @@ def adapted():
   blocks, modules = [*widths], adapters.ssf_modules(model)
   side = adapters.init_side_network(KEY, widths, 2, kernel_size=3)
   yield side, adapters.apply_side_network(model, {'params': params}, side, IMAGES, adding=blocks)
+  tokens = adapters.collect_features(model, {'params': params}, IMAGES)
+  side = adapters.init_attention_side_network(KEY, 8, len(tokens) - 1)
+  yield side, adapters.apply_attention_side_network(side, tokens)
+  edge = adapters.init_edge_network(KEY, 8, 3)
+  yield edge, adapters.apply_edge_network(edge, adapters.gather_sum(tokens))
   for collection, tree, hooks in (
     ('lora', adapters.init_lora(KEY, params, layers, 2), adapters.lora_hooks(layers)),
     ('ssf', adapters.init_ssf(KEY, params, modules), adapters.ssf_hooks(modules)),

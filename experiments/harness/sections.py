@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from experiments.harness.settings import entries, found_by, free, section
 from jaxlab import parallel
-from jaxlab.quantizers import parse_bits
 from jaxlab.training import make_optimizer, make_schedule
 from jaxlab.training.schedules import per_epoch
 
@@ -105,6 +104,8 @@ def check_bits(
     high: most.
     in_float: a further number of activation bits, which stands for float.
   """
+  from jaxlab.quantizers import parse_bits  # a device that trains on features loads no networks
+
   if not bits:
     yield 'bits: expected at least one.'
   for name in dict.fromkeys(bits):

@@ -95,6 +95,12 @@ from jaxlab.data.sources.embedded import (
 from jaxlab.data.sources.expanded import (
   Expanded,
 )
+from jaxlab.data.sources.feature_file import (
+  FeatureFile,
+  FeatureHeader,
+  in_batches,
+  write_feature_file,
+)
 from jaxlab.data.sources.fields import (
   Relabeled,
   WithFields,
@@ -166,6 +172,11 @@ from jaxlab.data.sources.valued_images import (
 )
 from jaxlab.data.sources.wider_attribute import (
   WiderAttribute,
+)
+from jaxlab.data.transfer import (
+  listening,
+  receive_features,
+  send_features,
 )
 from jaxlab.data.transforms.augment import (
   compose,
@@ -269,6 +280,8 @@ __all__ = [
   'Episode',
   'Expanded',
   'FashionMNIST',
+  'FeatureFile',
+  'FeatureHeader',
   'FineGrainedDataset',
   'ImageFolder',
   'InMemory',
@@ -331,10 +344,12 @@ __all__ = [
   'gaussian_blur',
   'grayscale',
   'grouped_label',
+  'in_batches',
   'in_memory',
   'index_groups',
   'jitter_colors',
   'list_fine_grained',
+  'listening',
   'load',
   'load_table',
   'make_loader',
@@ -376,6 +391,7 @@ __all__ = [
   'read_split_file',
   'read_table',
   'read_values',
+  'receive_features',
   'resized_crop_augment',
   'rotate_degrees',
   'rotated_digits',
@@ -384,6 +400,7 @@ __all__ = [
   'sample_subset',
   'sample_tiny_set',
   'select_imbalanced',
+  'send_features',
   'shot_groups',
   'shuffle_tiles',
   'solarize',
@@ -400,5 +417,6 @@ __all__ = [
   'unit_sphere',
   'value_grid',
   'vtab_group_means',
+  'write_feature_file',
   'written_sum',
 ]

@@ -18,6 +18,7 @@ from jaxlab.training.colinearity_decay import (
   colinearity_decay,
   colinearity_penalty,
 )
+from jaxlab.training.copies import copy_at, optimizer_of_copies, stack_copies
 from jaxlab.training.example_table import (
   blank_rows,
   pad_rows,
@@ -63,6 +64,7 @@ __all__ = [
   'catch_signals',
   'colinearity_decay',
   'colinearity_penalty',
+  'copy_at',
   'fit',
   'group_decays',
   'group_regularizer',
@@ -73,6 +75,7 @@ __all__ = [
   'make_program',
   'make_schedule',
   'map_batches',
+  'optimizer_of_copies',
   'pad_rows',
   'padded_rows',
   'read_metrics',
@@ -83,6 +86,7 @@ __all__ = [
   'row_rules',
   'running_average',
   'select_gates',
+  'stack_copies',
   'step_keys',
   'step_rows',
   'warm_decay',

@@ -1,16 +1,20 @@
 """Batch statistics of a network that has none of its own: an average of networks, other data."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxlab import models
 from jaxlab.training.averaging import running_average
+
+if TYPE_CHECKING:
+  from jaxlab import models
 
 PyTree = Any
 
@@ -35,6 +39,8 @@ def recompute_batch_stats(
     hooks: around its modules.
     keep: patterns of modules that keep the statistics that they have; hooks must hold them in eval mode.
   """
+  from jaxlab import models  # trainings on features load no networks
+
   stats = traverse_util.flatten_dict(dict(variables['batch_stats']), sep='/')
 
   def stays(path: str) -> bool:

@@ -1,0 +1,210 @@
+"""Features over a socket: a cloud that has a network sends them to a device that has none, one way.
+
+A connection carries, in this order and with a length of 8 bytes (big-endian) before each message: the
+greeting; for every set of records its name and header (JSON), its batches (labels as little-endian int32,
+then features as little-endian floats), and a checksum of them; the farewell. Nothing is pickled, nothing is
+sent back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxlab.data.sources.feature_file import Batch, FeatureHeader, write_feature_file
+
+GREETING, FAREWELL = b'jaxlab features 1', b'all'
+MAX_TEXT = 1 << 20
+MAX_RECORD = 1 << 28
+BATCH = 64  # records of a message
+
+
+class Features(Protocol):
+  """What can be sent: a `FeatureFile`, for one."""
+
+  header: FeatureHeader
+
+  def batches(self, size: int) -> Iterator[Batch]:
+    """Yields features and labels, `size` records at a time."""
+
+
+@contextlib.contextmanager
+def listening(host: str = '127.0.0.1', port: int = 0) -> Iterator[socket.socket]:
+  """Yields a socket that waits for a device; `getsockname()` says where. Port 0: any free one.
+
+  The default is this machine alone: nothing is encrypted, and whoever connects is served.
+  """
+  with socket.create_server((host, port)) as server:
+    yield server
+
+
+def send_features(
+  server: socket.socket, sets: Mapping[str, Features], *, timeout: float = 60.0
+) -> int:
+  """Waits for one device, sends it all sets, and returns the bytes on the wire.
+
+  Args:
+    server: see `listening`.
+    sets: by name: letters, digits, `_` and `-`.
+    timeout: seconds that a connection, or a device that reads nothing, is waited for.
+
+  Raises:
+    ValueError: for other names, before anything is sent.
+    ConnectionError: if the device is not there, goes away or stops reading.
+  """
+  for name in sets:
+    _require_name(name)
+  server.settimeout(timeout)
+  sent = 0
+  try:
+    connection, _ = server.accept()
+    with connection:
+      connection.settimeout(timeout)
+      sent += _send(connection, GREETING)
+      for name, features in sets.items():
+        about = {'name': name, 'header': features.header.to_json()}
+        sent += _send(connection, json.dumps(about).encode())
+        sent += _send_records(connection, features)
+      sent += _send(connection, FAREWELL)
+      connection.shutdown(socket.SHUT_WR)
+  except OSError as error:  # timeouts and broken pipes are
+    raise ConnectionError(f'features were not sent, {sent} bytes were: {error}.') from error
+  return sent
+
+
+def _send_records(connection: socket.socket, features: Features) -> int:
+  sent, check = 0, 0
+  for own, labels in features.batches(BATCH):
+    payload = labels.astype('<i4').tobytes() + own.astype(features.header.wire_dtype).tobytes()
+    check = zlib.crc32(payload, check)
+    sent += _send(connection, payload)
+  return sent + _send(connection, struct.pack('>I', check))
+
+
+def _send(connection: socket.socket, payload: bytes) -> int:
+  connection.sendall(struct.pack('>Q', len(payload)))
+  connection.sendall(payload)
+  return 8 + len(payload)
+
+
+def receive_features(
+  host: str,
+  port: int,
+  folder: str | os.PathLike,
+  *,
+  suffix: str = '.npz',
+  timeout: float = 60.0,
+) -> tuple[dict[str, pathlib.Path], int]:
+  """Connects to a cloud and writes what it sends, `<folder>/<name><suffix>`: all sets or none.
+
+  Args:
+    host: of the cloud.
+    port: of the cloud.
+    folder: made if it is not there.
+    suffix: `.npz` or `.array_record`.
+    timeout: seconds that the cloud is waited for.
+
+  Returns:
+    The files by name, and the bytes on the wire.
+
+  Raises:
+    ConnectionError: if the cloud is not there, goes away in the middle, or sends what is not its protocol or
+      was damaged on the way. Nothing half-written stays.
+    ValueError: for records that are not what their header says, or not finite.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  arriving = folder / f'arriving.{os.getpid()}.partial'
+  received = _Counted()
+  try:
+    arriving.mkdir()
+    with socket.create_connection((host, port), timeout=timeout) as connection:
+      received.connection = connection
+      if received.message(MAX_TEXT) != GREETING:
+        raise ConnectionError('this is no cloud of features of this version')
+      names = []
+      while (text := received.message(MAX_TEXT)) != FAREWELL:
+        name, header = _announced(text)
+        write_feature_file(arriving / f'{name}{suffix}', received.records(header), header)
+        names.append(name)
+    files = {name: folder / f'{name}{suffix}' for name in names}
+    for name, path in files.items():
+      (arriving / f'{name}{suffix}').replace(path)
+    return files, received.count
+  except OSError as error:
+    raise ConnectionError(
+      f'features from {host}:{port}: {error}, after {received.count} bytes; nothing of it was kept.'
+    ) from error
+  finally:
+    shutil.rmtree(arriving, ignore_errors=True)
+
+
+class _Counted:
+  """Messages of a connection, counted."""
+
+  def __init__(self):
+    self.connection: Any = None
+    self.count = 0
+
+  def exactly(self, size: int) -> bytes:
+    """Returns so many bytes; raises ConnectionError if they end before."""
+    buffer = bytearray(size)
+    view, at = memoryview(buffer), 0
+    while at < size:
+      got = self.connection.recv_into(view[at:])
+      if not got:
+        raise ConnectionError(
+          f'the connection closed {size - at} bytes before the end of a message'
+        )
+      at += got
+      self.count += got
+    return bytes(buffer)
+
+  def message(self, most: int, size: int | None = None) -> bytes:
+    """Returns a message of at most `most` bytes, or of exactly `size`."""
+    (length,) = struct.unpack('>Q', self.exactly(8))
+    if length > most or (size is not None and length != size):
+      wanted = f'{size}' if size is not None else f'at most {most}'
+      raise ConnectionError(f'a message of {length} bytes came, expected {wanted}')
+    return self.exactly(length)
+
+  def records(self, header: FeatureHeader) -> Iterator[Batch]:
+    """Yields a set's batches; raises ConnectionError if their checksum is another."""
+    check, size = 0, header.record_bytes + 4
+    if size > MAX_RECORD:
+      raise ConnectionError(f'a record of {size} bytes was announced, more than {MAX_RECORD}')
+    for start in range(0, header.count, BATCH):
+      count = min(BATCH, header.count - start)
+      payload = self.message(count * size, count * size)
+      check = zlib.crc32(payload, check)
+      labels = np.frombuffer(payload, '<i4', count=count)
+      features = np.frombuffer(payload, header.wire_dtype, offset=4 * count)
+      yield features.reshape(count, *header.shape), labels
+    if self.message(4, 4) != struct.pack('>I', check):
+      raise ConnectionError('the checksum of the records is another: they were damaged on the way')
+
+
+def _announced(text: bytes) -> tuple[str, FeatureHeader]:
+  try:
+    about = json.loads(text)
+    name, header = about['name'], about['header']
+    _require_name(name)
+    return name, FeatureHeader.from_json(header, 'what was received')
+  except (ValueError, TypeError, KeyError) as error:
+    raise ConnectionError(f'a set of features was announced as it cannot be: {error}') from error
+
+
+def _require_name(name: str) -> None:
+  if not re.fullmatch(r'[A-Za-z0-9_-]{1,100}', name):
+    raise ValueError(f'{name!r}: names of sets are of letters, digits, _ and -.')
