@@ -6,6 +6,10 @@ called.
 """
 
 from jaxlab.models import masked_autoencoder
+from jaxlab.models.alibi import (
+  alibi_bias,
+  alibi_slopes,
+)
 from jaxlab.models.anatomy import (
   anatomy,
 )
@@ -30,6 +34,12 @@ from jaxlab.models.bilinear import (
 )
 from jaxlab.models.block_outputs import (
   block_outputs,
+)
+from jaxlab.models.bloom import (
+  Bloom,
+)
+from jaxlab.models.causal_attention import (
+  cache_bytes,
 )
 from jaxlab.models.channels import make_divisible
 from jaxlab.models.checkpoints import (
@@ -251,6 +261,7 @@ __all__ = [
   'Bert',
   'BilinearCNN',
   'Block',
+  'Bloom',
   'Bottleneck',
   'Branch',
   'CSRAMultiHead',
@@ -294,6 +305,8 @@ __all__ = [
   'WeightPair',
   'WideResNet',
   'abstract_variables',
+  'alibi_bias',
+  'alibi_slopes',
   'anatomy',
   'any_of',
   'apply',
@@ -305,6 +318,7 @@ __all__ = [
   'bilinear_pool',
   'block_outputs',
   'byol_mlp',
+  'cache_bytes',
   'capture',
   'change_histogram',
   'changes_by_module',

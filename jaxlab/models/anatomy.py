@@ -28,6 +28,7 @@ from flax import linen as nn
 from jaxlab.models.anatomy_parts import Anatomy, Block, Branch, Norm, Paths
 from jaxlab.models.bert import Bert
 from jaxlab.models.bilinear import BilinearCNN
+from jaxlab.models.bloom import Bloom
 from jaxlab.models.classifier_heads import AdaptedLinear, Classifier
 from jaxlab.models.cnn13 import CNN13
 from jaxlab.models.convnet import ConvNet
@@ -225,6 +226,12 @@ _GPT2_BLOCK = (
   'mlp',
   ('ln_1', ('c_attn',), ('c_attn', 'c_proj')),
   ('ln_2', ('c_fc',), ('c_fc', 'c_proj')),
+)
+_BLOOM_BLOCK = (
+  'self_attention',
+  'mlp',
+  ('input_layernorm', ('query_key_value',), ('query_key_value', 'dense')),
+  ('post_attention_layernorm', ('dense_h_to_4h',), ('dense_h_to_4h', 'dense_4h_to_h')),
 )
 _BERT_BLOCK = (
   'attention',
@@ -440,6 +447,13 @@ def _decoder(
 def _gpt2(model: GPT2) -> Anatomy:
   blocks = (_transformer_block(f'h_{i}', *_GPT2_BLOCK) for i in range(model.depth))
   return _decoder(('wte', 'wpe'), blocks, 'ln_f', model.tied)
+
+
+@_describe.register
+def _bloom(model: Bloom) -> Anatomy:
+  blocks = (_transformer_block(f'h_{i}', *_BLOOM_BLOCK) for i in range(model.depth))
+  own = _decoder(('word_embeddings',), blocks, 'ln_f', model.tied)
+  return dataclasses.replace(own, norms=(Norm('word_embeddings_layernorm'), *own.norms))
 
 
 @_describe.register

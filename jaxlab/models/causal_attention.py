@@ -4,7 +4,7 @@ Variables that hold a collection `'cache'` (of a decoder's `init_cache`) run the
 are appended to those that the cache holds. All blocks share one `Context`, which the decoder computes once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +24,13 @@ class Context(NamedTuple):
   Attributes:
     positions: int32 `[batch, time]`, the number of real tokens before each.
     mask: bool `[batch, time, keys]`, true where a query may look.
+    key_positions: int32 `[batch, keys]`, likewise of the keys: the same without a cache.
     slot: int32, the cache's slot of the first token; None without a cache.
   """
 
   positions: Array
   mask: Array
+  key_positions: Array
   slot: Array | None = None
 
 
@@ -66,7 +68,8 @@ def make_context(module: nn.Module, tokens: Array, mask: Array | None) -> Contex
       return None
     mask = mask.astype(bool)
     causal = jnp.tril(jnp.ones((time, time), bool))
-    return Context(count_before(mask), causal & mask[:, None, :])
+    positions = count_before(mask)
+    return Context(positions, causal & mask[:, None, :], positions)
   if not module.is_mutable_collection('cache'):
     raise ValueError("The variables hold a cache: apply the model with mutable=['cache'].")
   slot, valid = module.get_variable('cache', 'slot'), module.get_variable('cache', 'mask')
@@ -81,7 +84,7 @@ def make_context(module: nn.Module, tokens: Array, mask: Array | None) -> Contex
   module.put_variable('cache', 'slot', slot + time)
   module.put_variable('cache', 'mask', valid)
   causal = jnp.arange(valid.shape[1]) <= slot + jnp.arange(time)[:, None]
-  return Context(positions, causal & valid[:, None, :], slot)
+  return Context(positions, causal & valid[:, None, :], count_before(valid), slot)
 
 
 def positions_of(x: Array, context: Context | None) -> Array:
@@ -89,10 +92,22 @@ def positions_of(x: Array, context: Context | None) -> Array:
   return jnp.arange(x.shape[1])[None] if context is None else context.positions
 
 
+def key_positions_of(x: Array, context: Context | None) -> Array:
+  """Returns the positions `[batch, keys]` or `[1, keys]` of the keys that `x` `[batch, time, ...]` sees."""
+  return jnp.arange(x.shape[1])[None] if context is None else context.key_positions
+
+
 def attend(
-  module: nn.Module, query: Array, key: Array, value: Array, context: Context | None = None
+  module: nn.Module,
+  query: Array,
+  key: Array,
+  value: Array,
+  context: Context | None = None,
+  *,
+  bias: Array | None = None,
+  read_key: Callable[[Array], Array] | None = None,
 ) -> Array:
-  """Returns causal attention, `softmax(mask(q k^T / sqrt(head width))) v`, heads merged.
+  """Returns causal attention, `softmax(mask(q k^T / sqrt(head width) + bias)) v`, heads merged.
 
   To be called in the compact `__call__` of `module`, to which it gives the hook points `query`, `key`,
   `value` `[batch, time, heads, head width]` (before scaling, and before keys and values enter the cache) and
@@ -104,11 +119,16 @@ def attend(
     query: `[batch, time, heads, head width]`.
     key: `[batch, time, key-value heads, head width]`; the heads are a multiple of these, and query head h
       reads key-value head `h // (heads / key-value heads)`.
-    value: as `key`.
+    value: as `key`, with a number of heads of its own.
     context: None: plain causal attention.
+    bias: added to the scores, `[batch or 1, heads, queries or 1, keys]`; None: nothing.
+    read_key: applied to all keys, those of the cache included, before they are multiplied; None: nothing.
 
   Returns:
     `[batch, time, heads * head width]`.
+
+  Raises:
+    ValueError: for keys or values of another shape than the cache has.
   """
   query = HookPoint(name='query')(query)
   key = HookPoint(name='key')(key)
@@ -121,7 +141,9 @@ def attend(
     if context.slot is not None:
       key = _append(module, 'cached_key', key, context.slot)
       value = _append(module, 'cached_value', value, context.slot)
-  scores = attention_scores(query, key)
+  scores = attention_scores(query, key if read_key is None else read_key(key))
+  if bias is not None:
+    scores = scores + bias.astype(scores.dtype)
   # Added, not selected: a CPU does it in one pass with the softmax. A score is lost beside the lowest number.
   scores = scores + jnp.where(mask, 0, jnp.finfo(scores.dtype).min).astype(scores.dtype)[:, None]
   weights = HookPoint(name='softmax')(softmax(scores).astype(value.dtype))
@@ -159,6 +181,11 @@ def count_before(mask: Array) -> Array:
 def _append(module: nn.Module, name: str, new: Array, slot: Array) -> Array:
   """Writes `new` `[batch, time, heads, width]` into the cache at `slot` and returns all of it."""
   old = module.get_variable('cache', name)
+  if old.shape[2:] != new.shape[2:]:
+    raise ValueError(
+      f'{name}: the cache holds {old.shape[2]} heads of {old.shape[3]} channels, and {new.shape[2]} of '
+      f'{new.shape[3]} are to be appended: are hooks missing that make them fewer?'
+    )
   value = jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=1)
   module.put_variable('cache', name, value)
   return value.astype(new.dtype)

@@ -93,6 +93,8 @@ TORCHVISION_EFFICIENTNET: Renames = (
 # Hugging Face's transformers.
 HF_GPT2: Renames = ((r'\.ln\.([12])\.', r'.ln_\1.'), (r'^(?!lm_head\.)', 'transformer.'))
 HF_GPT2_BARE: Renames = HF_GPT2[:1]  # the published gpt2 files name the decoder without its head
+HF_BLOOM: Renames = ((r'^(?!lm_head\.)', 'transformer.'),)
+HF_BLOOM_BARE: Renames = ()  # the published bloom files name the decoder without its head
 HF_LLAMA: Renames = ((r'^(?!lm_head\.)', 'model.'),)
 # BertModel's own names; models with a head put `bert.` or `roberta.` before them.
 HF_BERT_BARE: Renames = (
@@ -136,7 +138,13 @@ BUFFERS = (
 )
 # Heads of BERT's pretraining, which its encoder does without.
 PRETRAINING_HEADS = r'((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\..*'
-EMBEDDINGS = ('transformer.wte.weight', 'wte.weight', 'model.embed_tokens.weight')
+EMBEDDINGS = (
+  'transformer.wte.weight',
+  'wte.weight',
+  'transformer.word_embeddings.weight',
+  'word_embeddings.weight',
+  'model.embed_tokens.weight',
+)
 
 
 def torch_name(path: str, renames: Renames = TIMM) -> str:
@@ -247,6 +255,8 @@ def renames_of(state_dict: StateDict, params: PyTree) -> Renames:
     'class_token': TORCHVISION_VIT,
     'transformer.wte.weight': HF_GPT2,
     'wte.weight': HF_GPT2_BARE,
+    'transformer.word_embeddings.weight': HF_BLOOM,
+    'word_embeddings.weight': HF_BLOOM_BARE,
     'model.embed_tokens.weight': HF_LLAMA,
     'embeddings.word_embeddings.weight': HF_BERT_BARE,
     'bert.embeddings.word_embeddings.weight': HF_BERT,

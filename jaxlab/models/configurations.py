@@ -9,19 +9,34 @@ from typing import Any
 from flax import linen as nn
 
 from jaxlab.models.bert import Bert
+from jaxlab.models.bloom import Bloom
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.llama import Llama
 
-TOKEN_MODELS = GPT2 | Llama | Bert
+TOKEN_MODELS = GPT2 | Bloom | Llama | Bert
+
+_QWEN2_5_TIED = {'vocab_size': 151936, 'tied': True}
+
+
+def _qwen2_5(
+  width: int, depth: int, num_heads: int, num_kv_heads: int, hidden: int, **others: Any
+) -> tuple[type[nn.Module], dict[str, Any]]:
+  sizes = {'width': width, 'depth': depth, 'num_heads': num_heads, 'num_kv_heads': num_kv_heads}
+  shared = {'vocab_size': 152064, 'max_length': 32768, 'rope_theta': 1e6, 'attention_bias': 'qkv'}
+  return Llama, {**sizes, 'hidden': hidden, **shared, **others}
+
 
 # Devlin et al. 2019, section 3; Wang et al. 2020 (arXiv 2002.10957), six of MiniLM's layers; Radford et al.
-# 2019, table 2; Touvron et al. 2023 (arXiv 2302.13971), table 2 and (2307.09288), table 1;
-# Llama team 2024 (arXiv 2407.21783), table 3.
+# 2019, table 2; Le Scao et al. 2022 (arXiv 2211.05100); Touvron et al. 2023 (arXiv 2302.13971), table 2 and
+# (2307.09288), table 1; Llama team 2024 (arXiv 2407.21783), table 3; Qwen team 2024 (arXiv 2412.15115), table
+# 1.
 SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   'gpt2': (GPT2, {'width': 768, 'depth': 12, 'num_heads': 12}),
   'gpt2_medium': (GPT2, {'width': 1024, 'depth': 24, 'num_heads': 16}),
   'gpt2_large': (GPT2, {'width': 1280, 'depth': 36, 'num_heads': 20}),
   'gpt2_xl': (GPT2, {'width': 1600, 'depth': 48, 'num_heads': 25}),
+  'bloom_560m': (Bloom, {'width': 1024, 'depth': 24, 'num_heads': 16}),
+  'bloom_7b1': (Bloom, {'width': 4096, 'depth': 30, 'num_heads': 32}),
   'bert_base': (Bert, {'width': 768, 'depth': 12, 'num_heads': 12}),
   'bert_large': (Bert, {'width': 1024, 'depth': 24, 'num_heads': 16}),
   'minilm_l6': (Bert, {'width': 384, 'depth': 6, 'num_heads': 12}),
@@ -31,11 +46,21 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 11008, 'max_length': 4096}
     | {'epsilon': 1e-5},
   ),
+  'llama2_13b': (
+    Llama,
+    {'width': 5120, 'depth': 40, 'num_heads': 40, 'hidden': 13824, 'max_length': 4096}
+    | {'epsilon': 1e-5},
+  ),
   'llama3_8b': (
     Llama,
     {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 14336, 'max_length': 8192}
     | {'vocab_size': 128256, 'num_kv_heads': 8, 'rope_theta': 500000.0, 'epsilon': 1e-5},
   ),
+  'qwen2_5_0_5b': _qwen2_5(896, 24, 14, 2, 4864, **_QWEN2_5_TIED),
+  'qwen2_5_1_5b': _qwen2_5(1536, 28, 12, 2, 8960, **_QWEN2_5_TIED),
+  'qwen2_5_7b': _qwen2_5(3584, 28, 28, 4, 18944),
+  'qwen2_5_14b': _qwen2_5(5120, 48, 40, 8, 13824, epsilon=1e-5),
+  'qwen2_5_32b': _qwen2_5(5120, 64, 40, 8, 27648, epsilon=1e-5),
 }
 
 # Name in transformers' configuration -> field, and what transformers takes where it is absent.
@@ -48,6 +73,21 @@ _GPT2_FIELDS = {
   'n_inner': ('hidden', None),
   'layer_norm_epsilon': ('epsilon', 1e-5),
   'tie_word_embeddings': ('tied', True),
+}
+_BLOOM_FIELDS = {
+  'vocab_size': ('vocab_size', 250880),
+  'hidden_size': ('width', 64),
+  'n_layer': ('depth', 2),
+  'n_head': ('num_heads', 8),
+  'seq_length': ('max_length', 2048),
+  'layer_norm_epsilon': ('epsilon', 1e-5),
+  'tie_word_embeddings': ('tied', True),
+}
+# Names that a file may have in place of those above.
+_BLOOM_NAMES = {
+  'n_embed': 'hidden_size',
+  'num_attention_heads': 'n_head',
+  'num_hidden_layers': 'n_layer',
 }
 _GELUS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 _LLAMA_FIELDS = {
@@ -87,23 +127,33 @@ _GPT2_FIXED = {
   'scale_attn_by_inverse_layer_idx': False,
   'add_cross_attention': False,
 }
+_BLOOM_FIXED = {'apply_residual_connection_post_layernorm': False}
 _BERT_FIXED = {
   'position_embedding_type': 'absolute',
   'is_decoder': False,
   'add_cross_attention': False,
 }
 _LLAMA_FIXED = {'hidden_act': 'silu'}
+_QWEN2_FIXED = {'hidden_act': 'silu', 'use_sliding_window': False}
+# What Qwen2's configuration takes where Llama's has another default.
+_QWEN2 = {
+  'vocab_size': 151936,
+  'intermediate_size': 22016,
+  'max_position_embeddings': 32768,
+}
 
 
 def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any) -> TOKEN_MODELS:
-  """Returns the network that a `config.json` of transformers describes (BERT, RoBERTa, GPT-2 or Llama).
+  """Returns the network that a `config.json` of transformers describes.
+
+  Known are BERT, RoBERTa, GPT-2, BLOOM, Llama and Qwen2.
 
   Entries that do not concern the network's function (token ids, rates of dropout, initial deviations) are
   ignored; what is absent has transformers' default.
 
   Args:
     config: the entries, their JSON text, or the path of the file. Without `model_type` the family is told by
-      `n_embd` (GPT-2), `type_vocab_size` (BERT) or `hidden_size` (Llama).
+      `n_embd` (GPT-2), `n_embed` (BLOOM), `type_vocab_size` (BERT) or `hidden_size` (Llama).
     **overrides: fields of the module, e.g. `dtype` and `remat`. A `Bert` has a classifier of each token if
       the configuration is of one, or with `num_classes`.
 
@@ -116,13 +166,17 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
   """
   config = _read(config)
   family = config.get('model_type')
-  marks = {'n_embd': 'gpt2', 'type_vocab_size': 'bert', 'hidden_size': 'llama'}
+  marks = {'n_embd': 'gpt2', 'n_embed': 'bloom', 'type_vocab_size': 'bert', 'hidden_size': 'llama'}
   family = family or next((kind for name, kind in marks.items() if name in config), None)
   if family == 'gpt2':
     _refuse_others(config, _GPT2_FIXED)
     activation = _gelu(config, 'activation_function', 'gelu_new')
     fields = {**_fields(config, _GPT2_FIELDS), 'activation': activation}
     return GPT2(**{**fields, **overrides})
+  if family == 'bloom':
+    config = {_BLOOM_NAMES.get(name, name): value for name, value in config.items()}
+    _refuse_others(config, _BLOOM_FIXED)
+    return Bloom(**{**_fields(config, _BLOOM_FIELDS), **overrides})
   if family in _BERTS:
     config = {**_BERTS[family], **config}
     _refuse_others(config, _BERT_FIXED)
@@ -132,12 +186,16 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
     if any(kind.endswith('ForTokenClassification') for kind in config.get('architectures') or ()):
       fields['num_classes'] = config.get('num_labels', len(config.get('id2label', '01')))
     return Bert(**{**fields, **overrides})
-  if family == 'llama':
-    _refuse_others(config, _LLAMA_FIXED)
+  if family in ('llama', 'qwen2'):
+    _refuse_others(config, _LLAMA_FIXED if family == 'llama' else _QWEN2_FIXED)
+    if family == 'qwen2':
+      # Its biases are no option.
+      config = {**_QWEN2, **config, 'attention_bias': 'qkv', 'mlp_bias': False}
     fields = {**_fields(config, _LLAMA_FIELDS), 'rope_theta': _rope_theta(config)}
     return Llama(**{**fields, **overrides})
+  known = ', '.join(map(repr, ('gpt2', 'bloom', 'llama', 'qwen2', *_BERTS)))
   raise ValueError(
-    f'from_config knows the model types {", ".join(map(repr, ("gpt2", "llama", *_BERTS)))}; got {family!r} '
+    f'from_config knows the model types {known}; got {family!r} '
     f'(entries: {", ".join(sorted(config)[:8])}).'
   )
 

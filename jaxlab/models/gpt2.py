@@ -24,20 +24,26 @@ PyTree = Any
 
 
 class GPT2Attention(nn.Module):
-  """Causal self-attention with one projection `c_attn`; hook points of `causal_attention.attend`."""
+  """Causal self-attention with one projection `c_attn`; hook points of `causal_attention.attend`.
+
+  The outputs of `c_attn` are all queries, all keys, all values.
+  """
 
   num_heads: int
   depth: int = 1
   dropout: float = 0.0
   dtype: Any = None
+  num_kv_heads: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, context: Context | None = None) -> Array:
     """Maps `[batch, time, width]` to the same shape."""
     width = x.shape[-1]
-    qkv = _dense(3 * width, self.dtype, 'c_attn')(x)
-    heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
-    query, key, value = (part.reshape(heads) for part in jnp.split(qkv, 3, axis=-1))
+    head_width = width // self.num_heads
+    kv_width = (self.num_kv_heads or self.num_heads) * head_width
+    qkv = _dense(width + 2 * kv_width, self.dtype, 'c_attn')(x)
+    parts = jnp.split(qkv, (width, width + kv_width), axis=-1)
+    query, key, value = (part.reshape(*x.shape[:2], -1, head_width) for part in parts)
     y = attend(self, query, key, value, context)
     return drop(_dense(width, self.dtype, 'c_proj', self.depth)(y), self.dropout)
 
@@ -70,12 +76,15 @@ class GPT2Block(nn.Module):
   dropout: float = 0.0
   epsilon: float = 1e-5
   dtype: Any = None
+  num_kv_heads: int | None = None
 
   @nn.compact
   def __call__(self, x: Array, context: Context | None = None) -> Array:
     """Maps `[batch, time, width]` to the same shape; without `context` plainly causal."""
     norm = functools.partial(_layer_norm, self.epsilon, self.dtype)
-    attention = GPT2Attention(self.num_heads, self.depth, self.dropout, self.dtype, name='attn')
+    attention = GPT2Attention(
+      self.num_heads, self.depth, self.dropout, self.dtype, self.num_kv_heads, name='attn'
+    )
     x = HookPoint(name='residual')(x + attention(norm('ln_1')(x), context))
     mlp = GPT2Mlp(self.hidden, self.depth, self.activation, self.dropout, self.dtype, name='mlp')
     return x + mlp(norm('ln_2')(x))
@@ -102,6 +111,8 @@ class GPT2(nn.Module):
     epsilon: of the LayerNorms.
     dtype: of the computation (parameters stay float32); None: float32.
     remat: recompute each block's activations in the backward pass instead of storing them.
+    num_kv_heads: heads of keys and values, a divisor of `num_heads` (Ainslie et al. 2023, arXiv 2305.13245);
+      None: `num_heads`, as in the published networks.
 
   Raises:
     ValueError: at construction, if the heads do not divide the width or an option is out of range; when
@@ -120,10 +131,15 @@ class GPT2(nn.Module):
   epsilon: float = 1e-5
   dtype: Any = None
   remat: bool = False
+  num_kv_heads: int | None = None
 
   def __post_init__(self):
     if self.width % self.num_heads:
       raise ValueError(f'GPT2: width={self.width} is not divisible by num_heads={self.num_heads}.')
+    if self.num_heads % (self.num_kv_heads or self.num_heads):
+      raise ValueError(
+        f'GPT2: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
+      )
     if self.activation not in ('gelu_tanh', 'gelu'):
       raise ValueError(f"GPT2: activation={self.activation!r}; choose 'gelu_tanh' or 'gelu'.")
     if not 0 <= self.dropout < 1:
@@ -160,6 +176,7 @@ class GPT2(nn.Module):
         dropout,
         self.epsilon,
         self.dtype,
+        self.num_kv_heads,
         name=f'h_{index}',
       )(x, context)
     x = _layer_norm(self.epsilon, self.dtype, 'ln_f')(x)
@@ -181,7 +198,8 @@ class GPT2(nn.Module):
     if length > self.max_length:
       raise ValueError(f'GPT2: a cache of {length} tokens exceeds max_length={self.max_length}.')
     blocks = [(f'h_{index}', 'attn') for index in range(self.depth)]
-    shape = (batch, length, self.num_heads, self.width // self.num_heads)
+    heads = self.num_kv_heads or self.num_heads
+    shape = (batch, length, heads, self.width // self.num_heads)
     return causal_attention.empty_cache(blocks, shape, self.dtype)
 
 

@@ -1,17 +1,25 @@
 """Llama (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
+Qwen2 (Qwen team 2024, arXiv 2407.10671) is a Llama with biases of queries, keys and values,
+`attention_bias='qkv'`.
+
 Modules are named as in Hugging Face's transformers, `model.layers.3.self_attn.q_proj` as
 `layers_3/self_attn/q_proj`.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxlab.models import causal_attention
-from jaxlab.models.causal_attention import Context, attend, positions_of
+from jaxlab.models.causal_attention import (
+  Context,
+  attend,
+  key_positions_of,
+  positions_of,
+)
 from jaxlab.models.embedding import Embed
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
@@ -20,19 +28,24 @@ from jaxlab.models.transformer_layers import flat_dot_general
 
 Array = jax.Array
 PyTree = Any
+AttentionBias = bool | Literal['qkv']
 
 
 class LlamaAttention(nn.Module):
   """Causal grouped-query attention on rotated queries and keys.
 
-  Hook points of `causal_attention.attend`: `query` and `key` are those behind the rotation.
+  Hook points of `causal_attention.attend`: `query` and `key` are those behind the rotation. Without
+  `cache_rotated`, keys are cached as `k_proj` makes them, and rotated by their positions whenever they are
+  read, behind the hook point `key_read`.
   """
 
   num_heads: int
   num_kv_heads: int
   head_width: int
   rope_theta: float = 10000.0
-  use_bias: bool = False
+  use_bias: AttentionBias = False
+  num_key_heads: int | None = None
+  cache_rotated: bool = True
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -42,14 +55,21 @@ class LlamaAttention(nn.Module):
     dtypes = (self.dtype, self.param_dtype)
 
     def project(heads: int, name: str) -> Array:
-      y = _dense(heads * self.head_width, dtypes, name, self.use_bias)(x)
+      y = _dense(heads * self.head_width, dtypes, name, bool(self.use_bias))(x)
       return y.reshape(*x.shape[:2], heads, self.head_width)
+
+    def read_key(key: Array) -> Array:
+      key = HookPoint(name='key_read')(key)
+      return rotary_embedding(key, key_positions_of(x, context), self.rope_theta)
 
     positions = positions_of(x, context)
     query = rotary_embedding(project(self.num_heads, 'q_proj'), positions, self.rope_theta)
-    key = rotary_embedding(project(self.num_kv_heads, 'k_proj'), positions, self.rope_theta)
-    y = attend(self, query, key, project(self.num_kv_heads, 'v_proj'), context)
-    return _dense(x.shape[-1], dtypes, 'o_proj', self.use_bias)(y)
+    key = project(self.num_key_heads or self.num_kv_heads, 'k_proj')
+    if self.cache_rotated:
+      key, read_key = rotary_embedding(key, positions, self.rope_theta), None
+    value = project(self.num_kv_heads, 'v_proj')
+    y = attend(self, query, key, value, context, read_key=read_key)
+    return _dense(x.shape[-1], dtypes, 'o_proj', self.use_bias is True)(y)
 
 
 class LlamaMlp(nn.Module):
@@ -78,9 +98,11 @@ class LlamaBlock(nn.Module):
   head_width: int
   hidden: int
   rope_theta: float = 10000.0
-  attention_bias: bool = False
+  attention_bias: AttentionBias = False
   mlp_bias: bool = False
   epsilon: float = 1e-6
+  num_key_heads: int | None = None
+  cache_rotated: bool = True
   dtype: Any = None
   param_dtype: Any = jnp.float32
 
@@ -94,6 +116,8 @@ class LlamaBlock(nn.Module):
       self.head_width,
       self.rope_theta,
       self.attention_bias,
+      self.num_key_heads,
+      self.cache_rotated,
       *dtypes,
       name='self_attn',
     )
@@ -121,16 +145,20 @@ class Llama(nn.Module):
     max_length: tokens for which the network is made: the default length of a cache. Longer sequences run.
     rope_theta: base of the rotary wavelengths.
     tied: the embedding is the head's kernel, too.
-    attention_bias: biases of attention's four layers.
+    attention_bias: biases of attention's four layers; `'qkv'`: of all but the output's, as in Qwen2.
     mlp_bias: biases of the MLP's three layers.
     epsilon: of the RMSNorms, which compute in at least float32.
+    num_key_heads: heads of `k_proj`, a multiple of `num_kv_heads`, of which a hook at `self_attn/key` makes
+      the `num_kv_heads` that are cached; None: there is no such hook. See `compression.group_heads`.
+    cache_rotated: keys are cached behind their rotation; false: before it, so that they are rotated whenever
+      they are read.
     dtype: of the computation; None: float32.
     param_dtype: of the parameters: bfloat16 halves those of a network that is not trained.
     remat: recompute each block's activations in the backward pass instead of storing them.
 
   Raises:
-    ValueError: at construction, if heads do not divide, or the head's width is odd; when called, for
-      anything but integer tokens `[batch, time]`.
+    ValueError: at construction, if heads do not divide, the head's width is odd, or biases are others; when
+      called, for anything but integer tokens `[batch, time]`.
   """
 
   vocab_size: int = 32000
@@ -143,9 +171,11 @@ class Llama(nn.Module):
   max_length: int = 2048
   rope_theta: float = 10000.0
   tied: bool = False
-  attention_bias: bool = False
+  attention_bias: AttentionBias = False
   mlp_bias: bool = False
   epsilon: float = 1e-6
+  num_key_heads: int | None = None
+  cache_rotated: bool = True
   dtype: Any = None
   param_dtype: Any = jnp.float32
   remat: bool = False
@@ -158,6 +188,15 @@ class Llama(nn.Module):
     if self.num_heads % self._kv_heads:
       raise ValueError(
         f'Llama: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}.'
+      )
+    if (self.num_key_heads or self._kv_heads) % self._kv_heads:
+      raise ValueError(
+        f'Llama: num_key_heads={self.num_key_heads} is not a multiple of the {self._kv_heads} heads that are '
+        f'cached.'
+      )
+    if self.attention_bias not in (False, True, 'qkv'):
+      raise ValueError(
+        f"Llama: attention_bias={self.attention_bias!r}; choose False, True or 'qkv'."
       )
     if self._head_width % 2:
       raise ValueError(f'Llama: a head of {self._head_width} channels cannot be rotated in pairs.')
@@ -206,6 +245,8 @@ class Llama(nn.Module):
         self.attention_bias,
         self.mlp_bias,
         self.epsilon,
+        self.num_key_heads,
+        self.cache_rotated,
         *dtypes,
         name=f'layers_{index}',
       )(x, context)

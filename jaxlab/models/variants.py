@@ -208,8 +208,21 @@ _TAGS = (
   ('bert_base', 'google-bert/bert-base-uncased'),
   ('bert_large', 'google-bert/bert-large-uncased'),
   ('gpt2', 'openai-community/gpt2'),
+  ('bloom_560m', 'bigscience/bloom-560m'),
+  ('bloom_7b1', 'bigscience/bloom-7b1'),
   ('llama2_7b', 'meta-llama/Llama-2-7b-hf'),
+  ('llama2_13b', 'meta-llama/Llama-2-13b-hf'),
   ('llama3_8b', 'meta-llama/Meta-Llama-3-8B'),
+  *(
+    (f'qwen2_5_{ours}', f'Qwen/Qwen2.5-{theirs}')
+    for ours, theirs in (
+      ('0_5b', '0.5B'),
+      ('1_5b', '1.5B'),
+      ('7b', '7B'),
+      ('14b', '14B'),
+      ('32b', '32B'),
+    )
+  ),
   ('resnet{18,34,50}', 'a1_in1k'),
   ('resnet{101,152}', 'a1h_in1k'),
   ('resnet{50,101,152}c', 'gluon_in1k'),

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from jaxlab.models.anatomy import anatomy as anatomy_of
 from jaxlab.models.anatomy_parts import Anatomy, Block
+from jaxlab.models.bloom import Bloom
 from jaxlab.models.classifier_heads import Classifier
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.siamese import Encoder
@@ -125,7 +126,8 @@ def weight_pairs(
     num_heads: of each block, or of all; None: those of the model. Needed per head for other models.
 
   Raises:
-    ValueError: for an unknown or no kind, blocks without such branches, heads or norms that are not known.
+    ValueError: for an unknown or no kind, blocks without such branches, heads or norms that are not known,
+      and attention whose fused projection has other parts: BLOOM's, and GPT-2's with grouped queries.
 
   >>> pairs = weight_pairs(ViT(depth=2))
   >>> [pair.name for pair in pairs]
@@ -139,6 +141,8 @@ def weight_pairs(
   parts = anatomy_of(model) if anatomy is None else anatomy
   if not parts.blocks:
     raise ValueError(f'{type(model).__name__} has no blocks, whose weights could be paired.')
+  if set(which) != {'mlp'}:
+    _require_thirds(model)
   heads = [None] * len(parts.blocks)
   if per_head and set(which) != {'mlp'}:
     heads = _heads(model, parts.blocks) if num_heads is None else num_heads
@@ -154,6 +158,19 @@ def weight_pairs(
         pair = _folded(pair, norms, kind)
       pairs.append(pair)
   return tuple(pairs)
+
+
+def _require_thirds(model: nn.Module) -> None:
+  """Raises ValueError for a decoder whose fused projection is not all queries, all keys, all values."""
+  if isinstance(model, Bloom):
+    raise ValueError(
+      "Bloom's fused projection is ordered by head: of its attention no pairs are made, only 'mlp'."
+    )
+  if isinstance(model, GPT2) and (model.num_kv_heads or model.num_heads) != model.num_heads:
+    raise ValueError(
+      f'{model.num_kv_heads} heads of keys and values serve {model.num_heads} of queries: of such attention '
+      "no pairs are made, only 'mlp'."
+    )
 
 
 def _mlp(block: Block, heads: int | None) -> WeightPair:

@@ -275,6 +275,7 @@ def test_rotary_products_depend_on_distances_alone():
       HF_LLAMA,
       'model.layers.0.mlp.down_proj.bias',
     ),
+    (TINY_LLAMA.clone(attention_bias='qkv'), HF_LLAMA, 'model.layers.0.self_attn.q_proj.bias'),
   ],
 )
 def test_checkpoints_make_the_round_trip(model, renames, name):
@@ -323,16 +324,26 @@ def test_configurations_of_transformers_are_read(tmp_path):
   assert from_config({'hidden_size': 32, 'num_attention_heads': 4, 'rope_theta': 3}).rope_theta == 3
   model = from_config({'n_embd': 32, 'n_head': 4, 'activation_function': 'gelu', 'n_inner': 40})
   assert (model.tied, model.activation, model.hidden, model.vocab_size) == (True, 'gelu', 40, 50257)
+  config = {'model_type': 'qwen2', 'rope_theta': 1e6, 'num_key_value_heads': 4, 'attention_bias': 1}
+  model = from_config({**config, 'tie_word_embeddings': True})
+  assert model == Llama(
+    151936, hidden=22016, num_kv_heads=4, max_length=32768, rope_theta=1e6, tied=True,
+    attention_bias='qkv',
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize(
   'config, message',
   [
-    ({'model_type': 'mamba'}, "knows the model types 'gpt2', 'llama', .*; got 'mamba'"),
+    (
+      {'model_type': 'mamba'},
+      "knows the model types 'gpt2', 'bloom', 'llama', 'qwen2', .*; got 'mamba'",
+    ),
     ({'vocab_size': 3}, r'got None \(entries: vocab_size\)'),
     ({'n_embd': 8, 'activation_function': 'relu'}, "activation_function='relu'"),
     ({'n_embd': 8, 'scale_attn_weights': False}, 'scale_attn_weights=False is not supported'),
     ({'hidden_size': 8, 'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported"),
+    ({'model_type': 'qwen2', 'use_sliding_window': True}, 'use_sliding_window=True is not'),
     ({'hidden_size': 8, 'rope_scaling': {'rope_type': 'llama3'}}, "scaled by 'llama3'"),
   ],
 )
@@ -343,7 +354,21 @@ def test_configurations_that_are_not_supported_raise(config, message):
 
 @pytest.mark.parametrize(
   'name, millions',
-  tables.some([('gpt2', 124), ('gpt2_medium', 354), ('llama', 6738), ('llama3_8b', 8030)], 2),
+  tables.some(
+    [
+      ('gpt2', 124),
+      ('gpt2_medium', 354),
+      ('llama', 6738),
+      ('llama3_8b', 8030),
+      ('qwen2_5_0_5b', 494),
+      ('llama2_13b', 13015),
+      ('qwen2_5_7b', 7615),
+      ('qwen2_5_1_5b', 1543),
+      ('qwen2_5_14b', 14770),
+      ('qwen2_5_32b', 32763),
+    ],
+    2,
+  ),
 )
 def test_published_sizes_have_their_number_of_parameters(name, millions):
   model = create(name)
@@ -360,6 +385,7 @@ def test_published_sizes_have_their_number_of_parameters(name, millions):
     (lambda: Llama(width=10, num_heads=4), 'give head_width'),
     (lambda: Llama(num_heads=4, num_kv_heads=3), 'not a multiple of num_kv_heads=3'),
     (lambda: Llama(width=12, num_heads=4), 'a head of 3 channels'),
+    (lambda: Llama(attention_bias='kv'), "attention_bias='kv'; choose"),
     (lambda: create('gpt2', widht=3), "GPT2 has no field 'widht'"),
     (lambda: create('lama'), 'closest: llama'),
     (lambda: TINY_GPT2.init_cache(1, 17), 'exceeds max_length=16'),
@@ -369,6 +395,30 @@ def test_published_sizes_have_their_number_of_parameters(name, millions):
 def test_wrong_sizes_raise(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_biases_of_queries_keys_and_values_alone_are_those_of_all_without_the_outputs():
+  tokens = some_tokens()
+  model = TINY_LLAMA.clone(attention_bias='qkv')
+  variables = random_variables(model, tokens)
+  attention = variables['params']['layers_0']['self_attn']
+  own = {name for name in attention if 'bias' in attention[name]}
+  assert own == {'q_proj', 'k_proj', 'v_proj'}
+  full = jax.tree.map(lambda x: x, variables)
+  for index in range(2):
+    full['params'][f'layers_{index}']['self_attn']['o_proj']['bias'] = np.zeros(16, np.float32)
+  expected = forward(model.clone(attention_bias=True), full, tokens)
+  np.testing.assert_array_equal(forward(model, variables, tokens), expected)
+  assert np.abs(expected - forward(TINY_LLAMA, without_biases(variables), tokens)).max() > 1e-3
+
+
+def without_biases(variables):
+  """The variables of a decoder without biases."""
+  params = jax.tree.map(lambda x: x, variables['params'])
+  for index in range(2):
+    for layer in params[f'layers_{index}']['self_attn'].values():
+      layer.pop('bias', None)
+  return {'params': params}
 
 
 def test_wrong_tokens_masks_and_caches_raise():

@@ -12,6 +12,7 @@ from jaxlab import models
 from jaxlab.models import (
   GPT2,
   Anatomy,
+  Bloom,
   Classifier,
   Linear,
   Llama,
@@ -168,6 +169,12 @@ def test_a_network_within_another_and_one_of_the_users_own():
 def test_what_is_wrong_is_named():
   model, x = NETWORKS['vit']
   params = random_variables(model, x)['params']
+  bloom = Bloom(11, 8, 1, 2)
+  assert [pair.name for pair in weight_pairs(bloom, ('mlp',))] == ['h_0/mlp']
+  with pytest.raises(ValueError, match='fused projection is ordered by head'):
+    weight_pairs(bloom, num_heads=2)
+  with pytest.raises(ValueError, match='1 heads of keys and values serve 2'):
+    weight_pairs(GPT2(11, 8, 8, 1, 2, num_kv_heads=1))
   for which in (('mlp', 'ov'), (), 'mlp'):
     with pytest.raises(ValueError, match="which is a sequence of the pairs 'mlp', 'vo', 'qk'"):
       weight_pairs(model, which)
