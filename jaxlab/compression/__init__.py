@@ -3,7 +3,7 @@
 `structure(model)` tells which channels shrink together and which parts can be left out; `plan` says what
 stays, as data; `masked_apply` computes what would be left, at the shapes of the whole network, and
 `slice_network` makes the smaller one; `removal_scores` and `kernel_norms` say what matters.
-`merge_words` and `select_words` make what a network reads small: a prompt.
+`group_heads` makes what a decoder caches small; `merge_words` and `select_words` what it reads: a prompt.
 """
 
 from jaxlab.compression import convolutional as _convolutional
@@ -17,11 +17,25 @@ from jaxlab.compression.adaptors import (
   init_adaptors,
   stage_of,
 )
+from jaxlab.compression.attention_layers import (
+  AttentionLayers,
+  AttentionLayout,
+  attention_layout,
+)
 from jaxlab.compression.block_scores import (
   pruning_scores,
   require_savings,
   saved_share,
   select_blocks,
+)
+from jaxlab.compression.cache_grams import (
+  Caches,
+  Grams,
+  batch_grams,
+  cache_grams,
+  collect_caches,
+  subgroup_grams,
+  weight_grams,
 )
 from jaxlab.compression.compressed_block import (
   DenseCut,
@@ -45,6 +59,13 @@ from jaxlab.compression.dense import (
   vit_macs,
 )
 from jaxlab.compression.filters import filter_plan, keep_count
+from jaxlab.compression.grouped_heads import (
+  Bases,
+  GroupedHeads,
+  group_heads,
+  head_bases,
+  pool_heads,
+)
 from jaxlab.compression.key_value_heads import (
   FoldedLayers,
   energy_shares,
@@ -67,6 +88,11 @@ from jaxlab.compression.prompts import (
   select_words,
 )
 from jaxlab.compression.ranking import global_ranking, search_num_remove
+from jaxlab.compression.rotary_keys import (
+  commuting_basis,
+  expansion_hooks,
+  projection_hooks,
+)
 from jaxlab.compression.scores import kernel_norms, prediction_divergence, removal_scores
 from jaxlab.compression.selection import half_block, highest_channels, highest_channels_by_head
 from jaxlab.compression.shapes import shape_names, shape_plan
@@ -91,23 +117,34 @@ del _convolutional, _transformers
 __all__ = [
   'MODES',
   'AdaptorPositions',
+  'AttentionLayers',
+  'AttentionLayout',
+  'Bases',
   'BlockMacs',
+  'Caches',
   'ClassifierInput',
   'Cut',
   'DenseCut',
   'DenseStructure',
   'FoldedLayers',
+  'Grams',
   'Group',
+  'GroupedHeads',
   'Plan',
   'PromptWords',
   'Structure',
   'adaptor_hooks',
   'adaptor_positions',
+  'attention_layout',
+  'batch_grams',
   'block_macs',
   'budget_rate',
+  'cache_grams',
   'candidate_blocks',
   'chunk_tokens',
   'classifier_input',
+  'collect_caches',
+  'commuting_basis',
   'compose',
   'compress_block',
   'dense_cut',
@@ -115,6 +152,7 @@ __all__ = [
   'describe',
   'distinct_labels',
   'energy_shares',
+  'expansion_hooks',
   'filter_plan',
   'fold_adaptors',
   'fold_keys',
@@ -123,7 +161,9 @@ __all__ = [
   'global_ranking',
   'group_basis',
   'group_gram',
+  'group_heads',
   'half_block',
+  'head_bases',
   'highest_channels',
   'highest_channels_by_head',
   'init_adaptors',
@@ -143,7 +183,9 @@ __all__ = [
   'num_parameters',
   'paired_latency',
   'plan',
+  'pool_heads',
   'prediction_divergence',
+  'projection_hooks',
   'pruning_scores',
   'removal_scores',
   'renamed',
@@ -160,7 +202,9 @@ __all__ = [
   'sliced_model',
   'stage_of',
   'structure',
+  'subgroup_grams',
   'synthesize',
   'variation',
   'vit_macs',
+  'weight_grams',
 ]

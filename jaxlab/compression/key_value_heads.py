@@ -9,8 +9,9 @@ and behind, so that what is left is ordinary grouped-query attention:
   value, output = fold_values(value_kernel, output_kernel, group_basis(gram, head_width), head_width)
 
 Values can always be folded; queries and keys if no rotation stands between their layers and the scores (no
-position terms, learned positions, ALiBi), not with rotary embedding. Host code in NumPy; bases are computed
-in float64, where float32 would lose the tail of large activations.
+position terms, learned positions, ALiBi). For rotary embedding see `jaxlab.compression.rotary_keys`, for
+whole networks `jaxlab.compression.grouped_heads`. Host code in NumPy; bases are computed in float64, where
+float32 would lose the tail of large activations.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ def fold_keys(
     W_K' = W_K Phi,    W_Q'^j = W_Q^j Phi_j  of every query head that reads head j,    biases likewise
 
   The scale of scores stays that of the head's width, and ALiBi's slopes those of the query heads. Rotary
-  embedding does not commute with a basis: folded this way, such a network is wrong.
+  embedding commutes with a `commuting_basis`, and with no other: folded with one, such a network is wrong.
 
   Args:
     query_kernel: `[dim, heads * head_width]`; query head h reads keys `h // (heads / kv_heads)`.
@@ -275,13 +276,18 @@ def mean_pool_heads(kernel: ArrayLike, head_width: int, group_size: int) -> np.n
 
 def _eigen(gram: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
   """Returns eigenvalues, falling and not negative, and eigenvectors in columns."""
+  values, vectors = np.linalg.eigh(checked_gram(gram))
+  return np.maximum(values[:, ::-1], 0), vectors[..., ::-1]
+
+
+def checked_gram(gram: ArrayLike) -> np.ndarray:
+  """Returns Gram matrices in float64; raises ValueError unless they are `[groups, n, n]` and finite."""
   gram = np.asarray(gram).astype(np.float64)
   if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or 0 in gram.shape:
     raise ValueError(f'gram must be [groups, n, n] and not empty, got {gram.shape}.')
   if not np.all(np.isfinite(gram)):
     raise ValueError('gram has values that are not finite.')
-  values, vectors = np.linalg.eigh(gram)
-  return np.maximum(values[:, ::-1], 0), vectors[..., ::-1]
+  return gram
 
 
 def _narrow(name: str, kernel: ArrayLike, basis: ArrayLike) -> np.ndarray:
