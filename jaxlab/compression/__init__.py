@@ -3,7 +3,8 @@
 `structure(model)` tells which channels shrink together and which parts can be left out; `plan` says what
 stays, as data; `masked_apply` computes what would be left, at the shapes of the whole network, and
 `slice_network` makes the smaller one; `removal_scores` and `kernel_norms` say what matters.
-`group_heads` makes what a decoder caches small; `merge_words` and `select_words` what it reads: a prompt.
+`group_heads` makes what a decoder caches small, `compress_prompt` what a network reads: the most important
+words of a prompt stay.
 """
 
 from jaxlab.compression import convolutional as _convolutional
@@ -76,15 +77,30 @@ from jaxlab.compression.key_value_heads import (
   mean_pool_heads,
 )
 from jaxlab.compression.plan import Plan, compose, plan, renamed
-from jaxlab.compression.prompts import (
+from jaxlab.compression.prompt_compressor import (
+  CompressedPrompt,
+  PromptCompressor,
+  compress_prompt,
+  load_compressor,
+  preserve_probabilities,
+  save_compressor,
+)
+from jaxlab.compression.prompt_inputs import (
   ClassifierInput,
-  PromptWords,
-  budget_rate,
+  PromptChunk,
+  TokenLayout,
   chunk_tokens,
   classifier_input,
+  prompt_chunks,
+  token_layout,
+)
+from jaxlab.compression.prompts import (
+  PromptWords,
+  budget_rate,
   keep_threshold,
   kept_text,
   merge_words,
+  select_contexts,
   select_words,
 )
 from jaxlab.compression.ranking import global_ranking, search_num_remove
@@ -123,6 +139,7 @@ __all__ = [
   'BlockMacs',
   'Caches',
   'ClassifierInput',
+  'CompressedPrompt',
   'Cut',
   'DenseCut',
   'DenseStructure',
@@ -131,8 +148,11 @@ __all__ = [
   'Group',
   'GroupedHeads',
   'Plan',
+  'PromptChunk',
+  'PromptCompressor',
   'PromptWords',
   'Structure',
+  'TokenLayout',
   'adaptor_hooks',
   'adaptor_positions',
   'attention_layout',
@@ -147,6 +167,7 @@ __all__ = [
   'commuting_basis',
   'compose',
   'compress_block',
+  'compress_prompt',
   'dense_cut',
   'dense_structure',
   'describe',
@@ -173,6 +194,7 @@ __all__ = [
   'kept_neurons',
   'kept_text',
   'kernel_norms',
+  'load_compressor',
   'mask_variables',
   'masked',
   'masked_apply',
@@ -185,15 +207,19 @@ __all__ = [
   'plan',
   'pool_heads',
   'prediction_divergence',
+  'preserve_probabilities',
   'projection_hooks',
+  'prompt_chunks',
   'pruning_scores',
   'removal_scores',
   'renamed',
   'require_recognized',
   'require_savings',
+  'save_compressor',
   'saved_share',
   'search_num_remove',
   'select_blocks',
+  'select_contexts',
   'select_words',
   'shape_names',
   'shape_plan',
@@ -204,6 +230,7 @@ __all__ = [
   'structure',
   'subgroup_grams',
   'synthesize',
+  'token_layout',
   'variation',
   'vit_macs',
   'weight_grams',

@@ -1,18 +1,17 @@
 """Making a prompt small: which of its words stay, by the probabilities of a token classifier.
 
-`chunk_tokens` cuts a long text, `classifier_input` puts the instruction before a chunk (or none: the same
-classifier compresses for a task and without one), `merge_words` turns probabilities of sub-words into those
-of words, `select_words` keeps the most probable ones, `kept_text` writes them down. EFPC (Cao et al. 2025,
-arXiv 2503.07956) on top of LLMLingua-2 (Pan et al. 2024, arXiv 2403.12968), whose selection it takes over.
+`merge_words` turns probabilities of sub-words into those of words, `select_words` keeps the most probable
+ones, `kept_text` writes them down; `select_contexts` leaves out whole documents before. EFPC (Cao et al.
+2025, arXiv 2503.07956) on top of LLMLingua-2 (Pan et al. 2024, arXiv 2403.12968), whose selection it takes
+over. What the classifier reads is laid out in `prompt_inputs`; `prompt_compressor` does all of it.
 
-The rest of this room shrinks networks, this file what they read. Host code in NumPy and strings; the labels
+The rest of this room shrinks networks, these files what they read. Host code in NumPy and strings; the labels
 of the classifier are made in `jaxlab.data.protocols.prompt_annotation`.
 """
 
 from __future__ import annotations
 
 import string
-import warnings
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -20,7 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 WORD_MARKER = '\u2581'  # SentencePiece's mark of a piece that begins a word
-SPECIAL_TOKENS = ('<s>', '</s>', '<unk>', '<pad>', '<mask>')
+SPECIAL_TOKENS = (
+  '<s>', '</s>', '<unk>', '<pad>', '<mask>', '[CLS]', '[SEP]', '[UNK]', '[PAD]', '[MASK]',
+)  # fmt: skip
 
 
 class PromptWords(NamedTuple):
@@ -30,128 +31,14 @@ class PromptWords(NamedTuple):
     words: without the marker.
     probabilities: float64 `[words]`, of being preserved.
     spaced: bool `[words]`, true where the marker (a space) came before the word.
+    pieces: int `[words, 2]`, each word's first piece and the one behind its last, among all of the chunk;
+      None: not known.
   """
 
   words: tuple[str, ...]
   probabilities: np.ndarray
   spaced: np.ndarray
-
-
-class ClassifierInput(NamedTuple):
-  """One padded sequence for a token classifier, all `[max_length]`.
-
-  Attributes:
-    tokens: int32.
-    mask: bool, false for padding.
-    segments: int32, 1 for the text behind an instruction and what ends it (BERT's second segment, with one
-      separator), else 0.
-    is_text: bool, true for the tokens that are classified: neither instruction nor special ones nor padding.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
-  segments: np.ndarray
-  is_text: np.ndarray
-
-
-def chunk_tokens(tokens: Sequence, ends: Collection, max_length: int = 512) -> list[slice]:
-  """Returns where to cut a long text: slices of at most `max_length` tokens that end with a sentence.
-
-  While more than `max_length` tokens are left, a chunk ends behind the last token of `ends` among the next
-  `max_length` ones, or with the last of these if there is none; what is left is the last chunk.
-
-  Args:
-    tokens: a text's tokens, as ids or strings.
-    ends: tokens that end a sentence: those of '.' and of the line break.
-    max_length: at least 1.
-
-  Returns:
-    Slices that cover all tokens; none for an empty text.
-
-  Raises:
-    ValueError: for a `max_length` below 1.
-
-  Source: LLMLingua-2's chunks, used by EFPC; its code looks one token further and may so return
-  `max_length + 1` of them.
-
-  >>> [''.join('ab.cdefgh.ij'[cut]) for cut in chunk_tokens('ab.cdefgh.ij', '.', 5)]
-  ['ab.', 'cdefg', 'h.ij']
-  """
-  if max_length < 1:
-    raise ValueError(f'chunk_tokens: max_length={max_length}, expected at least 1.')
-  chunks, start = [], 0
-  while len(tokens) - start > max_length:
-    limit = start + max_length
-    stop = next((i for i in range(limit, start, -1) if tokens[i - 1] in ends), limit)
-    chunks.append(slice(start, stop))
-    start = stop
-  return [*chunks, slice(start, len(tokens))] if start < len(tokens) else chunks
-
-
-def classifier_input(
-  text: Sequence[int],
-  instruction: Sequence[int] = (),
-  *,
-  begin: int,
-  end: int,
-  pad: int,
-  max_length: int = 512,
-  max_instruction: int = 64,
-  separators: int = 2,
-) -> ClassifierInput:
-  """Lays out `[instruction ; text]` where there is an instruction, `[text]` otherwise.
-
-  `<s> instruction </s></s> text </s>` with RoBERTa's two separators, `[CLS] instruction [SEP] text [SEP]`
-  with BERT's one; without instruction `<s> text </s>`. An instruction longer than `max_instruction` is cut,
-  with a warning.
-
-  Args:
-    text: token ids of a chunk, see `chunk_tokens`.
-    instruction: token ids; empty compresses without a task.
-    begin: id of the first token, `<s>` or `[CLS]`.
-    end: id of the token behind each part, `</s>` or `[SEP]`.
-    pad: id of padding.
-    max_length: of the whole sequence.
-    max_instruction: tokens of an instruction, at least 1.
-    separators: how many `end` are between instruction and text.
-
-  Raises:
-    ValueError: for lengths below 1, an empty text, or one that does not fit behind the instruction.
-
-  Source: EFPC, where the instruction is prepended; special tokens, the limit of 64 and that instructions are
-  not classified are inferred.
-
-  >>> out = classifier_input([7, 8], [5], begin=0, end=2, pad=1, max_length=8)
-  >>> out.tokens.tolist(), out.is_text.astype(int).tolist()
-  ([0, 5, 2, 2, 7, 8, 2, 1], [0, 0, 0, 0, 1, 1, 0, 0])
-  """
-  if max_instruction < 1 or separators < 1:
-    raise ValueError(
-      f'classifier_input: max_instruction={max_instruction}, separators={separators}; expected at least 1.'
-    )
-  if len(instruction) > max_instruction:
-    warnings.warn(
-      f'classifier_input: an instruction of {len(instruction)} tokens is cut to {max_instruction}.',
-      stacklevel=2,
-    )
-  head = [begin, *instruction[:max_instruction], *[end] * separators]
-  head = head if len(instruction) else [begin]
-  room = max_length - len(head) - 1
-  if not 0 < len(text) <= room:
-    raise ValueError(
-      f'classifier_input: a text of {len(text)} tokens, expected 1 to {max(room, 0)}: what max_length='
-      f'{max_length} leaves behind instruction and special tokens.'
-    )
-  tokens = np.full(max_length, pad, np.int32)
-  start, stop = len(head), len(head) + len(text)
-  tokens[: stop + 1] = [*head, *text, end]
-  place = np.arange(max_length)
-  # RoBERTa's networks, with two separators, have one segment.
-  second = len(instruction) > 0 and separators == 1
-  behind = (place >= start) & (place <= stop) & second
-  return ClassifierInput(
-    tokens, place <= stop, behind.astype(np.int32), (place >= start) & (place < stop)
-  )
+  pieces: np.ndarray | None = None
 
 
 def merge_words(
@@ -163,13 +50,16 @@ def merge_words(
   reduce: str = 'mean',
   special_tokens: Collection[str] = SPECIAL_TOKENS,
   marker: str = WORD_MARKER,
+  continuation: str = '',
 ) -> PromptWords:
   """Merges sub-words into words, with the mean probability of their pieces or that of the first one.
 
   A piece begins a word if it starts with the marker, is one ASCII punctuation character, or is a forced
   token; the others are appended to the word before (the first piece of a chunk begins one in any case, where
-  the official code fails). Forced tokens, compared without the marker, have probability 1, and with
-  `reserve_digits` every piece with a digit.
+  the official code fails). With `continuation` a piece begins a word unless it starts with that; what was
+  between words in the text is then not told by pieces, and all that begin one are `spaced`. Forced tokens,
+  compared without marker and continuation, have probability 1, and with `reserve_digits` every piece with a
+  digit.
 
   Args:
     tokens: pieces of a chunk.
@@ -179,12 +69,13 @@ def merge_words(
     reduce: `'mean'` or `'first'`.
     special_tokens: pieces that are skipped.
     marker: what begins a word.
+    continuation: what a piece inside of a word begins with, '##' of WordPiece; then there is no marker.
 
   Raises:
     ValueError: for probabilities that are not one of [0, 1] a piece, an empty forced token, or another
       `reduce`.
 
-  Source: LLMLingua-2's code.
+  Source: LLMLingua-2's code; the rule of '##' is inferred.
 
   >>> merged = merge_words(
   ...   ['\u2581comp', 'ress', '.', '\u2581it'], [0.5, 1.0, 0.25, 0.0], force_tokens=['.']
@@ -201,23 +92,35 @@ def merge_words(
     raise ValueError(f"merge_words: reduce={reduce!r}, expected 'mean' or 'first'.")
   if '' in force_tokens:
     raise ValueError('merge_words: force_tokens holds an empty string; give no token instead.')
-  words, spaced, pieces = [], [], []
-  for token, value in zip(tokens, values.tolist()):
+  words, spaced, own, places = [], [], [], []
+  for place, (token, value) in enumerate(zip(tokens, values.tolist())):
     if token in special_tokens:
       continue
-    bare = token.removeprefix(marker)
+    if continuation:
+      bare = token.removeprefix(continuation)
+      after_space = not token.startswith(continuation)
+    else:
+      bare = token.removeprefix(marker)
+      after_space = token.startswith(marker)
     punctuation = len(token) == 1 and token in string.punctuation
-    begins = token.startswith(marker) or punctuation or bare in force_tokens
+    begins = after_space or punctuation or bare in force_tokens
     reserved = reserve_digits and any(map(str.isdecimal, token))
     if begins or not words:
       words.append(bare)
-      spaced.append(token.startswith(marker))
-      pieces.append([1.0 if reserved or bare in force_tokens else value])
+      spaced.append(after_space)
+      own.append([1.0 if reserved or bare in force_tokens else value])
+      places.append([place, place + 1])
     else:
       words[-1] += bare
-      pieces[-1].append(1.0 if reserved else value)
-  means = [np.mean(own) if reduce == 'mean' else own[0] for own in pieces]
-  return PromptWords(tuple(words), np.array(means, np.float64), np.array(spaced, bool))
+      own[-1].append(1.0 if reserved else value)
+      places[-1][1] = place + 1
+  means = [np.mean(pieces) if reduce == 'mean' else pieces[0] for pieces in own]
+  return PromptWords(
+    tuple(words),
+    np.array(means, np.float64),
+    np.array(spaced, bool),
+    np.array(places, np.int64).reshape(-1, 2),
+  )
 
 
 def budget_rate(budget: int, num_tokens: int) -> float:
@@ -322,6 +225,35 @@ def select_words(
   if at_least_one and not keep.any():
     keep[np.argmax(values)] = True
   return keep
+
+
+def select_contexts(probabilities: Sequence[ArrayLike], rate: float) -> np.ndarray:
+  """Returns which of many documents stay before their words are looked at: those of probable words.
+
+  Documents stay whose mean word probability is at least the percentile (linear interpolation) at the level
+  `int(100 (1 - r))` of all means, with r = (rate + 1) / 2. One always stays.
+
+  Args:
+    probabilities: of the words of each document; a document without words has mean 0.
+    rate: tau of the words, in (0, 1].
+
+  Raises:
+    ValueError: for a rate out of range, no document, or probabilities that are not finite.
+
+  Source: LLMLingua-2's code (level and mean); that documents at the percentile stay is inferred.
+
+  >>> select_contexts([[0.1, 0.3], [0.9], [0.5, 0.5], [0.4]], 0.5).tolist()
+  [False, True, True, True]
+  """
+  if not 0 < rate <= 1:
+    raise ValueError(f'select_contexts: rate={rate} is not in (0, 1].')
+  if not len(probabilities):
+    raise ValueError('select_contexts: expected at least one document.')
+  own = [np.asarray(values, np.float64) for values in probabilities]
+  means = np.array([values.mean() if values.size else 0.0 for values in own])
+  if not np.isfinite(means).all():
+    raise ValueError('select_contexts: probabilities must be finite numbers.')
+  return means >= np.percentile(means, int(100 * (1 - (rate + 1) / 2)))
 
 
 def kept_text(merged: PromptWords, keep: ArrayLike) -> str:

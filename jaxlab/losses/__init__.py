@@ -92,6 +92,7 @@ from jaxlab.losses.label_distributions import (
 from jaxlab.losses.language import (
   next_token_cross_entropy,
   next_token_mask,
+  token_classifier_loss,
 )
 from jaxlab.losses.long_tail import (
   adjust_logits,
@@ -265,6 +266,7 @@ __all__ = [
   'stored_lsh_loss',
   'supervised_contrastive_loss',
   'to_unit_range',
+  'token_classifier_loss',
   'top_k_pseudo_labels',
   'top_singular_loss',
   'tweo_loss',

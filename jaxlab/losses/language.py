@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxlab.losses._arguments import accumulated
-from jaxlab.losses._labels import require_classes
+from jaxlab.losses._labels import require_classes, require_labels
 from jaxlab.losses.classification import cross_entropy
 
 
@@ -50,6 +50,49 @@ def next_token_cross_entropy(
   # The logits are masked, too: those of padding may overflow, and 0 * inf would reach the gradient.
   logits = jnp.where(counts[..., None], logits, 0)
   return jnp.where(counts, cross_entropy(logits, jnp.where(counts, tokens[:, 1:], 0)), 0)
+
+
+def token_classifier_loss(
+  logits: ArrayLike, labels: ArrayLike, loss_mask: ArrayLike, mode: str = 'text_only'
+) -> jax.Array:
+  """Mean cross-entropy of a classifier of tokens, in nats.
+
+    text_only:     sum_i m_i CE(logits_i, labels_i) / sum_i m_i
+    all_positions: mean_i CE(logits_i, labels_i)
+
+  Args:
+    logits: `[..., num_classes]`.
+    labels: integers `[...]`; where they do not count, anything.
+    loss_mask: `[...]`, m: true for the tokens that count, those of the text; false for instruction, special
+      tokens and padding.
+    mode: `'text_only'`, or `'all_positions'`: the official code of LLMLingua-2 gives padding and special
+      tokens a label, too, and no token is left out.
+
+  Returns:
+    A scalar, float32 or wider; 0 where no token counts.
+
+  Raises:
+    ValueError: for another mode, shapes that do not fit, or labels that are no integers or (where concrete,
+      where they count) out of range.
+
+  Source: LLMLingua-2 (arXiv 2403.12968), used by EFPC (arXiv 2503.07956); that the text alone counts is
+  inferred.
+
+  >>> logits = jnp.zeros((1, 2, 2))
+  >>> token_classifier_loss(logits, jnp.array([[0, 1]]), [[True, False]]).round(3).item()
+  0.6930000185966492
+  """
+  if mode not in ('text_only', 'all_positions'):
+    raise ValueError(f"mode={mode!r}, expected 'text_only' or 'all_positions'.")
+  (logits,), labels = accumulated(logits), jnp.asarray(labels)
+  counts = jnp.asarray(loss_mask).astype(bool)
+  require_labels(logits, labels, counts if mode == 'text_only' else jnp.ones_like(counts))
+  if mode == 'all_positions':
+    return jnp.mean(cross_entropy(logits, labels))
+  # The logits are masked, too: those of padding may overflow, and 0 * inf would reach the gradient.
+  logits = jnp.where(counts[..., None], logits, 0)
+  values = cross_entropy(logits, jnp.where(counts, labels, 0))
+  return jnp.sum(jnp.where(counts, values, 0)) / jnp.maximum(jnp.sum(counts), 1)
 
 
 def next_token_mask(mask: ArrayLike) -> jax.Array:

@@ -67,6 +67,7 @@ from jaxlab.models.cnn13 import (
 )
 from jaxlab.models.configurations import (
   from_config,
+  to_config,
 )
 from jaxlab.models.convnet import (
   ConvNet,
@@ -231,6 +232,10 @@ from jaxlab.models.swin import (
 from jaxlab.models.t2t import (
   T2TViT,
 )
+from jaxlab.models.tokenizers import (
+  read_tokenizer,
+  train_tokenizer,
+)
 from jaxlab.models.vgg import (
   VGG,
 )
@@ -368,6 +373,7 @@ __all__ = [
   'parameter_distances',
   'random_subspace_index',
   'read_state_dict',
+  'read_tokenizer',
   'relative_change',
   'remove_blocks',
   'require_resolution',
@@ -383,8 +389,10 @@ __all__ = [
   'stack_blocks',
   'subspace_convolution',
   'tau_normalize',
+  'to_config',
   'to_torch',
   'total_stride',
+  'train_tokenizer',
   'truncate',
   'tuned_parameters',
   'unselected',

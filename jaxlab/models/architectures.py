@@ -108,8 +108,8 @@ def create(name: str, **overrides: Any) -> nn.Module:
 
   Over clouds `[batch, points, 3]`: `pointnet`, 40 classes. Over tokens `[batch, time]`: the decoders
   `gpt2[_medium,_large,_xl]`, `bloom_{560m,7b1}`, `llama` (the 7B of 2023), `llama2_{7b,13b}`, `llama3_8b`,
-  `qwen2_5_{0_5b,1_5b,7b,14b,32b}` and the encoders `bert_{base,large}`, `minilm_l6`; `from_config` builds any
-  other size.
+  `qwen2_5_{0_5b,1_5b,7b,14b,32b}` and the encoders `bert_{base,large}`,
+  `xlm_roberta_{base,large}`, `minilm_l6`; `from_config` builds any other size.
 
   Args:
     name: the network's name.

@@ -79,7 +79,8 @@ class Bert(nn.Module):
     vocab_size: number of tokens.
     max_length: number of stored positions.
     token_types: number of segments that tokens may belong to.
-    first_position: position of the first token; RoBERTa's is behind that of its padding token, 2.
+    first_position: position of the first token; RoBERTa's is behind that of its padding token, 2. Padding
+      then has the position before the first.
     width: channels of a token.
     depth: number of blocks.
     num_heads: attention heads, a divisor of `width`.
@@ -143,7 +144,8 @@ class Bert(nn.Module):
         the end.
       train: apply dropout.
       mask: `[batch, time]`, false or 0 for padding on either side. Padding takes no position, so that the
-        vectors of real tokens are those without it; its own vectors mean nothing.
+        vectors of real tokens are those without it; its own vectors are transformers' for RoBERTa, else they
+        mean nothing.
       segments: integers `[batch, time]` in [0, token_types), transformers' `token_type_ids`; None: 0.
     """
     causal_attention.check_tokens('Bert', tokens, self.max_length - self.first_position, mask)
@@ -157,6 +159,8 @@ class Bert(nn.Module):
     else:
       mask = mask.astype(bool)
       positions = causal_attention.count_before(mask)
+      if self.first_position:
+        positions = jnp.where(mask, positions, -1)
     embed = functools.partial(
       nn.Embed, features=self.width, embedding_init=vit_normal, dtype=self.dtype
     )

@@ -136,8 +136,11 @@ BUFFERS = (
   r'(.*\.)?rotary_emb\.inv_freq',
   r'((bert|roberta)\.)?embeddings\.position_ids',
 )
-# Heads of BERT's pretraining, which its encoder does without.
-PRETRAINING_HEADS = r'((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\..*'
+# Heads of BERT's and RoBERTa's pretraining, which their encoder does without.
+PRETRAINING_HEADS = (
+  r'((bert|roberta)\.)?pooler\.dense\.(weight|bias)|cls\..*'
+  r'|lm_head\.(bias|(dense|layer_norm|decoder)\..*)'
+)
 EMBEDDINGS = (
   'transformer.wte.weight',
   'wte.weight',

@@ -26,10 +26,17 @@ def _qwen2_5(
   return Llama, {**sizes, 'hidden': hidden, **shared, **others}
 
 
-# Devlin et al. 2019, section 3; Wang et al. 2020 (arXiv 2002.10957), six of MiniLM's layers; Radford et al.
-# 2019, table 2; Le Scao et al. 2022 (arXiv 2211.05100); Touvron et al. 2023 (arXiv 2302.13971), table 2 and
-# (2307.09288), table 1; Llama team 2024 (arXiv 2407.21783), table 3; Qwen team 2024 (arXiv 2412.15115), table
-# 1.
+_XLM_ROBERTA = {
+  'vocab_size': 250002,
+  'max_length': 514,
+  'token_types': 1,
+  'first_position': 2,
+  'epsilon': 1e-5,
+}
+# Devlin et al. 2019, section 3; Wang et al. 2020 (arXiv 2002.10957), six of MiniLM's layers; Conneau et al.
+# 2020 (arXiv 1911.02116), table 5; Radford et al. 2019, table 2; Le Scao et al. 2022 (arXiv 2211.05100);
+# Touvron et al. 2023 (arXiv 2302.13971), table 2 and (2307.09288), table 1; Llama team 2024 (arXiv
+# 2407.21783), table 3; Qwen team 2024 (arXiv 2412.15115), table 1.
 SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   'gpt2': (GPT2, {'width': 768, 'depth': 12, 'num_heads': 12}),
   'gpt2_medium': (GPT2, {'width': 1024, 'depth': 24, 'num_heads': 16}),
@@ -40,6 +47,8 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
   'bert_base': (Bert, {'width': 768, 'depth': 12, 'num_heads': 12}),
   'bert_large': (Bert, {'width': 1024, 'depth': 24, 'num_heads': 16}),
   'minilm_l6': (Bert, {'width': 384, 'depth': 6, 'num_heads': 12}),
+  'xlm_roberta_base': (Bert, {**_XLM_ROBERTA, 'width': 768, 'depth': 12, 'num_heads': 12}),
+  'xlm_roberta_large': (Bert, {**_XLM_ROBERTA, 'width': 1024, 'depth': 24, 'num_heads': 16}),
   'llama': (Llama, {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 11008}),
   'llama2_7b': (
     Llama,
@@ -198,6 +207,46 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
     f'from_config knows the model types {known}; got {family!r} '
     f'(entries: {", ".join(sorted(config)[:8])}).'
   )
+
+
+def to_config(model: Bert, pad: int | None = None) -> dict[str, Any]:
+  """Returns the `config.json` of transformers that describes a BERT or RoBERTa: `from_config`'s inverse.
+
+  Args:
+    model: with `num_classes` a classifier of tokens; RoBERTa if its first position is not 0.
+    pad: id of padding; None: RoBERTa's is told by its first position, BERT's is 0.
+
+  Raises:
+    ValueError: for another network, an activation that transformers lacks, or a RoBERTa with another padding.
+
+  >>> from_config(to_config(Bert(num_classes=2, depth=3))) == Bert(
+  ...   num_classes=2, depth=3, hidden=3072
+  ... )
+  True
+  """
+  if not isinstance(model, Bert):
+    raise ValueError(f'to_config describes a Bert, got {type(model).__name__}.')
+  names = {ours: theirs for theirs, ours in _GELUS.items()}
+  if model.activation not in names:
+    raise ValueError(f'to_config: activation={model.activation!r} is none of {sorted(names)}.')
+  family = 'xlm-roberta' if model.first_position else 'bert'
+  pad = (model.first_position - 1 if model.first_position else 0) if pad is None else pad
+  if model.first_position not in (0, pad + 1):
+    raise ValueError(
+      f'to_config: first_position={model.first_position} is not behind the padding {pad}.'
+    )
+  own = {theirs: getattr(model, ours) for theirs, (ours, _) in _BERT_FIELDS.items()}
+  own |= {'intermediate_size': model.hidden or 4 * model.width, 'pad_token_id': pad}
+  kind = {'bert': 'Bert', 'xlm-roberta': 'XLMRoberta'}[family]
+  suffix = 'Model' if model.num_classes is None else 'ForTokenClassification'
+  if model.num_classes is not None:
+    own['num_labels'] = model.num_classes
+  return {
+    'architectures': [kind + suffix],
+    'model_type': family,
+    'hidden_act': names[model.activation],
+    **own,
+  }
 
 
 def _read(config: Mapping[str, Any] | str | os.PathLike) -> Mapping[str, Any]:

@@ -207,6 +207,8 @@ _TAGS = (
   ('minilm_l6', 'sentence-transformers/all-MiniLM-L6-v2'),
   ('bert_base', 'google-bert/bert-base-uncased'),
   ('bert_large', 'google-bert/bert-large-uncased'),
+  ('xlm_roberta_base', 'FacebookAI/xlm-roberta-base'),
+  ('xlm_roberta_large', 'FacebookAI/xlm-roberta-large'),
   ('gpt2', 'openai-community/gpt2'),
   ('bloom_560m', 'bigscience/bloom-560m'),
   ('bloom_7b1', 'bigscience/bloom-7b1'),

@@ -9,8 +9,17 @@ from models.random_variables import random_variables, run_capture
 from rule_weights import rule_tensor
 from scipy.special import erf, softmax
 
-from jaxlab.losses import cross_entropy
-from jaxlab.models import Bert, capture, from_config, from_torch, mean_embedding, to_torch
+from jaxlab.losses import token_classifier_loss
+from jaxlab.models import (
+  GPT2,
+  Bert,
+  capture,
+  from_config,
+  from_torch,
+  mean_embedding,
+  to_config,
+  to_torch,
+)
 from jaxlab.models.bert import BertBlock
 from jaxlab.models.checkpoint_names import HF_BERT, HF_BERT_BARE, HF_ROBERTA
 
@@ -43,13 +52,12 @@ def test_token_classifier_agrees_with_transformers(vectors):
   assert f'out_hidden_{len(hidden)}' not in vectors
   for actual, expected in ((logits, vectors['out_logits']), *hidden):
     assert actual.shape == expected.shape
-    difference = np.abs(actual - expected)[mask == 1].max()
-    assert difference <= 1e-4 * max(1, np.abs(expected).max())
+    assert np.abs(actual - expected).max() <= 1e-4 * max(1, np.abs(expected).max())  # padding, too
 
 
 @golden('efpc', 'token_classifier')
 def test_preserve_or_discard_classifier_agrees_with_transformers(vectors):
-  """LLMLingua-2's classifier; its own loss also counts padding, whose vectors `Bert` leaves undefined."""
+  """LLMLingua-2's classifier, whose own loss also counts padding."""
   table = 'param_roberta_embeddings_{}_embeddings_weight'
   vocab_size, width = vectors[table.format('word')].shape
   layers = {
@@ -69,27 +77,28 @@ def test_preserve_or_discard_classifier_agrees_with_transformers(vectors):
     epsilon=vectors.param('layer_norm_eps'),
   )
   tokens, mask = vectors['in_input_ids'].astype(np.int32), vectors['in_attention_mask']
-  labels, real = vectors['in_labels'].astype(np.int32), mask == 1
+  labels = vectors['in_labels'].astype(np.int32)
   names = to_torch(random_variables(model, tokens), renames=HF_ROBERTA)
   parameters = {name: vectors['param_' + name.replace('.', '_')] for name in names}
   variables = from_torch(model, parameters, renames=HF_ROBERTA)
   patterns = ['embeddings', *(f'layer_{index}' for index in range(model.depth))]
   logits, captured = jax.jit(lambda v: capture(model, v, patterns, tokens, mask=mask))(variables)
   for index, name in enumerate(patterns):
-    assert_close(captured[name], vectors[f'out_hidden_{index}'], where=real)
-  assert_close(logits, vectors['out_logits'], where=real)
-  preserved = jax.nn.softmax(logits)[..., 1]
-  assert_close(preserved, vectors['out_preserve_probs'], where=real)
-  loss = jnp.mean(cross_entropy(logits, labels), where=real)
+    assert_close(captured[name], vectors[f'out_hidden_{index}'])
+  assert_close(logits, vectors['out_logits'])
+  assert_close(jax.nn.softmax(logits)[..., 1], vectors['out_preserve_probs'])
+  loss = token_classifier_loss(logits, labels, mask == 1)
   assert_close(loss, vectors['out_loss_mean_over_real_tokens'])
 
-  def official(kernel):
-    logits = vectors[f'out_hidden_{model.depth}'] @ kernel.T + vectors['param_classifier_bias']
-    return jnp.mean(cross_entropy(logits, labels))
+  @jax.value_and_grad
+  def official(variables):
+    logits = model.apply(variables, tokens, mask=mask)
+    return token_classifier_loss(logits, labels, mask == 1, mode='all_positions')
 
-  loss, gradient = jax.value_and_grad(official)(jnp.asarray(vectors['param_classifier_weight']))
+  loss, gradient = jax.jit(official)(variables)
   assert_close(loss, vectors['out_loss_mean_over_all_positions'])
-  assert_close(gradient, vectors['grad_classifier_weight'])
+  expected = vectors['grad_classifier_weight']
+  assert_close(gradient['params']['classifier']['kernel'].T, expected)
 
 
 def reference(params, tokens, mask, segments):
@@ -223,6 +232,7 @@ def test_checkpoints_make_the_round_trip_and_lose_the_pretraining_heads(model, r
   assert state_dict[f'{prefix}encoder.layer.0.intermediate.dense.weight'].shape == (24, 16)
   assert ('classifier.bias' in state_dict) == (model.num_classes is not None)
   extra = (f'{prefix}pooler.dense.weight', f'{prefix}embeddings.position_ids', 'cls.predictions.x')
+  extra += ('lm_head.dense.bias', 'lm_head.bias') if model.first_position else ()
   back = from_torch(model, {**state_dict, **dict.fromkeys(extra, np.zeros(3))})
   assert jax.tree.structure(back) == jax.tree.structure(variables)
   jax.tree.map(np.testing.assert_array_equal, back, variables)
@@ -250,6 +260,26 @@ def test_configurations_of_transformers_are_read():
   assert roberta.activation == 'gelu_tanh'
   labels = {'architectures': ['BertForTokenClassification'], 'id2label': dict.fromkeys('abc')}
   assert from_config({**labels, 'model_type': 'bert'}).num_classes == 3
+
+
+@pytest.mark.parametrize(
+  'model',
+  [TINY, TINY.clone(num_classes=2, first_position=2, token_types=1, activation='gelu_tanh')],
+)
+def test_configurations_make_the_round_trip(model):
+  config = json.loads(json.dumps(to_config(model)))
+  assert from_config(config) == model
+  assert config['architectures'][0].endswith('Model') == (model.num_classes is None)
+
+
+def test_networks_that_transformers_cannot_describe_raise():
+  for model, options, message in (
+    (GPT2(width=8, depth=1, num_heads=1), {}, 'describes a Bert, got GPT2'),
+    (TINY.clone(activation='quick_gelu'), {}, "activation='quick_gelu'"),
+    (TINY.clone(first_position=2), {'pad': 0}, 'first_position=2 is not behind the padding 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      to_config(model, **options)
 
 
 @pytest.mark.parametrize(

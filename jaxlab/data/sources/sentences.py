@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxlab.data.sources.source import InMemory
 from jaxlab.data.sources.text import python_reference
+from jaxlab.models.tokenizers import read_tokenizer
 
 _WORDS = range(5, 61)  # of a sentence; shorter ones are headings, longer ones grammar and tables
 
@@ -62,7 +63,7 @@ class Sentences(InMemory):
       raise ValueError(
         f'length={length} and limit={limit}: expected at least 3 tokens, 1 sentence.'
       )
-    own = _read_tokenizer(pathlib.Path(tokenizer))
+    own = read_tokenizer(tokenizer)
     own.enable_truncation(length)
     own.enable_padding(length=length)
     text = python_reference() if path is None else pathlib.Path(path).read_text(encoding='utf-8')
@@ -78,18 +79,3 @@ class Sentences(InMemory):
 
 def _belongs_to_test(sentence: str) -> bool:
   return zlib.crc32(sentence.encode()) % 10 == 0
-
-
-def _read_tokenizer(path: pathlib.Path):
-  try:
-    import tokenizers
-  except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      'sentences are cut into tokens by the library tokenizers: pip install tokenizers'
-    ) from error
-  if not path.is_file():
-    raise FileNotFoundError(f'tokenizer={str(path)!r}: there is no such file.')
-  try:
-    return tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:
-    raise ValueError(f'tokenizer={str(path)!r} is no tokenizer.json: {error}') from error
