@@ -135,6 +135,7 @@ CALLS = {
   'barlow': lambda: losses.barlow_twins_loss(ROWS, ROWS[::-1]),
   'dino': lambda: losses.dino_loss(LOGITS, LOGITS[:4], jnp.zeros(4, jnp.float32), 3),
   'next token': lambda: losses.next_token_cross_entropy(LOGITS[None, :2], TOKENS[:1] % 4),
+  'token classifier': lambda: losses.token_classifier_loss(LOGITS, LABELS, LABELS > 0),
   'adapters': lambda: list(adapted()),
   'tally': tallied,
   'multi_label_bce': lambda: losses.multi_label_bce(LOGITS, PRESENT),

@@ -92,7 +92,8 @@ def token_classifier_loss(
   # The logits are masked, too: those of padding may overflow, and 0 * inf would reach the gradient.
   logits = jnp.where(counts[..., None], logits, 0)
   values = cross_entropy(logits, jnp.where(counts, labels, 0))
-  return jnp.sum(jnp.where(counts, values, 0)) / jnp.maximum(jnp.sum(counts), 1)
+  total = jnp.maximum(jnp.sum(counts), 1).astype(values.dtype)
+  return jnp.sum(jnp.where(counts, values, 0)) / total
 
 
 def next_token_mask(mask: ArrayLike) -> jax.Array:

@@ -76,6 +76,9 @@ LABELED = {
   ),
   'paco_loss': paco(0.0),
   'paco_loss, smoothed': paco(0.2),
+  'token_classifier_loss': lambda z, y, keep: losses.token_classifier_loss(
+    z, y, np.ones(y.shape, bool)
+  ),
   'max_entropy_loss': lambda z, y, keep: losses.max_entropy_loss(z, y, 0.5),
   'pairwise_confusion': lambda z, y, keep: losses.pairwise_confusion(z, y),
   'acsr_loss': lambda z, y, keep: losses.acsr_loss(z, y, FEATURES, FEATURES[::-1])[0],
