@@ -84,6 +84,8 @@ def needs(name: str, root: str | None = None) -> str:
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   if name == 'listed_images':
     return f'images named by a list, lines `path label`, relative to {root or "ROOT"}'
+  if name == 'vtab':
+    return 'a task of VTAB-1k out of the TFDS catalogue: ' + _BUILD.format('NAME')
   if name == 'wider_attribute':
     return (
       'WIDER Attribute (mmlab.ie.cuhk.edu.hk/projects/WIDERAttribute.html): wider_attribute_trainval.json '

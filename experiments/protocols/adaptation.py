@@ -75,7 +75,8 @@ class Target:
     augment: of training images.
     test: the test images, where they are another data set's.
     shots: images of each class that training draws by the seed; 0: all.
-    validation: split of `data` on which the state is chosen at `recipe.eval_every`; empty: the last is taken.
+    validation: split of `data` on which the state is chosen; empty: the last is taken.
+    validation_epochs: between two states that are judged there.
   """
 
   data: Images
@@ -84,6 +85,7 @@ class Target:
   test: Images | None = None
   shots: int = 0
   validation: str = ''
+  validation_epochs: int = 10
 
   @property
   def size(self) -> int:
@@ -96,6 +98,8 @@ class Target:
       yield 'data: expected images of one class each, with their train_size.'
     elif self.shots < 0 or self.size > self.data.train_size:
       yield f'shots={self.shots}: expected at least 0, and no more than data.train_size images in all.'
+    if self.validation_epochs < 1:
+      yield f'validation_epochs={self.validation_epochs}: expected at least 1.'
     if self.test is not None and self.test.num_classes != self.data.num_classes:
       yield f'test.num_classes={self.test.num_classes}: expected {self.data.num_classes}.'
 
@@ -179,9 +183,12 @@ class Settings(Experiment):
     """Yields what is wrong with the values."""
     yield from super().check()
     yield from check_batch(self.mesh, self.recipe.batch_size, 'recipe.batch_size')
-    for name in ('mixup', 'cutmix'):
+    for name in ('mixup', 'cutmix', 'eval_every'):
       if getattr(self.recipe, name):
-        yield f'recipe.{name}={getattr(self.recipe, name)}: images are not mixed here; set it to 0.'
+        yield (
+          f'recipe.{name}={getattr(self.recipe, name)}: expected 0; images are not mixed, and states are '
+          'judged as the targets say.'
+        )
     if not self.tasks or len(set(self.tasks)) < len(self.tasks) or {*self.tasks} - {*self.target}:
       yield f'tasks={self.tasks}: expected different ones of {", ".join(self.target)}.'
       return
@@ -201,8 +208,6 @@ class Settings(Experiment):
           f'recipe.batch_size={self.recipe.batch_size} exceeds the {least} training images of {task}: an '
           'epoch would have no step.'
         )
-      if own.validation and not self.recipe.eval_every:
-        yield f'target.{task}.validation={own.validation!r}: needs recipe.eval_every and best_metric.'
 
 
 def backbone(config: Settings, **fields: Any) -> nn.Module:

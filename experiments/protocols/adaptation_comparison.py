@@ -75,13 +75,16 @@ def plans(config: Settings, table: Mapping[str, Row]) -> dict[tuple[str, str], P
 
 def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: Adaptation) -> Plan:
   target, recipe = config.target[task], config.recipe
+  steps = target.size // recipe.batch_size
+  if target.validation:
+    every = target.validation_epochs * max(steps, 1)
+    recipe = dataclasses.replace(recipe, eval_every=every, best_metric='accuracy')
   decides = {
     'network': networks.drawn_by(config.network) | {'pretrained': config.network.pretrained},
     'source': None if config.network.recipe is None else config.network.recipe,
     'target': {**identity(target), 'size': target.size},
     'method': {'name': name, 'model': own.model, 'options': own.options, 'pool': config.pool},
   }
-  steps = target.size // recipe.batch_size
   as_read = dataclasses.replace(target.data, train_size=target.size)
   title = f'{row.title}, {task}'
   training = Run(config, as_read, recipe, made.program, recipe.epochs * steps, decides, title)
@@ -124,8 +127,9 @@ def load(config: Settings, workdir: Any) -> Variables:
 
 
 def sources(config: Settings, target: Target) -> Sources:
-  """Returns the records of a task; a few-shot set is drawn by the seed."""
-  train = harness_data.load(target.data, 'train')
+  """Returns the records of a task; a few-shot set is drawn by the seed, or its list is, by `{seed}`."""
+  split = target.data.train_split.format(seed=config.seed)
+  train = harness_data.load(dataclasses.replace(target.data, train_split=split), 'train')
   if target.shots:
     rng = np.random.default_rng(config.seed)
     labels = data.source_labels(train)

@@ -175,6 +175,9 @@ from jaxlab.data.sources.valued_images import (
   rotated_digits,
   value_grid,
 )
+from jaxlab.data.sources.vtab_images import (
+  VtabImages,
+)
 from jaxlab.data.sources.wider_attribute import (
   WiderAttribute,
 )
@@ -305,6 +308,7 @@ __all__ = [
   'TokenFile',
   'TwoStreamSampler',
   'ValuedImages',
+  'VtabImages',
   'VtabTask',
   'WiderAttribute',
   'WithFields',

@@ -32,6 +32,7 @@ from jaxlab.data.sources.table import load_table
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
 from jaxlab.data.sources.valued_images import ValuedImages, rotated_digits
+from jaxlab.data.sources.vtab_images import VtabImages
 from jaxlab.data.sources.wider_attribute import WiderAttribute
 
 
@@ -48,6 +49,7 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
         with the labels of both, in memory; options of `canvases`.
       - `'digit_tasks'`, `'fashion_tasks'`: one of several tasks (`task`) over digits, or pieces of
         Fashion-MNIST, in memory; options of `derived_task`.
+      - `'vtab'`: a task of VTAB-1k; options of `VtabImages`.
       - `'wider_attribute'`: persons with attributes; options of `WiderAttribute`; the split is the path of
         the annotations.
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
@@ -102,6 +104,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
     if name == 'text':
       limit = options.pop('limit', None)
       return _first(ByteText(split, **options), limit)
+    if name == 'vtab':
+      return VtabImages(split, **options)
     if name == 'wider_attribute':
       return WiderAttribute(split, **options)
     if name == 'tokens':
