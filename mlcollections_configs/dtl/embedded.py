@@ -4,7 +4,7 @@
 
 Digits on 16x16 canvases, in patches of 4x4: 17 tokens of 64 channels. All rows have the same epochs,
 batches, schedule, learning rate and weight decay. What a step costs is counted for six blocks and 28x28
-pixels: 50 tokens.
+pixels: 50 tokens. The other tasks: `--config.tasks=texture,noise,quadrant,size`.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
   config.network = adaptation.derived_network()
   config.target = adaptation.derived_targets()
-  config.tasks = ('texture', 'rotation', 'count')
+  config.tasks = ('rotation', 'count')
   config.recipe = adaptation.recipe(6, 2, base=3e-3)
   config.runs = ('linear', 'lora', 'full', 'dtl', 'dtl_plus')
   config.accounted = dict(depth=6, mlp_ratio=4.0, image_size=28, batch_size=32)
