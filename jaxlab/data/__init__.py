@@ -66,7 +66,6 @@ from jaxlab.data.protocols.vtab import (
   VtabTask,
   clevr_count_label,
   distance_bin,
-  group_means,
   grouped_label,
   split_800_200,
   vtab_group_means,
@@ -88,10 +87,6 @@ from jaxlab.data.sources.completions import (
 )
 from jaxlab.data.sources.crops import (
   Crops,
-)
-from jaxlab.data.sources.derived_tasks import (
-  DERIVED_TASKS,
-  derived_task,
 )
 from jaxlab.data.sources.embedded import (
   Digits,
@@ -174,9 +169,6 @@ from jaxlab.data.sources.valued_images import (
   read_values,
   rotated_digits,
   value_grid,
-)
-from jaxlab.data.sources.vtab_images import (
-  VtabImages,
 )
 from jaxlab.data.sources.wider_attribute import (
   WiderAttribute,
@@ -272,7 +264,6 @@ __all__ = [
   'CIFAR10_MEAN_STD',
   'CIFAR100_LIKE_CIFAR10',
   'CIFAR100_SUPERCLASSES',
-  'DERIVED_TASKS',
   'EMBEDDED_TABLES',
   'FINE_GRAINED_DATASETS',
   'IMAGENET_MEAN_STD',
@@ -308,7 +299,6 @@ __all__ = [
   'TokenFile',
   'TwoStreamSampler',
   'ValuedImages',
-  'VtabImages',
   'VtabTask',
   'WiderAttribute',
   'WithFields',
@@ -336,7 +326,6 @@ __all__ = [
   'cutmix_box',
   'decode_arithmetic',
   'decode_image',
-  'derived_task',
   'deterministic',
   'digit_points',
   'distance_bin',
@@ -354,7 +343,6 @@ __all__ = [
   'filter_annotations',
   'gaussian_blur',
   'grayscale',
-  'group_means',
   'grouped_label',
   'in_batches',
   'in_memory',

@@ -1,0 +1,158 @@
+"""Problems with one right answer, which a decoder writes into a box: its accuracy, and how much it writes."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from experiments.harness import networks
+from experiments.harness.runs import Call, Variables, say
+from experiments.harness.settings import found_by, free
+from jaxlab import evaluation, models
+
+METRICS = ('right_answers', 'written_tokens')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+  """Problems, and how a decoder is asked.
+
+  Attributes:
+    model: name and fields of `jaxlab.models.create`.
+    file: lines of JSON with `problem` and `answer`.
+    tokenizer: the model's `tokenizer.json`.
+    prompt: around `{problem}`; no template of a chat.
+    max_new_tokens: where an output is cut off.
+    max_prompt: tokens of the longest prompt; shorter ones are padded on the left.
+    end: the token that ends an output.
+    batch_size: problems that are answered at once.
+  """
+
+  model: Mapping[str, Any]
+  file: str
+  tokenizer: str
+  prompt: str = (
+    '{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.'
+  )
+  max_new_tokens: int = 8192
+  max_prompt: int = 512
+  end: int
+  batch_size: int = free(1)
+
+  @property
+  def needs(self) -> str:
+    """Where the problems come from, in a sentence."""
+    return (
+      f'{self.file}: problems, a line of JSON with "problem" and "answer" each; {self.tokenizer}: the '
+      "model's tokenizer (pip install tokenizers)"
+    )
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from found_by('model', networks.create, self.model)
+    if '{problem}' not in self.prompt:
+      yield f'prompt={self.prompt!r}: expected a text with {{problem}}.'
+    for name in ('max_new_tokens', 'max_prompt', 'batch_size'):
+      if getattr(self, name) < 1:
+        yield f'{name}={getattr(self, name)}: expected at least 1.'
+
+
+class Problems(NamedTuple):
+  """Problems that were read.
+
+  Attributes:
+    tokenizer: of the library tokenizers.
+    prompts: tokens of each.
+    answers: of each.
+  """
+
+  tokenizer: Any
+  prompts: list[list[int]]
+  answers: list[str]
+
+
+def load(own: Answers) -> Problems:
+  """Returns the problems as tokens.
+
+  Raises:
+    FileNotFoundError: if a file is not there.
+    ValueError: for a file without problems, a line of another kind (naming it), a prompt that is too long.
+  """
+  import tokenizers
+
+  for name in (own.file, own.tokenizer):
+    if not pathlib.Path(name).is_file():
+      raise FileNotFoundError(f'{name}: there is no such file.')
+  tokenizer = tokenizers.Tokenizer.from_file(own.tokenizer)
+  prompts, answers = [], []
+  for number, line in enumerate(pathlib.Path(own.file).read_text('utf-8').splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      item = json.loads(line)
+      problem, answer = str(item['problem']), str(item['answer'])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+      raise ValueError(f'{own.file}:{number}: expected JSON with problem, answer.') from error
+    ids = tokenizer.encode(own.prompt.replace('{problem}', problem)).ids
+    if len(ids) > own.max_prompt:
+      raise ValueError(f'{own.file}:{number}: {len(ids)} tokens, more than {own.max_prompt}.')
+    prompts.append(ids)
+    answers.append(answer)
+  if not prompts:
+    raise ValueError(f'{own.file} holds no problems.')
+  return Problems(tokenizer, prompts, answers)
+
+
+def judge(own: Answers, variables: Variables, problems: Problems) -> dict[str, float]:
+  """Returns how many problems are right, of greedy outputs.
+
+  `right_answers`, the percentage whose answer an output boxes (`evaluation.aime_correct`); `written_tokens`,
+  the mean number of tokens of prompt and output.
+  """
+  model, right, lengths = networks.create(own.model), [], []
+  variables = jax.device_put(variables)
+  for start in range(0, len(problems.prompts), own.batch_size):
+    part = problems.prompts[start : start + own.batch_size]
+    prompt = np.zeros((own.batch_size, own.max_prompt), np.int32)
+    mask = np.zeros(prompt.shape, bool)
+    for row in range(own.batch_size):  # a last batch is filled with its last problem
+      ids = part[min(row, len(part) - 1)]
+      prompt[row, -len(ids) :], mask[row, -len(ids) :] = ids, True
+    found = generated(own, model, variables, prompt, mask)
+    for ids, tokens, answer in zip(part, np.asarray(found), problems.answers[start:]):
+      ends = np.flatnonzero(tokens == own.end)
+      tokens = tokens[: ends[0]] if ends.size else tokens
+      text = problems.tokenizer.decode(tokens.tolist())
+      right.append(evaluation.aime_correct(text, answer))
+      lengths.append(len(ids) + len(tokens))
+    say(f'{len(right)} of {len(problems.prompts)} problems: {sum(right)} right')
+  return {'right_answers': 100 * float(np.mean(right)), 'written_tokens': float(np.mean(lengths))}
+
+
+def generated(own: Answers, model: nn.Module, variables: Variables, prompt: Any, mask: Any) -> Any:
+  """Returns what the decoder writes behind prompts that are padded on the left."""
+  return models.generate(
+    model, variables, prompt, mask=mask, max_new_tokens=own.max_new_tokens, eos=own.end
+  )
+
+
+def program(own: Answers) -> Call:
+  """Returns the generation as a program."""
+  model = networks.create(own.model)
+
+  def make(mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
+    del mesh
+    shape = (own.batch_size, own.max_prompt)
+    variables = dict(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    prompt = jax.ShapeDtypeStruct(shape, jnp.int32)
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    function = lambda *arguments: generated(own, model, *arguments)  # noqa: E731
+    return function, (variables, prompt, mask)
+
+  return Call(make)

@@ -1,1 +1,0 @@
-"""Settings of DTL (Fu, Zhu & Wu, AAAI 2024)."""

@@ -1,0 +1,1 @@
+"""Settings of SfN (Shao & Wu 2025)."""

@@ -1,0 +1,63 @@
+"""SfN's Freeze of Qwen2.5-14B-Instruct on s1K, F1 to F4: the recipe of s1.
+
+  python -m experiments.sfn --config=qwen2_5_14b --workdir=gs://...
+
+`train.npz` holds the 1000 traces of s1K, `test.npz` others that were not tuned on
+(`jaxlab.data.read_completions` says how such a file is made): prompts in the template of the model's chat,
+which do not count, and thoughts with the answer. Weights are split over all chips, a batch of 16 over at
+most 16 of them; on larger pods `--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=-1`.
+Attention holds the scores of a whole window: where those of 32768 tokens do not fit,
+`--config.tuning.data.length=8192` and the options' `length` with it cut the longest traces. AIME 2024 is
+answered with `answers` (see `qwen2_5_math_1_5b`); the paper's MATH-500, GPQA and its forcing of longer
+thoughts are not here.
+"""
+
+from ml_collections import ConfigDict
+
+
+def data(length: int = 32768) -> dict:
+  """Returns traces of at most `length` tokens."""
+  options = dict(vocab_size=152064, length=length)
+  return dict(
+    name='completions',
+    train_split='train.npz',
+    test_split='test.npz',
+    train_options=options,
+    test_options=options,
+    train_size=1000,
+    length=length,
+  )
+
+
+def get_config() -> ConfigDict:
+  """Returns the settings."""
+  config = ConfigDict()
+
+  config.network = dict(
+    data=data(),
+    model=dict(name='qwen2_5_14b', remat=True),
+    pretrained='qwen2_5_14b.Qwen/Qwen2.5-14B-Instruct',
+  )
+  config.tuning = dict(
+    data=data(),
+    recipe=dict(
+      epochs=5,
+      batch_size=16,
+      precision='bfloat16',
+      optimizer=dict(name='adamw', betas=(0.9, 0.95), weight_decay=1e-4),
+      schedule=dict(name='cosine', base=1e-5, warmup_epochs=0.25),
+    ),
+  )
+  config.mesh = dict(data=1, fsdp=-1, tensor=1)
+  config.eval_batch_size = 16
+  config.log_every = 10
+  config.checkpoint_every = 62
+
+  config.runs = ('F1', 'F2', 'F3', 'F4')
+  config.blocks = (5, 30)
+
+  config.reported = (
+    'AIME 2024 / MATH-500 / GPQA and steps a second: before .133 / .810 / .449; F1 .133 / .722 / .414, .106; '
+    'F2 .266 / .848 / .485, .099; F3 .233 / .854 / .490, .081; F4 .266 / .872 / .530, .053.'
+  )
+  return config
