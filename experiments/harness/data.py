@@ -48,6 +48,19 @@ KNOWN |= {
   }
   for name, mean, std in (('digit_canvases', 0.133, 0.263), ('fashion_canvases', 0.125, 0.257))
 }  # fmt: skip
+KNOWN |= {
+  name: {
+    'num_classes': 10,
+    'train_size': 1000,
+    'stored_image': (side, side, 1),
+    'mean': mean,
+    'std': std,
+  }
+  for name, side, mean, std in (
+    ('digit_tasks', 16, 0.205, 0.302),
+    ('fashion_tasks', 28, 0.205, 0.302),
+  )
+}
 KNOWN['coco/2017'] = {
   **KNOWN['imagenet2012'], 'num_classes': 80, 'multi_label': True, 'train_size': 118287,
   'train_options': {'decode': False, 'labels': 'objects/label'},

@@ -10,7 +10,7 @@ from jaxlab.data import EMBEDDED_TABLES
 
 EMBEDDED = (
   'digits', 'pasted_digits', 'digit_canvases', 'digit_scenes', 'digit_points', 'rotated_digits', 'text',
-  'sums',
+  'sums', 'digit_tasks',
 )  # fmt: skip
 
 _BUILD = 'tfds build {} --file_format=array_record (needs tensorflow, once)'
@@ -63,7 +63,7 @@ def needs(name: str, root: str | None = None) -> str:
   """
   if name in EMBEDDED:
     return f'nothing: {name} comes with the package'
-  if name in ('fashion_mnist', 'fashion_canvases'):
+  if name in ('fashion_mnist', 'fashion_canvases', 'fashion_tasks'):
     return (
       'Fashion-MNIST: idx files in /usr/share/datasets/fashion-mnist (apt install dataset-fashion-mnist) or '
       'in $JAXLAB_FASHION_MNIST_DIR, or ' + _BUILD.format('fashion_mnist')
@@ -84,6 +84,8 @@ def needs(name: str, root: str | None = None) -> str:
     return f'images in a folder a class: {root or "ROOT"}/SPLIT/CLASS/*.jpg'
   if name == 'listed_images':
     return f'images named by a list, lines `path label`, relative to {root or "ROOT"}'
+  if name == 'vtab':
+    return 'a task of VTAB-1k out of the TFDS catalogue: ' + _BUILD.format('NAME')
   if name == 'wider_attribute':
     return (
       'WIDER Attribute (mmlab.ie.cuhk.edu.hk/projects/WIDERAttribute.html): wider_attribute_trainval.json '

@@ -1,5 +1,6 @@
 """Several independent runs of one program, side by side as one."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,3 +41,41 @@ def replicate(single: Program, count: int) -> Program:
 def run_key(key: Array, run: Array | int) -> Array:
   """Returns the key that the `run`-th of several runs of a program starts from."""
   return jax.random.fold_in(key, run)
+
+
+def sweep(single: Program, values: Mapping[str, Sequence[float]]) -> Program:
+  """Returns runs of a program under several values (learning rates, weight decays) side by side as one.
+
+  All start from the same key and see the same batches, augmented alike; each is what it would be alone. What
+  does not depend on the values, such as the pass through a frozen network that nothing is fed back into, is
+  computed once. Metrics are means.
+
+  Args:
+    single: whose `frozen[name]` is a scalar for each name of `values`; all else of it is shared.
+    values: by name, all of one length.
+
+  Returns:
+    The program whose parameters, optimizer state and `frozen[name]` have the runs on their first axis.
+
+  Raises:
+    ValueError: for lists of no or of different lengths.
+  """
+  counts = {len(own) for own in values.values()}
+  if len(counts) != 1 or 0 in counts:
+    raise ValueError(f'values={dict(values)}: expected as many of each, at least one.')
+  (count,) = counts
+  state_axes = TrainState(None, 0, 0, 0, 0, None)
+  frozen_axes = {name: 0 if name in values else None for name in single.frozen}
+
+  def init(key: Array) -> TrainState:
+    run = lambda _: single.init(key)  # noqa: E731
+    return jax.vmap(run, out_axes=state_axes)(jnp.arange(count))
+
+  def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
+    run = jax.vmap(single.step, (state_axes, frozen_axes, None), (state_axes, 0))
+    new, metrics = run(state, frozen, batch)
+    return new, {name: jnp.mean(own) for name, own in metrics.items()}
+
+  many = jax.ShapeDtypeStruct((count,), jnp.float32)
+  frozen = {**single.frozen, **dict.fromkeys(values, many)}
+  return Program(init, step, single.batch, (), frozen)

@@ -49,6 +49,7 @@ _FILES = {
     'run_modules',
     'token_logits',
   ),
+  'pooling': ('mean_patch_hooks',),
   'prompts': ('init_prompts', 'insert_prompts', 'prompt_hooks', 'replace_prompts'),
   'scale_shift': ('init_ssf', 'merge_ssf', 'ssf_hooks', 'ssf_modules'),
   'side_network': (

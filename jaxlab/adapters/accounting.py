@@ -40,18 +40,23 @@ def count_parameters(tree: PyTree, mask: PyTree = None) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def residual_bytes(fn: Callable[[PyTree], jax.Array], trained: PyTree) -> int:
+def residual_bytes(fn: Callable[..., jax.Array], trained: PyTree, *others: PyTree) -> int:
   """Returns the bytes that reverse differentiation of `fn` keeps from the forward to the backward pass.
 
-  Nothing is computed. Frozen arrays belong into the closure of `fn`; those that the backward pass reads count
-  as well, once.
+  Nothing is computed. Frozen arrays are `others`, or in the closure of `fn`; those that the backward pass
+  reads count as well, once.
 
   Args:
-    fn: of the trained arrays, such as a loss on a batch.
+    fn: of the trained arrays, and of `others`, such as a loss on a batch.
     trained: arrays or shapes.
+    *others: arrays or shapes that are not differentiated: frozen parameters, a batch, keys.
 
   >>> residual_bytes(lambda w: (w * jax.numpy.ones(3)).sum(), jax.numpy.ones(3)) <= 24
   True
   """
-  pullback = jax.eval_shape(lambda own: jax.vjp(fn, own)[1], trained)
+
+  def pulled_back(own: PyTree, *rest: PyTree) -> Any:
+    return jax.vjp(lambda own: fn(own, *rest), own)[1]
+
+  pullback = jax.eval_shape(pulled_back, trained, *others)
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))

@@ -50,7 +50,7 @@ def insert_prompts(tokens: ArrayLike, prompts: ArrayLike, num_prefix_tokens: int
 
   Args:
     tokens: `[batch, tokens, width]`.
-    prompts: `[count, width]`, the same for all examples.
+    prompts: `[count, width]`, the same for all examples, or `[batch, count, width]`.
     num_prefix_tokens: class token, distillation token, registers.
 
   Raises:
@@ -94,7 +94,7 @@ def prompt_hooks(
     count: prompts in front of a block.
     deep: whether every block has its own.
     num_prefix_tokens: of the model, `ViT.num_prefix_tokens`.
-    dropout: of prompts, from the rng stream 'dropout'; 0 in evaluation.
+    dropout: of prompts' numbers, drawn for each example from the rng stream 'dropout'; 0 in evaluation.
     keep: whether prompts stay behind the last block.
 
   Raises:
@@ -111,7 +111,8 @@ def prompt_hooks(
     if len(prompts) != count:
       raise ValueError(f'{site.path} has {len(prompts)} prompts, count={count}.')
     if dropout:
-      kept = jax.random.bernoulli(site.module.make_rng('dropout'), 1 - dropout, prompts.shape)
+      shape = (len(x), *prompts.shape)
+      kept = jax.random.bernoulli(site.module.make_rng('dropout'), 1 - dropout, shape)
       prompts = jnp.where(kept, prompts / (1 - dropout), 0)
     put = insert_prompts if site.path == blocks[0] else replace_prompts
     return put(x, prompts, num_prefix_tokens)
@@ -130,13 +131,14 @@ def _checked(
 ) -> tuple[Array, Array]:
   """Returns tokens, and prompts for each example; raises ValueError if they do not fit."""
   tokens, prompts = jnp.asarray(tokens), jnp.asarray(prompts)
-  if tokens.ndim != 3 or prompts.ndim != 2 or tokens.shape[-1] != prompts.shape[-1]:
+  fits = tokens.ndim == 3 and prompts.ndim in (2, 3) and tokens.shape[-1] == prompts.shape[-1]
+  if not fits or (prompts.ndim == 3 and len(prompts) != len(tokens)):
     raise ValueError(
-      f'Expected tokens [batch, tokens, width] and prompts [count, width], got {tokens.shape} and '
-      f'{prompts.shape}.'
+      f'Expected tokens [batch, tokens, width] and prompts [count, width] or [batch, count, width], got '
+      f'{tokens.shape} and {prompts.shape}.'
     )
-  least = num_prefix_tokens + prompts_there * len(prompts)
+  least = num_prefix_tokens + prompts_there * prompts.shape[-2]
   if tokens.shape[1] < least:
     raise ValueError(f'{tokens.shape[1]} tokens: expected at least {least}.')
-  prompts = jnp.broadcast_to(prompts.astype(tokens.dtype), (len(tokens), *prompts.shape))
+  prompts = jnp.broadcast_to(prompts.astype(tokens.dtype), (len(tokens), *prompts.shape[-2:]))
   return tokens, prompts

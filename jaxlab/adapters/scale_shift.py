@@ -20,8 +20,13 @@ PyTree = Any
 COLLECTION = 'ssf'
 
 
-def ssf_modules(model: nn.Module) -> tuple[str, ...]:
+def ssf_modules(model: nn.Module, mergeable: Mapping[str, PyTree] | None = None) -> tuple[str, ...]:
   """Returns the paths behind which SSF scales and shifts: all layers and normalizations but for the head.
+
+  Args:
+    model: known to `models.anatomy`.
+    mergeable: parameters; modules without a bias, into which `merge_ssf` could not put a shift (Swin's
+      `reduction`), are left out; None: all.
 
   >>> from jaxlab.models import create
   >>> ssf_modules(create('vit_tiny_patch16_224', depth=1))[:3]
@@ -29,7 +34,11 @@ def ssf_modules(model: nn.Module) -> tuple[str, ...]:
   """
   parts = anatomy(model)
   layers = [path for path in parts.layers if path not in parts.head]
-  return (*layers, *(norm.path for norm in parts.norms))
+  modules = (*layers, *(norm.path for norm in parts.norms))
+  if mergeable is None:
+    return modules
+  flat = traverse_util.flatten_dict(dict(mergeable), sep='/')
+  return tuple(path for path in modules if f'{path}/bias' in flat)
 
 
 def init_ssf(key: Array, params: Mapping[str, PyTree], modules: Sequence[str]) -> dict[str, PyTree]:
@@ -71,7 +80,8 @@ def merge_ssf(params: Mapping[str, PyTree], ssf: Mapping[str, PyTree]) -> dict[s
     ssf: the collection of `init_ssf`.
 
   Raises:
-    ValueError: for a module that `params` lacks, or one without bias, which cannot take the shift.
+    ValueError: for a module that `params` lacks, or one without bias (Swin's `reduction`), which cannot take
+      the shift: `ssf_modules(model, mergeable=params)` leaves these out.
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
   for path, scale in traverse_util.flatten_dict(dict(ssf), sep='/').items():
@@ -79,6 +89,11 @@ def merge_ssf(params: Mapping[str, PyTree], ssf: Mapping[str, PyTree]) -> dict[s
     if name != 'scale':
       continue
     weight = 'kernel' if f'{module}/kernel' in flat else 'scale'
+    if f'{module}/{weight}' in flat and f'{module}/bias' not in flat:
+      raise ValueError(
+        f'{module!r} has no bias that could take the shift: leave it out of the modules '
+        '(ssf_modules(model, mergeable=params)), or keep the hooks.'
+      )
     bias = leaf_at(params, module, 'bias')
     kernel, shift = leaf_at(params, module, weight), leaf_at(ssf, module, 'shift')
     flat[f'{module}/{weight}'] = (kernel * scale).astype(kernel.dtype)

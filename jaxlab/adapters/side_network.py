@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike
 
+from jaxlab.adapters.pooling import mean_patch_hooks
 from jaxlab.models.anatomy import anatomy
 from jaxlab.models.convolution import conv_general_dilated
 from jaxlab.models.initializers import torch_default
 from jaxlab.models.intercept import Hook, Site, any_of, apply
+from jaxlab.models.swin import Swin
 from jaxlab.models.vit import ViT
 
 Array = jax.Array
@@ -165,9 +167,14 @@ def apply_side_network(
     **options: of the model's call, and of `apply`: `train`, `rngs`, `mutable`.
 
   Raises:
-    ValueError: for blocks that are none or unknown, an addition in front of the first extraction of its
-      stage, or a network whose blocks run under a transformation.
+    ValueError: for another network than a ViT or a Swin, blocks that are none or unknown, an addition in
+      front of the first extraction of its stage, or a network whose blocks run under a transformation.
   """
+  if not isinstance(model, ViT | Swin):
+    raise ValueError(
+      f'A side network stands next to a ViT or a Swin, whose blocks hand on tokens; got '
+      f'{type(model).__name__}.'
+    )
   parts = anatomy(model)
   order = {path: i for i, path in enumerate(parts.block_paths)}
   read, adding = side['blocks'], list(adding)
@@ -206,13 +213,9 @@ def apply_side_network(
       added = fuse_side(added, side['fusion'][stage], grid, prefix)
     return y + added
 
-  def mean_first(site: Site, call: Any, x: Array) -> Array:
-    del site
-    return jnp.broadcast_to(call(jnp.mean(x[:, prefix:], 1, keepdims=True)), x.shape)
-
   hooks = [Hook('', input=begin), Hook(any_of(list(order)), call=call)]
   if isinstance(model, ViT) and pool_patches:
-    hooks.append(Hook('norm', call=mean_first))
+    hooks += mean_patch_hooks(model)
   return apply(model, variables, images, hooks=hooks, **options)
 
 

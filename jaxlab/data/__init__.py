@@ -66,6 +66,7 @@ from jaxlab.data.protocols.vtab import (
   VtabTask,
   clevr_count_label,
   distance_bin,
+  group_means,
   grouped_label,
   split_800_200,
   vtab_group_means,
@@ -87,6 +88,10 @@ from jaxlab.data.sources.completions import (
 )
 from jaxlab.data.sources.crops import (
   Crops,
+)
+from jaxlab.data.sources.derived_tasks import (
+  DERIVED_TASKS,
+  derived_task,
 )
 from jaxlab.data.sources.embedded import (
   Digits,
@@ -169,6 +174,9 @@ from jaxlab.data.sources.valued_images import (
   read_values,
   rotated_digits,
   value_grid,
+)
+from jaxlab.data.sources.vtab_images import (
+  VtabImages,
 )
 from jaxlab.data.sources.wider_attribute import (
   WiderAttribute,
@@ -264,6 +272,7 @@ __all__ = [
   'CIFAR10_MEAN_STD',
   'CIFAR100_LIKE_CIFAR10',
   'CIFAR100_SUPERCLASSES',
+  'DERIVED_TASKS',
   'EMBEDDED_TABLES',
   'FINE_GRAINED_DATASETS',
   'IMAGENET_MEAN_STD',
@@ -299,6 +308,7 @@ __all__ = [
   'TokenFile',
   'TwoStreamSampler',
   'ValuedImages',
+  'VtabImages',
   'VtabTask',
   'WiderAttribute',
   'WithFields',
@@ -326,6 +336,7 @@ __all__ = [
   'cutmix_box',
   'decode_arithmetic',
   'decode_image',
+  'derived_task',
   'deterministic',
   'digit_points',
   'distance_bin',
@@ -343,6 +354,7 @@ __all__ = [
   'filter_annotations',
   'gaussian_blur',
   'grayscale',
+  'group_means',
   'grouped_label',
   'in_batches',
   'in_memory',

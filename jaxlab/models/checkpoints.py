@@ -29,6 +29,7 @@ from jaxlab.models.checkpoint_names import (
   torch_name,
 )
 from jaxlab.models.configurations import TOKEN_MODELS
+from jaxlab.models.google_vit import google_vit_state_dict, is_google_vit
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.variants import DEFAULT_TAGS
 from jaxlab.models.vit import ViT, stack_blocks, unstack_blocks
@@ -156,6 +157,8 @@ def to_torch(variables: PyTree, *, renames: Renames | None = None) -> dict[str, 
 def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Returns the arrays of a `.safetensors` file, or of an `.npz` file without pickles, by name.
 
+  Those of the original ViT release come under timm's names (`google_vit_state_dict`).
+
   Raises:
     ValueError: for any other file: PyTorch's own files are pickles, which can execute code; for one that is
       cut off or damaged; for npz arrays of a type that NumPy does not know (bfloat16).
@@ -184,7 +187,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
           f'{path!r}: {name} has the type {array.dtype}, in which NumPy writes bfloat16 and cannot read it: '
           'save float32, or safetensors.'
         )
-    return arrays
+    return google_vit_state_dict(arrays) if is_google_vit(arrays) else arrays
   raise ValueError(
     f'{path!r} is neither .safetensors nor .npz. Convert a PyTorch file once, where it is trusted: '
     f"safetensors.torch.save_file(torch.load(path), 'model.safetensors')."

@@ -321,7 +321,8 @@ def make_schedule(
 
   Args:
     name: 'constant', 'cosine' (changes every step), 'cosine_per_epoch' (every epoch), 'displaced_cosine',
-      'shifted_cosine' (every epoch) or 'multistep'.
+      'overlaid_cosine' (timm's, every epoch; the cosine ends at `epochs - warmup_epochs`, what follows stays
+      at `end`), 'shifted_cosine' (every epoch) or 'multistep'.
     base: the value after the warm-up.
     epochs: length of the training, warm-up included; may be a fraction.
     steps_per_epoch: optimizer steps in an epoch.
@@ -346,10 +347,10 @@ def make_schedule(
     [0.0, 0.05, 0.1, 0.05]
   """
   known = ('constant', 'cosine', 'cosine_per_epoch', 'displaced_cosine', 'shifted_cosine')
-  known += ('multistep',)
+  known += ('overlaid_cosine', 'multistep')
   if name not in known:
     raise ValueError(f'Unknown schedule {name!r}: choose {", ".join(known[:-1])} or {known[-1]}.')
-  if end and not name.startswith('cosine'):
+  if end and not name.startswith(('cosine', 'overlaid')):
     raise ValueError(f'end={end} belongs to the cosine schedules, not to {name!r}.')
   if decay_epochs is not None and (name != 'cosine' or decay_epochs <= 0):
     raise ValueError(
@@ -365,6 +366,15 @@ def make_schedule(
     )
   if warmup_epochs > epochs:
     raise ValueError(f'warmup_epochs={warmup_epochs} is longer than the training, epochs={epochs}.')
+  if name == 'overlaid_cosine':
+    if warmup_inclusive or int(warmup_epochs) != warmup_epochs or int(epochs) != epochs:
+      raise ValueError(
+        f'overlaid_cosine takes whole epochs, no warmup_inclusive; got epochs={epochs}, '
+        f'warmup_epochs={warmup_epochs}.'
+      )
+    length = int(epochs - warmup_epochs)
+    rate = overlaid_cosine(base, length, int(warmup_epochs), end, warmup_start)
+    return per_epoch(rate, steps_per_epoch)
   if name in ('displaced_cosine', 'shifted_cosine'):
     if warmup_start or warmup_inclusive:
       raise ValueError(f'{name} has a warm-up of its own: no warmup_start, no warmup_inclusive.')

@@ -228,6 +228,47 @@ def test_ssf_of_a_whole_network_merges(vit):
   assert np.abs(expected - model.apply(variables, IMAGES)).max() > 1e-4
 
 
+def test_layers_without_bias_are_left_out_where_ssf_is_to_merge():
+  model = models.create(
+    'swin_tiny_patch4_window7_224', image_size=56, width=8, depths=(1, 1), num_heads=(2, 2)
+  )
+  images = jnp.asarray(random_images((2, 56, 56, 3)))
+  variables = random_variables(model, images)
+  params, reduction = variables['params'], 'layers_1/downsample/reduction'
+  everywhere = adapters.ssf_modules(model)
+  modules = adapters.ssf_modules(model, mergeable=params)
+  assert set(everywhere) - set(modules) == {reduction}
+  whole = adapters.init_ssf(jax.random.key(0), params, everywhere)
+  with pytest.raises(ValueError, match=f'{reduction}.* has no bias'):
+    adapters.merge_ssf(params, whole)
+  ssf = adapters.init_ssf(jax.random.key(0), params, modules)
+  run = jax.jit(lambda tree, x: models.apply(model, tree, x, hooks=adapters.ssf_hooks(modules)))
+  expected = run({**variables, 'ssf': ssf}, images)
+  merged = adapters.merge_ssf(params, ssf)
+  assert_close(jax.jit(model.apply)({'params': merged}, images), expected, 1e-5)
+
+
+def test_prompts_are_dropped_for_each_example_anew(vit):
+  model, variables = vit
+  tree = {'blocks_0': {'prompts': jnp.ones((4, 12))}}
+  hooks = adapters.prompt_hooks(['blocks_0', 'blocks_1'], 4, deep=False, dropout=0.5)
+  seen = []
+  spy = models.Hook('blocks_0', input=lambda site, x: seen.append(x) or x)
+  rngs = {'dropout': jax.random.key(0)}
+  own = {**variables, 'prompts': tree}
+  # Outside of the prompts: what the block reads.
+  models.apply(model, own, IMAGES, hooks=[spy, *hooks], rngs=rngs)
+  prompts = np.asarray(seen[0][:, 1:5])
+  assert set(np.unique(prompts)) == {0.0, 2.0}
+  assert (prompts[0] != prompts[1]).any() and (prompts[1] != prompts[2]).any()
+  batched = jnp.arange(3.0)[:, None, None] * jnp.ones((3, 2, 4))
+  found = adapters.insert_prompts(jnp.zeros((3, 5, 4)), batched)
+  np.testing.assert_array_equal(found[:, 1:3], batched)
+  np.testing.assert_array_equal(adapters.replace_prompts(found + 1, batched)[:, 1:3], batched)
+  with pytest.raises(ValueError, match=r'\(3, 5, 4\) and \(2, 2, 4\)'):
+    adapters.insert_prompts(jnp.zeros((3, 5, 4)), batched[:2])
+
+
 def test_adapters_stand_behind_drop_path(vit):
   model, variables = vit
   model = model.clone(drop_path=0.9)
@@ -295,6 +336,13 @@ def test_residuals_are_those_of_the_pullback(vit):
   full = adapters.residual_bytes(
     lambda p: jnp.sum(model.apply({'params': p}, IMAGES)), variables['params']
   )
+  given = adapters.residual_bytes(
+    lambda own, frozen: jnp.sum(
+      models.apply(model, {**frozen, 'lora': own}, IMAGES, hooks=adapters.lora_hooks(LAYERS))
+    ),
+    lora, variables,
+  )  # fmt: skip
+  assert abs(given / expected - 1) < 0.05
   probe = adapters.residual_bytes(
     lambda h: jnp.sum(model.apply({'params': {**variables['params'], 'head': h}}, IMAGES)),
     variables['params']['head'],

@@ -220,6 +220,13 @@ def test_even_kernels_pad_more_below_and_on_the_right():
   'make, message',
   [
     (lambda m, v: drawn(m, kernel_size=0), 'kernel_size=0'),
+    (
+      lambda m, v: adapters.apply_side_network(
+        models.create('resnet18'), v, drawn(m), IMAGES, adding=['layer4_1']
+      ),
+      'ViT or a Swin.*ResNet',
+    ),
+    (lambda m, v: adapters.mean_patch_hooks(models.create('resnet18')), 'ViT .*ResNet'),
     (lambda m, v: drawn(m, extracting=['blocks_9']), 'expected some of the blocks blocks_0'),
     (lambda m, v: drawn(m, extracting=[]), r'extracting=\[\]'),
     (

@@ -228,5 +228,14 @@ def test_the_overlaid_cosine_is_timms(vectors):
   found = jax.jit(jax.vmap(rate))(np.arange(len(expected)))
   assert_close(found, expected, 1e-6)
   assert_close(found[-1], expected[-1], 1e-3)
+  options = {'warmup_epochs': vectors.param('warmup_epochs'), 'end': vectors.param('lr_min')}
+  options |= {'warmup_start': vectors.param('warmup_lr_init'), 'epochs': len(expected)}
+  staircase = schedules.make_schedule(
+    'overlaid_cosine', vectors.param('base_lr'), steps_per_epoch=3, **options
+  )
+  by_step = jax.jit(jax.vmap(staircase))(np.arange(3 * len(expected)))
+  assert_close(by_step, np.repeat(expected, 3), 1e-6)
   with pytest.raises(ValueError, match='warmup_epochs=5'):
     schedules.overlaid_cosine(0.1, 5, 5)
+  with pytest.raises(ValueError, match='whole epochs'):
+    schedules.make_schedule('overlaid_cosine', 0.1, epochs=5, steps_per_epoch=3, warmup_epochs=0.5)

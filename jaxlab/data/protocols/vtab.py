@@ -70,15 +70,30 @@ def vtab_group_means(scores: Mapping[str, float]) -> dict[str, float]:
   >>> {name: round(value, 3) for name, value in vtab_group_means(scores).items()}
   {'natural': 2.0, 'specialized': 0.0, 'structured': 0.0, 'mean': 0.667}
   """
-  missing, unknown = sorted(VTAB_TASKS.keys() - scores), sorted(scores.keys() - VTAB_TASKS)
+  return group_means(scores, {name: task.group for name, task in VTAB_TASKS.items()})
+
+
+def group_means(scores: Mapping[str, float], groups: Mapping[str, str]) -> dict[str, float]:
+  """Returns the mean score of each group of tasks, and `mean`, that of the groups.
+
+  Args:
+    scores: by task.
+    groups: the group of each task.
+
+  Raises:
+    ValueError: for tasks that are missing or unknown; all are listed.
+
+  >>> group_means(
+  ...   {'a': 1.0, 'b': 3.0, 'c': 5.0}, {'a': 'natural', 'b': 'natural', 'c': 'structured'}
+  ... )
+  {'natural': 2.0, 'structured': 5.0, 'mean': 3.5}
+  """
+  missing, unknown = sorted(groups.keys() - scores), sorted(scores.keys() - groups)
   if missing or unknown:
-    raise ValueError(f'scores of VTAB-1k: missing {missing}, unknown {unknown}.')
-  groups = dict.fromkeys(task.group for task in VTAB_TASKS.values())
+    raise ValueError(f'scores of tasks: missing {missing}, unknown {unknown}.')
   means = {
-    group: float(
-      np.mean([scores[name] for name, task in VTAB_TASKS.items() if task.group == group])
-    )
-    for group in groups
+    group: float(np.mean([scores[name] for name, own in groups.items() if own == group]))
+    for group in dict.fromkeys(groups.values())
   }
   return {**means, 'mean': float(np.mean(list(means.values())))}
 

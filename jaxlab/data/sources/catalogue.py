@@ -22,6 +22,7 @@ class Catalogue:
     decode: False leaves `image` as encoded bytes, for `DecodeImage` (faster: JPEGs can be decoded at
       reduced size).
     fields: names of further features to put into the records.
+    label: the feature that is the class; None: records hold none, but what `fields` names.
     labels: where an image has several labels, the feature that lists them, e.g. 'labels' (`voc`) or
       'objects/label' (`coco`): records hold `multi_label` (float32 `[num_classes]`, 1 for each class that is
       listed) in place of `label`.
@@ -41,6 +42,7 @@ class Catalogue:
     data_dir: str | os.PathLike | None = None,
     decode: bool = True,
     fields: Sequence[str] = (),
+    label: str | None = 'label',
     labels: str | None = None,
     unsure: str | None = None,
   ):
@@ -58,7 +60,8 @@ class Catalogue:
       raise FileNotFoundError(prepare_advice(name, data_dir)) from error
     if not builder.is_prepared() or not builder.info.splits:
       raise FileNotFoundError(prepare_advice(name, data_dir))
-    for field in ('image', *(() if labels else ('label',)), *fields):
+    single = () if labels or label is None else (label,)
+    for field in ('image', *single, *fields):
       if field not in builder.info.features:
         raise ValueError(
           f'TFDS {name!r} has no feature {field!r}; it has {sorted(builder.info.features)}.'
@@ -74,11 +77,14 @@ class Catalogue:
     self._labels = tuple(labels.split('/')) if labels else ()
     self._unsure = tuple(unsure.split('/')) if unsure else ()
     features = builder.info.features
-    label = _listed(features, self._labels, name) if labels else features['label']
+    self._label = None if labels else label
     if unsure:
       _listed(features, self._unsure, name)
-    self.num_classes = label.num_classes
-    self.class_names = tuple(label.names or map(str, range(label.num_classes)))
+    self.num_classes, self.class_names = 0, ()
+    if labels or label is not None:
+      classes = _listed(features, self._labels, name) if labels else features[label]
+      self.num_classes = classes.num_classes
+      self.class_names = tuple(classes.names or map(str, range(classes.num_classes)))
 
   def __len__(self) -> int:
     return len(self._source)
@@ -97,7 +103,7 @@ class Catalogue:
 
   def _labels_of(self, record: Record) -> Record:
     if not self._labels:
-      return {'label': np.int32(record['label'])}
+      return {} if self._label is None else {'label': np.int32(record[self._label])}
     found = {'multi_label': self._present(record, self._labels)}
     if self._unsure:
       listed = self._present(record, self._unsure)

@@ -8,6 +8,7 @@ from jaxlab.data.sources.catalogue import (
   Catalogue,
 )
 from jaxlab.data.sources.completions import Sums, read_completions
+from jaxlab.data.sources.derived_tasks import derived_task
 from jaxlab.data.sources.embedded import (
   Digits,
   FashionMNIST,
@@ -31,6 +32,7 @@ from jaxlab.data.sources.table import load_table
 from jaxlab.data.sources.text import ByteText
 from jaxlab.data.sources.token_file import TokenFile
 from jaxlab.data.sources.valued_images import ValuedImages, rotated_digits
+from jaxlab.data.sources.vtab_images import VtabImages
 from jaxlab.data.sources.wider_attribute import WiderAttribute
 
 
@@ -45,6 +47,9 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
         memory; options of `pasted`, and `limit`, the number of records, the first ones.
       - `'digit_canvases'`, `'fashion_canvases'`: two digits, or pieces of Fashion-MNIST, on each plain canvas
         with the labels of both, in memory; options of `canvases`.
+      - `'digit_tasks'`, `'fashion_tasks'`: one of several tasks (`task`) over digits, or pieces of
+        Fashion-MNIST, in memory; options of `derived_task`.
+      - `'vtab'`: a task of VTAB-1k; options of `VtabImages`.
       - `'wider_attribute'`: persons with attributes; options of `WiderAttribute`; the split is the path of
         the annotations.
       - `'digit_scenes'`: several digits on textured canvases with boxes and masks; options of `Scenes`.
@@ -86,10 +91,11 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
       )
       drawn = pasted(Digits(split), seed=_of_split(seed, split), **options)
       return _first(_of_classes(in_memory(drawn), classes), limit)
-    if name in ('digit_canvases', 'fashion_canvases'):
-      objects, seed = Digits if name == 'digit_canvases' else FashionMNIST, options.pop('seed', 0)
+    if name in ('digit_canvases', 'fashion_canvases', 'digit_tasks', 'fashion_tasks'):
+      objects, seed = Digits if name.startswith('digit') else FashionMNIST, options.pop('seed', 0)
       folder = {'folder': options.pop('folder')} if 'folder' in options else {}
-      return in_memory(canvases(objects(split, **folder), seed=_of_split(seed, split), **options))
+      make = canvases if name.endswith('canvases') else derived_task
+      return in_memory(make(objects(split, **folder), seed=_of_split(seed, split), **options))
     if name == 'digit_scenes':
       return Scenes(Digits(split), **options)
     if name == 'fashion_mnist':
@@ -98,6 +104,8 @@ def load(name: str, split: str = 'train', **options: Any) -> Source:
     if name == 'text':
       limit = options.pop('limit', None)
       return _first(ByteText(split, **options), limit)
+    if name == 'vtab':
+      return VtabImages(split, **options)
     if name == 'wider_attribute':
       return WiderAttribute(split, **options)
     if name == 'tokens':

@@ -46,7 +46,7 @@ class DecodeImage:
     draft: faster, and slightly different pixels: JPEGs may be decoded at reduced size when they are much
       larger (see `decode_image`), and what the cut drops is never resized, which moves few pixels by
       a gray level.
-    stretch: resize both sides to `size` instead, whatever the aspect was; excludes `resize`.
+    stretch: resize both sides to `resize` (default: `size`), whatever the aspect was, before the cut.
   """
 
   size: int
@@ -62,8 +62,6 @@ class DecodeImage:
       )
     if self.size < 1:
       raise ValueError(f'size is {self.size}, expected a positive number of pixels.')
-    if self.stretch and self.resize is not None:
-      raise ValueError(f'stretch cuts nothing off: expected no resize, got {self.resize}.')
     if self.resize is not None and self.resize < self.size:
       raise ValueError(
         f'the crop of size {self.size} is larger than the resized image of side {self.resize}; '
@@ -91,8 +89,9 @@ class DecodeImage:
         raise ValueError(f'image is {image.dtype}{image.shape}, expected bytes or uint8 HWC.')
       picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     if self.stretch:
-      resized = picture.resize((self.size,) * 2, Image.Resampling[self.interpolation.upper()])
-      return np.array(resized).reshape(self.size, self.size, -1)
+      resized = picture.resize((shorter,) * 2, Image.Resampling[self.interpolation.upper()])
+      inside = slice((shorter - self.size) // 2, (shorter - self.size) // 2 + self.size)
+      return np.array(resized).reshape(shorter, shorter, -1)[inside, inside]
     width, height = picture.size
     # The longer side is truncated, as torchvision does.
     if width <= height:

@@ -1,0 +1,339 @@
+"""Ways to adapt a frozen network, compared: accuracy on every task, what is trained, what is kept."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import data as harness_data
+from experiments.harness import networks, pictures, results, runs
+from experiments.harness.data import Images
+from experiments.harness.runs import Run, Variables, say
+from experiments.harness.settings import found_by, identity
+from experiments.harness.tasks import ImageTask, is_correct
+from experiments.protocols import adaptation
+from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target, Tuning
+from experiments.protocols.replicas import sweep
+from jaxlab import adapters, data, parallel
+from jaxlab.parallel import aot
+from jaxlab.training import map_batches, step_keys
+
+Array = jax.Array
+PyTree = Any
+
+UNITS = 'accuracy in %; numbers that are trained; megabytes of a step'
+COSTS = ('trained', 'trained_with_head', 'residual_mb', 'temporary_mb')
+
+
+class Plan(NamedTuple):
+  """What a row does on a task.
+
+  Attributes:
+    own: how it is trained there.
+    adaptation: the functions.
+    search: the training that learning rates and weight decays are chosen by; None: there is one of each.
+    training: the training.
+  """
+
+  own: Tuning
+  adaptation: Adaptation
+  search: Run | None
+  training: Run
+
+
+class Sources(NamedTuple):
+  """Records of a task; `validation` may be None."""
+
+  train: data.Source
+  test: data.Source
+  validation: data.Source | None
+
+
+def source_training(config: Settings) -> Run | None:
+  """Returns the training of the network on its source task; None: it has public weights."""
+  return networks.training(config, config.network, 'source task') if config.network.recipe else None
+
+
+def plans(config: Settings, table: Mapping[str, Row]) -> dict[tuple[str, str], Plan]:
+  """Returns what every row does on every task; tasks of one shape share the functions of a row."""
+  shared, found = {}, {}
+  for name in config.runs:
+    for task in config.tasks:
+      target, own = config.target[task], config.tuned(name, task)
+      shape = ImageTask.of(target.data), target.augment, target.data.num_classes, target.size
+      key = repr((name, own.model, own.options, shape))
+      if key not in shared:
+        shared[key] = adaptation.adapted(config, table[name], own, target, target.size)
+      found[name, task] = _plan(config, table[name], name, task, own, shared[key])
+  return found
+
+
+def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: Adaptation) -> Plan:
+  target, recipe = config.target[task], config.recipe
+  steps = target.size // recipe.batch_size
+  if target.validation:
+    every = target.validation_epochs * max(steps, 1)
+    recipe = dataclasses.replace(recipe, eval_every=every, best_metric='accuracy')
+  decides = {
+    'network': networks.drawn_by(config.network) | {'pretrained': config.network.pretrained},
+    'source': None if config.network.recipe is None else config.network.recipe,
+    'target': {**identity(target), 'size': target.size},
+    'method': {'name': name, 'model': own.model, 'options': own.options, 'pool': config.pool},
+  }
+  as_read = dataclasses.replace(target.data, train_size=target.size)
+  title = f'{row.title}, {task}'
+  training = Run(config, as_read, recipe, made.program, recipe.epochs * steps, decides, title)
+  pairs = own.pairs(recipe)
+  if len(pairs) == 1:
+    return Plan(own, made, None, training)
+  kept = target.size - config.held_out
+  few = dataclasses.replace(as_read, train_size=kept)
+  program = sweep(made.program, dict(zip(SWEPT, zip(*pairs, strict=True), strict=True)))
+  steps = recipe.epochs * (kept // recipe.batch_size)
+  plain = dataclasses.replace(recipe, eval_every=0, best_metric='')
+  search = Run(config, few, plain, program, steps, decides, f'{title}, {len(pairs)} settings')
+  return Plan(own, made, search, training)
+
+
+def programs(config: Settings, table: Mapping[str, Row]) -> dict[str, Run]:
+  """Returns the trainings by row and task, one of each compilation, and the source task's as `source`."""
+  found, seen = {}, set()
+  for (name, task), plan in plans(config, table).items():
+    if id(plan.adaptation) not in seen:
+      seen.add(id(plan.adaptation))
+      found[f'{name}_{task}'] = plan.training
+    if plan.search is not None and (id(plan.adaptation), 'search') not in seen:
+      seen.add((id(plan.adaptation), 'search'))
+      found[f'{name}_{task}_search'] = plan.search
+  source = source_training(config)
+  return found if source is None else {**found, 'source': source}
+
+
+def load(config: Settings, workdir: Any) -> Variables:
+  """Returns the variables of the frozen network, without a classifier, from wherever its folder was left."""
+  own = config.network
+  if own.recipe is None:
+    _, variables = networks.public(own, num_classes=None)
+    return adaptation.without_classifier(config, variables)
+  folder = workdir / 'source'
+  loaded = networks.load(config, own, folder, source_training(config))
+  say(f'source task: accuracy {loaded.score(loaded.variables)["accuracy"]:.4g}')
+  return adaptation.without_classifier(config, loaded.variables)
+
+
+def sources(config: Settings, target: Target) -> Sources:
+  """Returns the records of a task; a few-shot set is drawn by the seed, or its list is, by `{seed}`."""
+  split = target.data.train_split.format(seed=config.seed)
+  train = harness_data.load(dataclasses.replace(target.data, train_split=split), 'train')
+  if target.shots:
+    rng = np.random.default_rng(config.seed)
+    labels = data.source_labels(train)
+    rows = data.few_shot_split(rng, labels, target.shots, target.data.num_classes)
+    train = data.subset(train, rows)
+  judged = target.test or target.data
+  validation = None
+  if target.validation:
+    held = dataclasses.replace(target.data, test_split=target.validation)
+    validation = harness_data.load(held, 'test')
+  return Sources(train, harness_data.load(judged, 'test'), validation)
+
+
+def accuracy(
+  config: Settings,
+  made: Adaptation,
+  own: Images,
+  params: PyTree,
+  frozen: PyTree,
+  source: data.Source,
+) -> float:
+  """Returns the accuracy of an adapted network on records, read as test images, in percent."""
+  correct = map_batches(
+    functools.partial(judge, params, frozen, logits=made.logits, task=ImageTask.of(own)),
+    source,
+    batch_size=config.eval_batch_size,
+    mesh=config.mesh.make(),
+    **harness_data.reading(own, 'test'),
+  )
+  return 100 * float(correct.mean())
+
+
+@functools.partial(jax.jit, static_argnames=('logits', 'task'))
+def judge(params: PyTree, frozen: PyTree, batch: PyTree, *, logits: Any, task: ImageTask) -> Array:
+  """Returns which records are classified correctly, `[batch]`."""
+  return is_correct(logits(params, frozen, task.inputs(batch)), task.targets(batch))
+
+
+def search(
+  config: Settings,
+  plan: Plan,
+  target: Target,
+  train: data.Source,
+  variables: Variables,
+  folder: Any,
+) -> tuple[float, float]:
+  """Returns the learning rate and weight decay that are best on held-out images; of several the first."""
+  pairs = plan.own.pairs(config.recipe)
+  if plan.search is None:
+    return pairs[0]
+  order = np.arange(len(train))
+  kept, held = (data.subset(train, part) for part in np.split(order, [-config.held_out]))
+  frozen = plan.adaptation.frozen(variables, *np.transpose(pairs))
+
+  def begin(state: Any) -> Any:
+    many = lambda leaf: jnp.broadcast_to(leaf, (len(pairs), *leaf.shape))  # noqa: E731
+    single = plan.adaptation.start(state, variables)
+    own = jax.tree.map(many, single.params['network'])
+    return state.replace(params={**state.params, 'network': own})
+
+  found = runs.train(plan.search, kept, folder, frozen=frozen, begin=begin)
+  scores = []
+  for index, (rate, decay) in enumerate(pairs):
+    params = jax.tree.map(lambda leaf, index=index: leaf[index], found.state.params)
+    own = plan.adaptation.frozen(variables, rate, decay)
+    scores.append(accuracy(config, plan.adaptation, target.data, params, own, held))
+  best = int(np.argmax(scores))
+  told = ', '.join(f'{rate:g}/{decay:g}: {s:.3g}' for (rate, decay), s in zip(pairs, scores))
+  say(f'{plan.search.title}: {told}')
+  return pairs[best]
+
+
+def adapt(
+  config: Settings,
+  plan: Plan,
+  target: Target,
+  own: Sources,
+  variables: Variables,
+  folder: Any,
+) -> tuple[PyTree, float]:
+  """Adapts the network to a task, from wherever `folder` was left; returns parameters and test accuracy.
+
+  Args:
+    config: the settings.
+    plan: of `plans`.
+    target: the task.
+    own: its records.
+    variables: of the frozen network.
+    folder: of this training; that of a search is next to it.
+  """
+  rate, decay = search(
+    config, plan, target, own.train, variables, folder.parent / f'{folder.name}_search'
+  )
+  made, evaluate = plan.adaptation, None
+  frozen = made.frozen(variables, rate, decay)
+  if own.validation is not None:
+    evaluate = lambda now: {  # noqa: E731
+      'accuracy': accuracy(config, made, target.data, now['params'], frozen, own.validation)
+    }
+  found = runs.train(
+    plan.training, own.train, folder, frozen=frozen, evaluate=evaluate,
+    begin=lambda state: made.start(state, variables),
+  )  # fmt: skip
+  params, judged = found.state.params, target.test or target.data
+  return params, accuracy(config, made, judged, params, frozen, own.test)
+
+
+def compare(config: Settings, workdir: Any, table: Mapping[str, Row]) -> list[dict[str, Any]]:
+  """Returns the rows of the comparison: accuracies by task and group, and costs."""
+  variables, planned = load(config, workdir), plans(config, table)
+  found: dict[str, dict[str, float]] = {name: {} for name in config.runs}
+  for task in config.tasks:
+    target = config.target[task]
+    own = sources(config, target)
+    for name in config.runs:
+      folder = workdir / f'{name}_{task}'
+      _, found[name][task] = adapt(config, planned[name, task], target, own, variables, folder)
+      say(f'{table[name].title}, {task}: accuracy {found[name][task]:.4g}')
+  groups = {task: config.target[task].group for task in config.tasks}
+  rows = []
+  for name, scores in found.items():
+    metrics = {**scores, **data.group_means(scores, groups), **costs(config, table[name], name)}
+    rows.append(results.row(table[name].title, table[name].role, metrics))
+  return rows
+
+
+def costs(config: Settings, row: Row, name: str) -> dict[str, float]:
+  """Returns what a step of a row costs on the first task: `COSTS`.
+
+  Numbers that are trained, without and with the head; megabytes (10^6) of what the backward pass keeps
+  (`adapters.residual_bytes`, as if nothing were fused), and of the temporaries of the compiled step on one
+  device. Where the settings say so, of another network (`accounted`).
+  """
+  made = accounted(config, row, name)
+  program = made.program
+  state = jax.eval_shape(program.init, jax.random.key(0))
+  given = program.frozen, program.batch, jax.eval_shape(step_keys, state)
+  trained = {part: adapters.count_parameters(own) for part, own in state.params.items()}
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  needs = aot.report(aot.compile_step(program, mesh))['hbm']
+  return {
+    'trained': trained['tuned'] + trained['network'],
+    'trained_with_head': sum(trained.values()),
+    'residual_mb': adapters.residual_bytes(made.loss, state.params, *given) / 1e6,
+    'temporary_mb': needs['temporaries'] / 1e6,
+  }
+
+
+def accounted(config: Settings, row: Row, name: str) -> Adaptation:
+  """Returns a row's training on the first task as its costs are counted."""
+  task = config.tasks[0]
+  target, fields = config.target[task], dict(config.accounted)
+  size = fields.pop('batch_size', config.recipe.batch_size)
+  config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, batch_size=size))
+  if 'image_size' in fields:
+    sides = (fields['image_size'],) * 2
+    images = (*sides, target.data.stored_image[-1])
+    own = dataclasses.replace(target.data, stored_image=images, image_size=None)
+    target = dataclasses.replace(target, data=own)
+  return adaptation.adapted(config, row, config.tuned(name, task), target, target.size, **fields)
+
+
+def metrics(config: Settings) -> list[str]:
+  """Returns the metrics of a comparison, in the order of its table."""
+  groups = dict.fromkeys(config.target[task].group for task in config.tasks)
+  return [*config.tasks, *groups, 'mean', *COSTS]
+
+
+def check(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
+  """Yields what is wrong with rows, networks, and claims about them."""
+  if unknown := sorted({*config.runs, *config.tuning} - {*table}):
+    yield f'runs, tuning: {", ".join(map(repr, unknown))} are none of the rows {", ".join(table)}.'
+    return
+  key = jax.random.key(0)
+  for name in config.runs:
+    for task in config.tasks[:1]:
+      target, own = config.target[task], config.tuned(name, task)
+
+      def build(row: Row = table[name], own: Tuning = own, target: Target = target) -> None:
+        made = adaptation.adapted(config, row, own, target, target.size)
+        jax.eval_shape(made.program.init, key)
+
+      yield from found_by(f'tuning.{name} on {task}', build)
+  if config.accounted and {*config.runs} <= {*table}:
+    yield from found_by('accounted', accounted, config, table[config.runs[0]], config.runs[0])
+  known = [own for task in config.target.values() for own in (task.group,)]
+  names = [*config.target, *known, 'mean', *COSTS]
+  titles = [re.escape(row.title) for row in table.values()]
+  yield from results.check_claims(config, titles, list(map(re.escape, names)))
+
+
+def draw(config: Settings, rows: Sequence[Mapping[str, Any]], path: Any) -> None:
+  """Draws accuracies by group over the bytes that a step keeps for the backward pass."""
+  groups = [*dict.fromkeys(config.target[task].group for task in config.tasks)]
+  with pictures.drawn(path, 1, len(groups), size=(4.2 * len(groups), 3.8), squeeze=False) as axes:
+    for axis, group in zip(axes[0], groups, strict=True):
+      for item in rows:
+        if config.pictured and item['name'] not in config.pictured:
+          continue
+        own = item['metrics']
+        marker = '*' if item['role'] == 'method' else 'o'
+        axis.scatter(own['residual_mb'], own[group], marker=marker, s=60, label=item['name'])
+      axis.set(xscale='log', xlabel='kept for the backward pass (MB)', title=group)
+      axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel('accuracy (%)')
+    axes[0, -1].legend(frameon=False, fontsize=7)
+    axes[0, 0].figure.suptitle(pictures.title(config))

@@ -1,0 +1,1 @@
+"""Settings of DTL (Fu, Zhu & Wu, AAAI 2024)."""
