@@ -299,12 +299,7 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
   records = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
   if network.pretrained and network.recipe is None:
     model, variables = public(network)
-    shardings = parallel.fsdp_shardings(variables, config.mesh.make())
-    variables = jax.tree.map(
-      lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__),
-      variables,
-      shardings,
-    )
+    variables = over_mesh(variables, config.mesh.make())
   else:
     model = create(network.model)
     run, given = run or training(config, network, 'in float'), {}
@@ -313,6 +308,17 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
       given = {'start': start, 'fresh': [f'{path}/.*' for path in models.anatomy(model).head]}
     variables = runs.train(run, records['train'], folder, **given).variables
   return Loaded(config, network, model, variables, records['train'], records['test'])
+
+
+def over_mesh(variables: Variables, mesh: jax.sharding.Mesh) -> Variables:
+  """Returns variables split over a mesh by the rule for parameters; host arrays are the same everywhere."""
+
+  def put(leaf: Any, sharding: NamedSharding) -> Array:
+    if isinstance(leaf, jax.Array):
+      return jax.device_put(leaf, sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+
+  return jax.tree.map(put, variables, parallel.fsdp_shardings(variables, mesh))
 
 
 def public(network: Network, **changes: Any) -> tuple[nn.Module, Variables]:

@@ -76,14 +76,16 @@ class Call(NamedTuple):
 
   Attributes:
     make: `mesh -> (function, arguments)`: what is jitted, and the shapes it is called with, with shardings.
+    donated: positions of arguments that results may overwrite.
   """
 
   make: Callable[[jax.sharding.Mesh], tuple[Callable[..., Any], tuple[Any, ...]]]
+  donated: tuple[int, ...] = ()
 
   def lower(self, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Returns the computation, lowered for a mesh."""
     function, arguments = self.make(mesh)
-    return jax.jit(function).lower(*arguments)
+    return jax.jit(function, donate_argnums=self.donated).lower(*arguments)
 
   def trace(self) -> None:
     """Traces the computation on one device: raises what is wrong with it."""

@@ -64,6 +64,7 @@ from jaxlab.compression.grouped_heads import (
   Bases,
   GroupedHeads,
   group_heads,
+  grouped_shapes,
   head_bases,
   pool_heads,
 )
@@ -183,6 +184,7 @@ __all__ = [
   'group_basis',
   'group_gram',
   'group_heads',
+  'grouped_shapes',
   'half_block',
   'head_bases',
   'highest_channels',

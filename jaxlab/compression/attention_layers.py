@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxlab.models import GPT2, Bloom, Llama
+from jaxlab.trees import on_host
 
 PyTree = Any
 
@@ -177,8 +178,8 @@ def _gpt2(model: GPT2) -> AttentionLayout:
 
 
 def _layer(params: Mapping[str, PyTree]) -> Layer:
-  bias = params.get('bias')
-  return Layer(np.asarray(params['kernel']), None if bias is None else np.asarray(bias))
+  own = on_host(dict(params))
+  return Layer(own['kernel'], own.get('bias'))
 
 
 def _params(layer: Layer) -> dict[str, np.ndarray]:

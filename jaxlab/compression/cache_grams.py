@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxlab.compression.attention_layers import attention_layout, read_layers, require_groups
 from jaxlab.compression.key_value_heads import group_gram
 from jaxlab.models import Hook, any_of, capture
+from jaxlab.trees import on_host
 
 Array = jax.Array
 PyTree = Any
@@ -143,15 +144,16 @@ def cache_grams(
   total, count = None, 0
   for batch in batches:
     tokens, mask = batch if isinstance(batch, tuple) else (batch, None)
-    found = jax.device_get(collect(dict(variables), tokens, mask))
+    held = None if mask is None else on_host(mask)
+    found = on_host(collect(dict(variables), tokens, mask))
     if not on_device:
       found = {
-        path: Grams(*(group_gram(cache, group_size, mask) for cache in own))
+        path: Grams(*(group_gram(cache, group_size, held) for cache in own))
         for path, own in found.items()
       }
     found = jax.tree.map(lambda gram: np.asarray(gram, np.float64), found)
     total = found if total is None else jax.tree.map(np.add, total, found)
-    count += int(np.sum(np.asarray(mask, bool))) if mask is not None else np.size(tokens)
+    count += np.size(tokens) if held is None else int(np.sum(held.astype(bool)))
   if total is None:
     raise ValueError('batches: there is none to calibrate on.')
   if count < layout.head_width:

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax.typing import ArrayLike
 
 from jaxlab.compression.attention_layers import (
   AttentionLayers,
@@ -41,7 +43,7 @@ from jaxlab.compression.rotary_keys import (
   projection_arrays,
   projection_hooks,
 )
-from jaxlab.models import Hook
+from jaxlab.models import Hook, abstract_variables
 
 PyTree = Any
 Rope = Literal['post', 'before', 'commuting', 'ignored']
@@ -146,23 +148,47 @@ def group_heads(
     folded = fold_values(value.kernel, output.kernel, basis.value, width, value_bias=value.bias)
     value = Layer(folded.cached, folded.cached_bias)
     output = Layer(folded.partner, output.bias)
-    if rope == 'post':
-      arrays[path] = projection_arrays(basis.key.astype(key.kernel.dtype), layout.num_heads)
-    else:
+    if found := _hook_arrays(layout, basis.key.astype(key.kernel.dtype), rope):
+      arrays[path] = found
+    if rope != 'post':
       folded = fold_keys(
         query.kernel, key.kernel, basis.key, width, query_bias=query.bias, key_bias=key.bias
       )
       key = Layer(folded.cached, folded.cached_bias)
-      if rope == 'before':
-        arrays[path] = expansion_arrays(basis.key.astype(key.kernel.dtype))
-      else:
+      if rope != 'before':
         query = Layer(folded.partner, folded.partner_bias)
     new[path] = layout.write(AttentionLayers(query, key, value, output))
-  fields = {'num_kv_heads': layout.num_kv_heads // group_size}
-  fields |= {'num_key_heads': layout.num_kv_heads} if rope == 'post' else {}
-  fields |= {'cache_rotated': False} if rope == 'before' else {}
-  hooks = {'post': projection_hooks(), 'before': expansion_hooks()}.get(rope, ())
-  return GroupedHeads(layout.grouped(**fields), _replaced(variables, new, arrays), hooks)
+  small = _grouped(layout, group_size, rope)
+  return GroupedHeads(small, _replaced(variables, new, arrays), _HOOKS.get(rope, ()))
+
+
+def grouped_shapes(model: nn.Module, group_size: int, rope: Rope | None = None) -> GroupedHeads:
+  """Returns what `group_heads` returns for groups of that size, with shapes in place of arrays.
+
+  For compiling ahead: nothing is computed. Those of `pool_heads` are of rope='commuting', or of None
+  without rotary embedding.
+
+  Args:
+    model: `Llama`, `Bloom` or `GPT2`.
+    group_size: as of `cache_grams`.
+    rope: as of `group_heads`.
+
+  Raises:
+    ValueError: as `group_heads`, and for a group size that does not divide.
+  """
+  layout = attention_layout(model)
+  require_groups(layout, group_size)
+  rope, width = _way(layout, rope), layout.head_width
+  small = _grouped(layout, group_size, rope)
+  variables = dict(abstract_variables(small))
+  dtype = getattr(model, 'param_dtype', np.float32)
+  basis = np.broadcast_to(
+    np.zeros((), dtype), (layout.num_kv_heads // group_size, group_size * width, width)
+  )
+  arrays = jax.eval_shape(lambda: _hook_arrays(layout, basis, rope))
+  if arrays:
+    variables = _replaced(variables, {}, dict.fromkeys(layout.paths, arrays))
+  return GroupedHeads(small, variables, _HOOKS.get(rope, ()))
 
 
 def pool_heads(model: nn.Module, variables: Mapping[str, PyTree], group_size: int) -> GroupedHeads:
@@ -192,8 +218,24 @@ def pool_heads(model: nn.Module, variables: Mapping[str, PyTree], group_size: in
   for path, layers in read_layers(layout, variables).items():
     key, value = pooled(layers.key), pooled(layers.value)
     new[path] = layout.write(layers._replace(key=key, value=value))
+  return GroupedHeads(_grouped(layout, group_size, None), _replaced(variables, new, {}))
+
+
+_HOOKS = {'post': projection_hooks(), 'before': expansion_hooks()}
+
+
+def _hook_arrays(layout: AttentionLayout, basis: ArrayLike, rope: Rope | None) -> dict[str, PyTree]:
+  """Returns what the hooks of a way read at one attention."""
+  if rope == 'post':
+    return projection_arrays(basis, layout.num_heads)
+  return expansion_arrays(basis) if rope == 'before' else {}
+
+
+def _grouped(layout: AttentionLayout, group_size: int, rope: Rope | None) -> nn.Module:
   fields = {'num_kv_heads': layout.num_kv_heads // group_size}
-  return GroupedHeads(layout.grouped(**fields), _replaced(variables, new, {}))
+  fields |= {'num_key_heads': layout.num_kv_heads} if rope == 'post' else {}
+  fields |= {'cache_rotated': False} if rope == 'before' else {}
+  return layout.grouped(**fields)
 
 
 def _way(layout: AttentionLayout, rope: Rope | None) -> Rope | None:

@@ -93,6 +93,15 @@ def test_fewer_heads_compute_what_the_projected_caches_of_all_heads_do(name, rop
 
 
 @ways
+def test_shapes_are_known_ahead(name, rope):
+  small, _ = grouped(name, 2, rope)
+  ahead = compression.grouped_shapes(network(name)[0], 2, rope)
+  described = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+  assert (ahead.model, ahead.hooks) == (small.model, small.hooks)
+  assert described(ahead.variables) == described(small.variables)
+
+
+@ways
 def test_the_cache_is_smaller_by_the_group_size_and_changes_nothing(name, rope):
   model, _, _ = network(name)
   small, _ = grouped(name, 2, rope)

@@ -1,0 +1,111 @@
+"""Decoding: a step behind a full cache, compiled ahead, and timed next to that of another decoder."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from experiments.harness import costs, networks
+from experiments.harness.runs import Call, Variables, say
+from jaxlab import models, parallel
+from jaxlab.compression import GroupedHeads
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """The step of decoding that is timed: a token for each sequence, behind a full cache.
+
+  Attributes:
+    batch_size: sequences.
+    length: tokens of the cache.
+    repeats: of the measurement; 0: none.
+  """
+
+  batch_size: int = 8
+  length: int = 512
+  repeats: int = 5
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if self.batch_size < 1 or self.length < 1 or self.repeats < 0:
+      yield (
+        f'batch_size={self.batch_size}, length={self.length}, repeats={self.repeats}: expected positive '
+        'sizes, and a number of repeats or 0.'
+      )
+
+
+def program(sizes: Decoding, make: Callable[[], GroupedHeads]) -> Call:
+  """Returns a step of decoding, of variables, a cache that it overwrites, and tokens.
+
+  Weights are split over the mesh by the rule for parameters, the cache by sequences.
+
+  Args:
+    sizes: of batch and cache.
+    make: returns a decoder, called when the step is compiled; shapes of variables are enough.
+  """
+  return Call(functools.partial(_arguments, sizes, make), donated=(1,))
+
+
+def _arguments(
+  sizes: Decoding, make: Callable[[], GroupedHeads], mesh: jax.sharding.Mesh
+) -> tuple[Any, tuple[Any, ...]]:
+  own, sharding = make(), networks.calibration_sharding(mesh, sizes.batch_size)
+  cache = jax.eval_shape(lambda: own.model.init_cache(sizes.batch_size, sizes.length))
+  over_batch = jax.tree.map(
+    lambda leaf: sharding if leaf.ndim else parallel.replicated(mesh), cache
+  )
+  variables = parallel.abstract(own.variables, parallel.fsdp_shardings(own.variables, mesh))
+  tokens = jax.ShapeDtypeStruct((sizes.batch_size, 1), jnp.int32, sharding=sharding)
+  step = functools.partial(decode, model=own.model, hooks=own.hooks)
+  return step, (variables, parallel.abstract(cache, over_batch), tokens)
+
+
+def decode(
+  variables: Variables, cache: Any, tokens: Array, *, model: nn.Module, hooks: Sequence[models.Hook]
+) -> tuple[Array, Any]:
+  """Returns the most probable next tokens `[batch, 1]`, and the cache behind them."""
+  logits, state = models.apply(
+    model, {**variables, 'cache': cache}, tokens, hooks=hooks, mutable=['cache']
+  )
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32), state['cache']
+
+
+def relative_costs(sizes: Decoding, decoders: Sequence[GroupedHeads]) -> list[dict[str, float]]:
+  """Returns `cache`, the bytes, and `decode_time`, of a step behind a full cache, over those of the first.
+
+  Decoders of one form, model and hooks, take the same time: it is measured once, in turns with the others.
+  Without repeats no time is measured, and decoders need no variables.
+  """
+  step = jax.jit(decode, static_argnames=('model', 'hooks'))
+
+  def empty(decoder: GroupedHeads) -> Any:
+    return decoder.model.init_cache(sizes.batch_size, sizes.length)
+
+  def timed(decoder: GroupedHeads) -> Any:
+    cache = empty(decoder)
+    cache |= {'slot': jnp.int32(sizes.length - 1), 'mask': jnp.ones_like(cache['mask'])}
+    arguments = jax.tree.map(jnp.asarray, decoder.variables), cache
+    tokens = jnp.zeros((sizes.batch_size, 1), jnp.int32)
+    call = functools.partial(step, *arguments, tokens, model=decoder.model, hooks=decoder.hooks)
+    jax.block_until_ready(call())
+    return lambda: jax.block_until_ready(call())
+
+  forms: dict[Any, GroupedHeads] = {}
+  for decoder in decoders:
+    forms.setdefault((decoder.model, decoder.hooks), decoder)
+  times = {}
+  if sizes.repeats:
+    say('time of a step of decoding')
+    times = costs.alternate({form: timed(own) for form, own in forms.items()}, sizes.repeats)
+  found = []
+  for decoder in decoders:
+    held = models.cache_bytes(jax.eval_shape(functools.partial(empty, decoder)))
+    time = {'decode_time': times[decoder.model, decoder.hooks]} if times else {}
+    found.append({'cache': held, **time})
+  return [{key: value / found[0][key] for key, value in own.items()} for own in found]

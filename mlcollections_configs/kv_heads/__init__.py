@@ -1,0 +1,1 @@
+"""Settings of KV heads (Yu et al. 2024)."""

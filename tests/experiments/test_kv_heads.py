@@ -1,0 +1,146 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden_vectors import assert_close
+
+from experiments import kv_heads
+from experiments.harness import data as harness_data
+from experiments.harness import launcher
+from experiments.harness.settings import SettingsError
+from experiments.protocols import decoding
+from jaxlab import adapters, compression, models
+
+TINY = {
+  'network.model.width': 16, 'network.model.depth': 1, 'network.model.hidden': 16,
+  'network.model.num_heads': 4, 'network.data.train_size': 32, 'network.data.train_options.limit': 32,
+  'network.data.test_options.limit': 16, 'network.recipe.schedule.warmup_epochs': 0.0,
+  'eval_batch_size': 16, 'group_sizes': '2', 'runs': 'svd_a,mean', 'tuned': 'svd_a', 'tuning.steps': 2,
+  'calibration.count': 16, 'calibration.batch_size': 8, 'decoding.length': 8, 'decoding.repeats': 0,
+  'claims': '()',
+}  # fmt: skip
+
+
+def tiny(setting='embedded', **changes):
+  given = {**TINY, **{key.replace('__', '.'): value for key, value in changes.items()}}
+  if setting == 'embedded_alibi':
+    given['network.model.hidden'] = 20
+  return launcher.load('kv_heads', setting, [f'{key}={value}' for key, value in given.items()])
+
+
+def test_a_run_converts_tunes_and_compares(tmp_path):
+  config = tiny()
+  found = kv_heads.run(config, tmp_path)
+  metrics = {item['name']: item['metrics'] for item in found['rows']}
+  assert list(metrics) == ['original', 'equal singular values', 'SVD-a', 'mean pooling']
+  assert metrics['SVD-a']['t2_cache'] == metrics['mean pooling']['t2_cache'] == 0.5
+  assert 'tuned_loss' not in str(metrics['mean pooling'])
+  own, whole = metrics['SVD-a'], metrics['original']
+  assert own['t2_loss'] - whole['t2_loss'] == pytest.approx(own['t2_loss_increase'], abs=1e-6)
+  assert (tmp_path / 'heads.png').exists()
+
+  # The same by hand, without the experiment's functions.
+  model, test = config.model, harness_data.load(config.network.data, 'test')
+  tokens = np.stack([test[index]['tokens'] for index in range(len(test))])
+  net = kv_heads.networks.load(config, config.network, tmp_path / 'original')
+  logits = np.asarray(jax.jit(model.apply)(net.variables, tokens[:, :-1]), np.float64)
+  chances = logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
+  expected = -np.mean(np.take_along_axis(chances, tokens[:, 1:, None], -1))
+  assert whole['t2_loss'] == pytest.approx(expected, rel=1e-4)
+  calibration = np.concatenate(net.calibration(16, 8))
+  caches = jax.jit(lambda v: compression.collect_caches(model, v, calibration))(net.variables)
+  shares = []
+  for cache in (caches['layers_0/self_attn'].key, caches['layers_0/self_attn'].value):
+    for group in np.split(np.asarray(cache, np.float64).reshape(-1, 16), 2, axis=1):
+      values = np.linalg.svd(group, compute_uv=False) ** 2
+      shares.append(values[:4].sum() / values.sum())
+  assert whole['t2_energy'] == pytest.approx(100 * np.mean(shares), rel=1e-4)
+  json.dumps(found)
+
+
+def test_lora_alone_is_trained_and_starts_with_the_converted_decoder():
+  config = tiny()
+  run = kv_heads.tuning(config, 'svd_a', 2)
+  state = run.program.init(jax.random.key(0))
+  attention = state.params['layers_0']['self_attn']
+  assert set(attention) == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
+  assert attention['v_proj']['up'].shape == (8, 8) and attention['k_proj']['up'].shape == (8, 16)
+  small = kv_heads.shapes(config, 'svd_a', 2)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), small.variables
+  )
+  tokens = rng.integers(0, 256, (16, 65), np.int32)
+  batch = {'tokens': tokens, 'index': np.arange(16, dtype=np.int32)}
+  step = jax.jit(run.program.step)
+  new, metrics = step(state, {'variables': variables}, batch)
+  score = kv_heads.scored(
+    variables, batch, model=small.model, hooks=small.hooks, task=config.network.task
+  )
+  assert_close(metrics['loss'], np.mean(score), 1e-5)
+  # Merged, the trained matrices compute what they do beside the layers.
+  new, metrics = step(
+    step(new, {'variables': variables}, batch)[0], {'variables': variables}, batch
+  )
+  before = step(new, {'variables': variables}, batch)[1]['loss']
+  merged = adapters.merge_lora(
+    variables['params'], new.params, config.tuning.alpha / config.tuning.rank
+  )
+  score = kv_heads.scored(
+    {**variables, 'params': merged},
+    batch,
+    model=small.model,
+    hooks=small.hooks,
+    task=config.network.task,
+  )
+  assert_close(before, np.mean(score), 1e-4)
+
+
+def test_every_row_has_the_shapes_that_are_compiled_ahead():
+  config = tiny(runs='svd_a,svd_w,mean,before,commuting,ignored')
+  variables = jax.jit(config.model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+  tokens = np.random.default_rng(0).integers(0, 256, (4, 16), np.int32)
+  grams = compression.cache_grams(config.model, variables, [tokens], 2)
+  for name in config.runs:
+    small = kv_heads.converted(name, config.model, variables, grams, 2)
+    ahead = kv_heads.shapes(config, name, 2)
+    if name == 'mean':
+      assert small.model == ahead.model.clone(num_key_heads=None)
+    else:
+      assert (small.model, small.hooks) == (ahead.model, ahead.hooks)
+    shape = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shape(small.variables) == shape(ahead.variables)
+
+
+def test_a_step_of_decoding_is_timed_and_its_cache_is_counted():
+  model = models.create('llama', width=8, depth=1, num_heads=2, hidden=8, vocab_size=11)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+  small = compression.pool_heads(model, variables, 2)
+  whole = compression.GroupedHeads(model, dict(variables))
+  sizes = decoding.Decoding(batch_size=2, length=4, repeats=1)
+  first, same, last = decoding.relative_costs(sizes, [whole, whole, small])
+  assert first == same == {'cache': 1.0, 'decode_time': 1.0}
+  assert last['cache'] == 0.5 and last['decode_time'] > 0
+  untimed = dataclasses.replace(sizes, repeats=0)
+  shapes = [own._replace(variables={}) for own in (whole, small)]
+  assert decoding.relative_costs(untimed, shapes) == [{'cache': 1.0}, {'cache': 0.5}]
+
+
+@pytest.mark.parametrize(
+  'setting, changes, message',
+  [
+    ('embedded', {'group_sizes': '3'}, '3 does not divide the 4 heads'),
+    ('embedded', {'group_sizes': '(2, 3)'}, 'expected divisors of the largest'),
+    ('embedded', {'tuned': 'svd_w'}, 'tuned=.*expected some of runs'),
+    ('embedded', {'calibration__count': 12}, 'expected at most 32 windows in whole batches'),
+    ('embedded', {'tuning__rank': 0}, 'rank=0: expected at least 1'),
+    ('embedded', {'decoding__length': 0}, 'length=0'),
+    ('embedded_alibi', {'runs': 'svd_a,before'}, 'before are of rotary embedding'),
+    ('embedded', {'network__model': "{'name': 'minilm_l6'}"}, 'heads of Bert are not known'),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(setting, changes, message):
+  with pytest.raises(SettingsError, match=message):
+    launcher.check(tiny(setting, **changes))
