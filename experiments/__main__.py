@@ -7,6 +7,7 @@ python -m experiments report DIR ...     tables over seeds with claims, and a pa
 python -m experiments aot --config=...   compiles a setting's programs for a TPU pod
 python -m experiments bench              measures speed
 python -m experiments compare            next to another library
+python -m experiments edge               trains on features that another machine gathered
 python -m experiments COMMAND --help     options of a command
 """
 
@@ -22,6 +23,7 @@ COMMANDS = {
   'aot': ('aot', 'command'),
   'bench': ('bench', 'main'),
   'compare': ('compare', 'main'),
+  'edge': ('edge', 'command'),
 }
 
 

@@ -200,20 +200,16 @@ def prepared(network: Network, params: Any) -> Any:
   """Returns drawn parameters as training starts from them: with `massive` and `fan_in_scaled` applied."""
   for token, channel, value in network.massive:
     params = {**params, 'pos_embed': params['pos_embed'].at[0, token, channel].set(value)}
-  return fan_in_scaled(params, network.fan_in_scaled)
-
-
-def fan_in_scaled(params: Any, patterns: Sequence[str]) -> Any:
-  """Returns drawn parameters, kernels of these patterns scaled to the deviation 1 / sqrt(3 fan in)."""
-
-  def scaled(path: str, kernel: Array) -> Array:
-    del path
-    deviation = (3 * kernel.size / kernel.shape[-1]) ** -0.5
-    return kernel * (deviation / jnp.sqrt(jnp.mean(jnp.square(kernel))))
-
-  for pattern in patterns:
-    params = models.map_matching(scaled, params, pattern)
+  for pattern in network.fan_in_scaled:
+    params = models.map_matching(_fan_in_scaled, params, pattern)
   return params
+
+
+def _fan_in_scaled(path: str, kernel: Array) -> Array:
+  """Returns a kernel as drawn, scaled to the deviation 1 / sqrt(3 fan in)."""
+  del path
+  deviation = (3 * kernel.size / kernel.shape[-1]) ** -0.5
+  return kernel * (deviation / jnp.sqrt(jnp.mean(jnp.square(kernel))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,11 +58,13 @@ class Row(NamedTuple):
     role: 'baseline' or 'method'.
     make: `(model, images, **options) -> Method`: the network without a classifier, and the shape of a batch
       of its inputs; `options` as the settings have them (`Tuning.options`), `pool` among them.
+    decides: settings that `make` holds: with the options all that decides what the method is.
   """
 
   title: str
   role: str
   make: Callable[..., Method]
+  decides: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

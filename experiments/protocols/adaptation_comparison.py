@@ -85,6 +85,8 @@ def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: A
     'target': {**identity(target), 'size': target.size},
     'method': {'name': name, 'model': own.model, 'options': own.options, 'pool': config.pool},
   }
+  if row.decides is not None:
+    decides['method']['settings'] = row.decides
   as_read = dataclasses.replace(target.data, train_size=target.size)
   title = f'{row.title}, {task}'
   training = Run(config, as_read, recipe, made.program, recipe.epochs * steps, decides, title)

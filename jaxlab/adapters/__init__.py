@@ -46,6 +46,7 @@ _FILES = {
     'low_rank_attention',
     'low_rank_mlp',
     'normalize_tokens',
+    'pool_tokens',
     'run_modules',
     'token_logits',
   ),

@@ -78,14 +78,14 @@ def apply_edge_network(
   Args:
     edge: see `init_edge_network`.
     gathered: s, `[batch, tokens, width]` of any floating type; sums are in at least float32.
-    pool: see `token_logits`, as `num_prefix_tokens`.
+    pool: see `pool_tokens`, as `num_prefix_tokens`.
     num_prefix_tokens: tokens before the patches.
     remat: see `run_modules`.
     module: what it consists of; `low_rank_mlp` for the baseline.
     epsilon: of the LayerNorms.
 
   Raises:
-    ValueError: see `token_logits`.
+    ValueError: see `pool_tokens`.
   """
   s = jnp.asarray(gathered)
   x = s.astype(jnp.promote_types(s.dtype, jnp.float32))

@@ -196,8 +196,7 @@ def init_head(key: Array, width: int, num_classes: int) -> dict[str, Array]:
   return {'kernel': kernel, 'bias': jnp.zeros((num_classes,), jnp.float32)}
 
 
-def token_logits(
-  head: Mapping[str, ArrayLike],
+def pool_tokens(
   norm: Mapping[str, ArrayLike],
   tokens: ArrayLike,
   *,
@@ -205,12 +204,11 @@ def token_logits(
   num_prefix_tokens: int = 1,
   epsilon: float = 1e-6,
 ) -> Array:
-  """Returns the logits of tokens: `LayerNorm(pooled) kernel + bias`.
+  """Returns what a head reads of tokens: `LayerNorm(mean of the patches)`, or of the class token.
 
   Pooling comes before the norm, as in DTL's code; that it is the same here is inferred.
 
   Args:
-    head: `kernel` `[width, num_classes]` and `bias`.
     norm: `scale` and `bias` `[width]`: those of the frozen network's last norm, or trained ones.
     tokens: `[batch, tokens, width]`.
     pool: 'mean_patches' (all but the prefix), or 'cls' (the first token).
@@ -218,7 +216,7 @@ def token_logits(
     epsilon: of the LayerNorm.
 
   Returns:
-    `[batch, num_classes]`, in at least float32.
+    `[batch, width]`, in at least float32.
 
   Raises:
     ValueError: for another pooling, or a token that is not there.
@@ -234,8 +232,27 @@ def token_logits(
     raise ValueError("pool='cls' with num_prefix_tokens=0: there is no class token.")
   tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
   pooled = tokens[..., 0, :] if pool == 'cls' else jnp.mean(tokens[..., num_prefix_tokens:, :], -2)
-  n = normalize_tokens(norm, pooled, epsilon=epsilon)
-  return n.astype(jnp.promote_types(n.dtype, jnp.float32)) @ head['kernel'] + head['bias']
+  return normalize_tokens(norm, pooled, epsilon=epsilon)
+
+
+def token_logits(
+  head: Mapping[str, ArrayLike],
+  norm: Mapping[str, ArrayLike],
+  tokens: ArrayLike,
+  **options: Any,
+) -> Array:
+  """Returns the logits of tokens, `pooled kernel + bias`, in at least float32.
+
+  Args:
+    head: `kernel` `[width, num_classes]` and `bias`; see `init_head`.
+    norm: see `pool_tokens`, as the others.
+    tokens: `[batch, tokens, width]`.
+    **options: of `pool_tokens`.
+
+  Raises:
+    ValueError: see `pool_tokens`.
+  """
+  return pool_tokens(norm, tokens, **options) @ head['kernel'] + head['bias']
 
 
 def require_same_shape(features: Sequence[Array]) -> tuple[int, ...]:

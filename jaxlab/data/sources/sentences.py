@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxlab.data.sources.source import InMemory
 from jaxlab.data.sources.text import python_reference
-from jaxlab.models.tokenizers import read_tokenizer
 
 _WORDS = range(5, 61)  # of a sentence; shorter ones are headings, longer ones grammar and tables
 
@@ -63,6 +62,10 @@ class Sentences(InMemory):
       raise ValueError(
         f'length={length} and limit={limit}: expected at least 3 tokens, 1 sentence.'
       )
+    from jaxlab.models.tokenizers import (
+      read_tokenizer,
+    )  # devices that read features load no networks
+
     own = read_tokenizer(tokenizer)
     own.enable_truncation(length)
     own.enable_padding(length=length)

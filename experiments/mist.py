@@ -1,0 +1,356 @@
+"""MIST: Minimal Interaction Separated Tuning (Tang et al., CVPR 2025, arXiv 2406.17559).
+
+A device adapts a network that it cannot even run. A cloud runs the frozen network and sends, once for each
+image, the sum of what its layers hand on, as large as one layer's tokens:
+
+  s = z_0 + z_1 + ... + z_N
+
+The device trains a tiny network of low-rank attention and a head on it (`python -m experiments edge`), knows
+no backbone, and sends nothing back. Claim: near the accuracy of methods that see every layer, with a fraction
+of the bytes, of the trained numbers and of the memory.
+
+  python -m experiments.mist
+  python -m experiments.mist --config.role=cloud --workdir=CLOUD     # writes features; on the device then:
+  python -m experiments edge --features=CLOUD/features/all_float32 --workdir=DEVICE
+  python -m experiments.mist --config=vtab_vit_base --config.tasks=caltech101, --workdir=DIR
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import launcher, pictures, results
+from experiments.harness.runs import Run, Variables, say
+from experiments.harness.settings import found_by, free, section
+from experiments.harness.tasks import ImageTask
+from experiments.protocols import (
+  adaptation,
+  adaptation_comparison,
+  edge_training,
+  gathered_features,
+)
+from experiments.protocols.adaptation import Row
+from experiments.protocols.adaptation_baselines import BASELINES
+from experiments.protocols.edge_training import Edge
+from experiments.protocols.gathered_features import Gather, Reading, Suffix
+from experiments.protocols.side_adaptation import side_attention
+from jaxlab import adapters, data
+from jaxlab.data import FeatureHeader
+
+UNITS = (
+  'accuracy in %; numbers that are trained; megabytes kept by a step; kilobytes sent for an image'
+)
+COSTS = ('trained', 'trained_with_head', 'residual_mb', 'kb_per_image', 'step_over_forward')
+
+
+class EdgeRow(NamedTuple):
+  """A row that is trained on files of features alone.
+
+  Attributes:
+    title: in tables.
+    role: 'baseline' or 'method'.
+    gather: what is sent.
+    edge: what is trained on it.
+  """
+
+  title: str
+  role: str
+  gather: Gather
+  edge: Edge
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(adaptation.Settings):
+  """Settings of MIST.
+
+  Attributes:
+    edge: the device's network.
+    k: of the layers z_0 ... z_k that are summed; None: all.
+    spaced: whether k is the number of layers at equal gaps instead, from z_0 to z_N.
+    role: 'both': cloud and device, compared with others; 'cloud': features of all tasks, in files.
+    serve: `host:port` where a cloud then waits for one device and sends them; port 0: any free one.
+    sent: type of what the cloud sends by itself.
+    suffix: of the files; `.array_record` are never in memory as a whole.
+    views: augmented views of each training image that are sent, where a task augments them.
+    timed: calls that a step and the network's forward pass are timed over; 0: not.
+    reference: the side network that is given every layer.
+  """
+
+  edge: Edge = section(Edge)
+  k: int | None = None
+  spaced: bool = False
+  role: Literal['both', 'cloud'] = 'both'
+  serve: str = free('')
+  sent: Literal['float32', 'float16'] = 'float32'
+  suffix: Suffix = '.npz'
+  views: int = 1
+  timed: int = free(0)
+  reference: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  runs: tuple[str, ...] = ('linear', 'all_layers', 'mist')
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    yield from super().check()
+    yield from found_by('k', layers, self)
+    if self.serve and self.role != 'cloud':
+      yield f"serve={self.serve!r}: expected role='cloud', now {self.role!r}."
+    if self.serve and not re.fullmatch(r'[^:]+:\d{1,5}', self.serve):
+      yield f'serve={self.serve!r}: expected host:port, such as 127.0.0.1:7000.'
+    for name, least in (('views', 1), ('timed', 0)):
+      if getattr(self, name) < least:
+        yield f'{name}={getattr(self, name)}: expected at least {least}.'
+
+
+def layers(config: Settings) -> tuple[int, ...] | None:
+  """Returns the layers that are summed, None: all."""
+  if config.k is None:
+    return None
+  chosen = adapters.spaced_layers if config.spaced else adapters.leading_layers
+  return chosen(config.k, adaptation.backbone(config).depth)
+
+
+def edge_table(config: Settings) -> dict[str, EdgeRow]:
+  """Returns the rows of the device that `config.runs` may name."""
+  edge, depth = config.edge, adaptation.backbone(config).depth
+  summed, last = Gather(layers(config)), Gather((depth,))
+  narrow = summed._replace(dtype='float16')
+  probe, mlp = dataclasses.replace(edge, depth=0), dataclasses.replace(edge, kind='mlp')
+  return {
+    'mist': EdgeRow('MIST', 'method', summed, edge),
+    'mist_float16': EdgeRow('MIST, float16', 'method', narrow, edge),
+    'last_layer': EdgeRow('attention on the last layer', 'baseline', last, edge),
+    'mlp': EdgeRow('MLP on the sum', 'baseline', summed, mlp),
+    'linear_sum': EdgeRow('linear on the sum', 'baseline', summed, probe),
+  }
+
+
+def table(config: Settings) -> dict[str, Row]:
+  """Returns the rows that see the network itself: baselines, and a side network given every layer."""
+  make = functools.partial(side_attention, **config.reference)
+  row = Row('attention on every layer', 'baseline', make, config.reference)
+  return {**BASELINES, 'all_layers': row}
+
+
+def split_runs(config: Settings) -> tuple[Settings, list[str]]:
+  """Returns the settings with the rows that see the network alone, and the names of the others."""
+  edge = [name for name in config.runs if name in edge_table(config)]
+  others = tuple(name for name in config.runs if name not in edge)
+  return dataclasses.replace(config, runs=others, claims=(), pictured=()), edge
+
+
+def nominal_header(config: Settings, gather: Gather, task: str, **fields: Any) -> FeatureHeader:
+  """Returns the header of a task's training features, with blank fingerprints."""
+  model = adaptation.backbone(config, **fields)
+  rows, columns = model.grid
+  target = config.target[task]
+  return FeatureHeader(
+    network='', data='', layers='', dtype=gather.dtype, count=sent_images(config, task),
+    shape=(model.num_prefix_tokens + rows * columns, model.width),
+    num_classes=target.data.num_classes, num_prefix_tokens=model.num_prefix_tokens,
+  )  # fmt: skip
+
+
+def sent_images(config: Settings, task: str) -> int:
+  """Returns the training features of a task: as many as images, or their augmented views."""
+  target = config.target[task]
+  return target.size * (config.views if target.augment.kind != 'none' else 1)
+
+
+def edge_runs(config: Settings) -> dict[str, Run]:
+  """Returns the device's trainings by row and task; tasks with as many images and classes share them."""
+  found, seen = {}, set()
+  for name in split_runs(config)[1]:
+    row = edge_table(config)[name]
+    for task in config.tasks:
+      own = nominal_header(config, row.gather, task)
+      if (key := (name, own)) not in seen:
+        seen.add(key)
+        title = f'{row.title}, {task}'
+        _, found[f'{name}_{task}'] = edge_training.training(
+          config, row.edge, own, config.recipe, title, own.count
+        )
+  return found
+
+
+def check(config: Settings) -> Iterator[str]:
+  """Yields everything that is wrong with the settings."""
+  known = {**table(config), **edge_table(config)}
+  if unknown := [name for name in config.runs if name not in known]:
+    yield f'runs: {", ".join(map(repr, unknown))} are none of the rows {", ".join(known)}.'
+    return
+  others, _ = split_runs(config)
+  if others.runs:
+    yield from adaptation_comparison.check(others, table(config))
+  yield from found_by('edge', edge_runs, config)
+  titles = [re.escape(row.title) for row in known.values()]
+  groups = {target.group for target in config.target.values()}
+  names = [*config.target, *groups, 'mean', *COSTS]
+  yield from results.check_claims(config, titles, list(map(re.escape, names)))
+
+
+def programs(config: Settings, facts: None = None) -> dict[str, Run]:
+  """Returns the trainings of cloud and device, and that on the source task."""
+  del facts
+  others, _ = split_runs(config)
+  return {**adaptation_comparison.programs(others, table(config)), **edge_runs(config)}
+
+
+def cloud(
+  config: Settings, variables: Variables, gather: Gather, folder: pathlib.Path
+) -> list[data.FeatureFile]:
+  """Writes the features of all tasks, `<folder>/<task>-{train,test}`; returns the files."""
+  model, files = adaptation.backbone(config), []
+  for task in config.tasks:
+    target = config.target[task]
+    own = adaptation_comparison.sources(config, target)
+    views = config.views if target.augment.kind != 'none' else 0
+    seen, judged = ImageTask.of(target.data, target.augment), target.test or target.data
+    for split, source, reading in (
+      ('train', own.train, Reading(target.data, seen, views, config.seed)),
+      ('test', own.test, Reading(judged, ImageTask.of(judged))),
+    ):
+      path = folder / f'{task}-{split}{config.suffix}'
+      files.append(
+        gathered_features.feature_file(config, path, gather, reading, model, variables, source)
+      )
+  return files
+
+
+def device(
+  config: Settings, name: str, folder: pathlib.Path, workdir: pathlib.Path
+) -> dict[str, float]:
+  """Trains a row on the files of a folder, task by task; returns accuracies."""
+  row, found = edge_table(config)[name], {}
+  for task in config.tasks:
+    train, test = edge_training.pair_of(folder, task)
+    ended = edge_training.train(
+      config,
+      row.edge,
+      config.recipe,
+      train,
+      test,
+      workdir / f'{name}_{task}',
+      f'{row.title}, {task}',
+    )
+    found[task] = ended.accuracy
+    say(f'{row.title}, {task}: accuracy {ended.accuracy:.4g}')
+  return found
+
+
+def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
+  """Gathers the features of every task, trains devices on them, and compares with who sees the network."""
+  others, edge = split_runs(config)
+  if config.role == 'cloud':
+    variables = adaptation_comparison.load(config, workdir)
+    return only_cloud(config, variables, workdir)
+  rows = adaptation_comparison.compare(others, workdir, table(config)) if others.runs else []
+  for item, name in zip(rows, others.runs, strict=True):
+    item['metrics'].pop('temporary_mb', None)
+    item['metrics'] |= sent_by_others(config, name)
+  variables = adaptation_comparison.load(config, workdir)
+  forward = forward_seconds(config, variables) if config.timed else 0.0
+  groups = {task: config.target[task].group for task in config.tasks}
+  for name in edge:
+    row = edge_table(config)[name]
+    folder = workdir / 'features' / row.gather.name
+    cloud(config, variables, row.gather, folder)
+    scores = device(config, name, folder, workdir)
+    metrics = {**scores, **data.group_means(scores, groups), **edge_costs(config, row, forward)}
+    rows.append(results.row(row.title, row.role, metrics))
+  draw(config, rows, workdir / 'accuracy_over_transfer.png')
+  names = [*config.tasks, *dict.fromkeys(groups.values()), 'mean', *COSTS]
+  return results.results(config, rows, names, UNITS)
+
+
+def only_cloud(config: Settings, variables: Variables, workdir: pathlib.Path) -> dict[str, Any]:
+  """Writes what devices need, serves it if asked to, and tells the bytes."""
+  gather = Gather(layers(config), config.sent)
+  folder = workdir / 'features' / gather.name
+  files = cloud(config, variables, gather, folder)
+  metrics = {
+    'kb_per_image': files[0].header.record_bytes / 1e3,
+    'images': sum(len(file) for file in files),
+    'file_mb': sum(file.path.stat().st_size for file in files) / 1e6,
+  }
+  say(f'{folder}: python -m experiments edge --features={folder} --workdir=DIR')
+  if config.serve:
+    host, _, port = config.serve.rpartition(':')
+    metrics['wire_mb'] = gathered_features.serve(files, host, int(port)) / 1e6
+  bare = dataclasses.replace(config, claims=(), pictured=())
+  return results.results(bare, [results.row('cloud', 'reference', metrics)], [*metrics])
+
+
+def sent_by_others(config: Settings, name: str) -> dict[str, float]:
+  """Returns what would be sent for an image to a device that trains a row in float32.
+
+  A probe needs the pooled feature, the side network all layers' tokens. Others need the network itself.
+  """
+  shape = nominal_header(config, Gather(), config.tasks[0]).shape
+  depth = adaptation.backbone(config).depth
+  sizes = {
+    'linear': adapters.transfer_bytes(shape[1:]),
+    'all_layers': adapters.transfer_bytes(
+      shape, num_tensors=depth // config.reference.get('gap', 1) + 1
+    ),
+  }
+  return {'kb_per_image': sizes[name] / 1e3} if name in sizes else {}
+
+
+def edge_costs(config: Settings, row: EdgeRow, forward: float) -> dict[str, float]:
+  """Returns what a step of a row costs on the first task; see `COSTS`.
+
+  Memory is counted where the settings say so (`accounted`); `step_over_forward` is the time of a training
+  step on the device over that of the network's forward pass of as many images, on this machine.
+  """
+  fields = dict(config.accounted)
+  size = fields.pop('batch_size', config.recipe.batch_size)
+  recipe = dataclasses.replace(config.recipe, batch_size=size)
+  counted = nominal_header(config, row.gather, config.tasks[0], **fields)
+  own = nominal_header(config, row.gather, config.tasks[0])
+  made = edge_training.edge_training(row.edge, counted, recipe, 1)
+  params = jax.eval_shape(made.program.init, jax.random.key(0)).params
+  trained = {part: adapters.count_parameters(tree) for part, tree in params.items()}
+  found = {
+    'trained': trained['modules'] + trained['norm'],
+    'trained_with_head': sum(trained.values()),
+    'residual_mb': adapters.residual_bytes(made.loss, params, made.program.batch) / 1e6,
+    'kb_per_image': own.record_bytes / 1e3,
+  }
+  if forward:
+    timed = edge_training.edge_training(row.edge, own, config.recipe, 1)
+    found['step_over_forward'] = edge_training.step_seconds(timed, config.timed) / forward
+  return found
+
+
+def forward_seconds(config: Settings, variables: Variables) -> float:
+  """Returns the median time of the network's forward pass of a training batch on this machine."""
+  model = adaptation.backbone(config)
+  x = jnp.zeros((config.recipe.batch_size, *config.network.data.view), np.float32)
+  call = jax.jit(functools.partial(Gather().gathered, model))
+  return edge_training.median_seconds(call, config.timed, variables, x)
+
+
+def draw(config: Settings, rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """Draws the mean accuracy over the bytes that are sent for an image."""
+  with pictures.drawn(path, size=(5.5, 3.8)) as axis:
+    for item in rows:
+      own = item['metrics']
+      if (config.pictured and item['name'] not in config.pictured) or 'kb_per_image' not in own:
+        continue
+      marker = '*' if item['role'] == 'method' else 'o'
+      axis.scatter(own['kb_per_image'], own['mean'], marker=marker, s=60, label=item['name'])
+    axis.set(xscale='log', xlabel='sent for an image (kB)', ylabel='mean accuracy (%)')
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    axis.set_title(pictures.title(config), fontsize=9)
+
+
+if __name__ == '__main__':
+  launcher.main('mist')

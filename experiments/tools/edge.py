@@ -1,0 +1,84 @@
+"""Trains a small network on features that a cloud gathered, in files or over a socket; loads no backbone."""
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.harness import results, settings
+from experiments.harness.runs import say
+from experiments.protocols import edge_training
+from experiments.protocols.edge_training import Settings
+from jaxlab import adapters, data, training
+
+
+def main(arguments: Sequence[str]) -> dict[str, Any]:
+  """Runs the command; writes `<workdir>/edge.json` and returns what is in it."""
+  parser = argparse.ArgumentParser(
+    prog='python -m experiments edge',
+    description='Trains a network of low-rank attention on features that `python -m experiments.mist '
+    '--config.role=cloud` wrote (--features) or serves (--cloud).',
+    epilog='--config.KEY=VALUE changes an entry of the settings, as in --config.edge.rank=8, '
+    '--config.edge.rates=1e-3,1e-2 or --config.recipe.epochs=20.',
+    allow_abbrev=False,
+  )
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--features', metavar='DIR', help='folder of <task>-train and <task>-test')
+  source.add_argument('--cloud', metavar='HOST:PORT', help='where a cloud waits for this device')
+  parser.add_argument('--network', default='', help='fingerprint that features must have')
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='for all that is made here')
+  options, rest = parser.parse_known_args(arguments)
+  if unknown := [text for text in rest if not text.startswith('--config.')]:
+    parser.error(f'unknown arguments: {" ".join(unknown)}.')
+  changes = [text.removeprefix('--config.') for text in rest]
+  config = settings.fill(Settings, settings.override(Settings, {'paper': 'edge'}, changes))
+  settings.require(settings.problems(config))
+  workdir = pathlib.Path(options.workdir)
+  received = 0
+  if options.cloud:
+    host, _, port = options.cloud.rpartition(':')
+    if not host or not port.isdecimal():
+      raise ValueError(f'--cloud={options.cloud}: expected HOST:PORT.')
+    folder = workdir / 'features'
+    _, received = data.receive_features(host, int(port), folder, timeout=600.0)
+    say(f'received {received} bytes')
+  else:
+    folder = pathlib.Path(options.features)
+  with training.locked(workdir):
+    found = trained(config, folder, workdir, options.network)
+  found['received_bytes'] = received
+  results.save_json(workdir / 'edge.json', found)
+  say(f'Results: {workdir / "edge.json"}')
+  return found
+
+
+def trained(
+  config: Settings, folder: pathlib.Path, workdir: pathlib.Path, network: str
+) -> dict[str, Any]:
+  """Trains on every task of a folder; returns accuracies, the numbers that are trained, and bytes."""
+  expected = {'network': network} if network else {}
+  # All files are looked at before the first training.
+  pairs = {t: edge_training.pair_of(folder, t, **expected) for t in edge_training.tasks_in(folder)}
+  accuracies, header = {}, next(iter(pairs.values()))[0].header
+  for task, (train, test) in pairs.items():
+    ended = edge_training.train(
+      config, config.edge, config.recipe, train, test, workdir / task, task
+    )
+    accuracies[task] = ended.accuracy
+    size = adapters.count_parameters(ended.params)
+    say(f'{task}: accuracy {ended.accuracy:.4g}')
+  return {
+    'accuracy': accuracies,
+    'trained_with_head': size,
+    'bytes_per_image': header.record_bytes,
+    'layers': header.layers,
+    'config': settings.plain(config),
+  }
+
+
+def command(arguments: Sequence[str]) -> None:
+  """Runs the command; what a user can do something about ends it without a traceback."""
+  from experiments.harness.launcher import errors_without_traceback
+
+  with errors_without_traceback():
+    main(arguments)

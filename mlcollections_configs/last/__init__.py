@@ -1,0 +1,1 @@
+"""Settings of LAST (Tang et al. 2024)."""

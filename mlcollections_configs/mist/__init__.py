@@ -1,0 +1,1 @@
+"""Settings of MIST (Tang et al. 2025)."""

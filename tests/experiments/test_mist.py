@@ -1,0 +1,297 @@
+"""MIST end to end: a cloud that gathers, a device in another process that has no backbone, costs."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_vectors import assert_close
+from models.random_variables import random_variables
+
+from experiments import mist
+from experiments.harness import launcher
+from experiments.harness.settings import SettingsError
+from experiments.harness.tasks import ImageTask
+from experiments.protocols import (
+  adaptation,
+  adaptation_comparison,
+  edge_training,
+  gathered_features,
+)
+from experiments.protocols.gathered_features import Gather, Reading
+from experiments.tools import edge as edge_command
+from jaxlab import adapters, data
+
+TINY = (
+  "network.model={'name': 'vit_tiny_patch4_16', 'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_ratio': 2.0}",
+  'network.data.train_options.length=64',
+  'network.data.train_size=64',
+  'network.data.test_options.length=32',
+  'network.recipe.epochs=1',
+  'network.recipe.schedule.warmup_epochs=0',
+  'network.recipe.batch_size=32',
+  *(f'target.rotation.data.{part}_options.length=48' for part in ('train', 'test')),
+  'target.rotation.data.train_size=48',
+  'tasks=rotation,',
+  'recipe.batch_size=8',
+  'recipe.epochs=3',
+  'recipe.schedule.warmup_epochs=1',
+  'edge.rank=2',
+  'eval_batch_size=40',
+  'accounted={}',
+  'timed=0',
+  'claims=()',
+)  # fmt: skip
+EDGE = ('recipe.epochs=3', 'recipe.batch_size=8', 'recipe.schedule.warmup_epochs=1', 'edge.rank=2')
+
+
+def tiny_config(*changes):
+  return launcher.load('mist', 'embedded', [*TINY, *changes])
+
+
+@pytest.fixture(scope='module')
+def cloud(tmp_path_factory):
+  """A cloud's run: its settings, results and folder."""
+  folder = tmp_path_factory.mktemp('cloud')
+  config = tiny_config('role=cloud', 'sent=float16')
+  return config, launcher.launch(config, folder), folder
+
+
+def test_a_cloud_writes_what_its_network_makes_of_all_images(cloud):
+  config, found, folder = cloud
+  (row,) = found['rows']
+  features = folder / 'features' / 'all_float16'
+  train, test = edge_training.pair_of(features, 'rotation')
+  assert (len(train), len(test)) == (48, 48) and train.header.layers == '0+1+2'
+  assert row['metrics']['kb_per_image'] == 17 * 16 * 2 / 1e3 and row['metrics']['images'] == 96
+  variables = adaptation_comparison.load(config, folder)
+  own = adaptation_comparison.sources(config, config.target['rotation'])
+  task = ImageTask.of(config.target['rotation'].data)
+  batch = {k: jnp.asarray(v) for k, v in data.materialize(own.train).items()}
+  model = adaptation.backbone(config)
+  z = jax.jit(lambda v, b: adapters.collect_features(model, v, task.inputs(b)))(variables, batch)
+  expected = np.sum([np.asarray(own, np.float64) for own in z], 0)
+  found = train.gather(np.arange(48))
+  assert found['features'].dtype == np.float16
+  assert_close(found['features'], expected, 1e-3)
+  np.testing.assert_array_equal(found['label'], batch['label'])
+
+
+DEVICE = """
+import sys
+from experiments.tools import edge
+edge.command(sys.argv[1:])
+print('networks:', [name for name in sys.modules if name.startswith('jaxlab.models')])
+"""
+
+
+def on_a_device(*arguments):
+  """Runs the command in a process of its own."""
+  return subprocess.run(
+    [sys.executable, '-c', DEVICE, *map(str, arguments), *(f'--config.{own}' for own in EDGE)],
+    capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+
+
+def test_a_device_trains_from_files_alone_and_loads_no_network(cloud, tmp_path):
+  _, _, folder = cloud
+  done = on_a_device('--features', folder / 'features' / 'all_float16', '--workdir', tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert 'networks: []' in done.stdout
+  held = json.loads((tmp_path / 'edge.json').read_text())
+  assert 0 <= held['accuracy']['rotation'] <= 100 and held['received_bytes'] == 0
+  assert held['bytes_per_image'] == 17 * 16 * 2 and held['layers'] == '0+1+2'
+  size = 4 * (4 * 16 * 2 + 2 * 16) + 2 * 16 + 16 * 4 + 4
+  assert held['trained_with_head'] == size
+
+
+def test_a_served_transfer_is_counted_on_both_sides(cloud, tmp_path, capsys):
+  _, _, folder = cloud
+  features = folder / 'features' / 'all_float16'
+  files = edge_training.pair_of(features, 'rotation')
+  sent = []
+  with data.listening() as server:
+    port = server.getsockname()[1]
+    sets = {file.path.stem: file for file in files}
+    thread = threading.Thread(target=lambda: sent.append(data.send_features(server, sets)))
+    thread.start()
+    arguments = [f'--cloud=127.0.0.1:{port}', f'--workdir={tmp_path}']
+    found = edge_command.main([*arguments, *(f'--config.{own}' for own in EDGE)])
+    thread.join(60)
+  assert found['received_bytes'] == sent[0] > 96 * 17 * 16 * 2
+  assert set(found['accuracy']) == {'rotation'}
+  again = edge_command.main(
+    [f'--features={tmp_path / "features"}', f'--workdir={tmp_path}',
+     *(f'--config.{own}' for own in EDGE)]
+  )  # fmt: skip
+  assert again['accuracy'] == found['accuracy']
+  capsys.readouterr()
+
+
+def test_the_cloud_serves_one_device_and_says_where(cloud, tmp_path, capsys):
+  _, _, folder = cloud
+  files = edge_training.pair_of(folder / 'features' / 'all_float16', 'rotation')
+  said, sent = threading.Event(), []
+  places = []
+
+  def say(text):
+    if place := re.search(r'--cloud=(\S+):(\d+)', text):
+      places.append((place[1], int(place[2])))
+      said.set()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gathered_features, 'say', say)
+    thread = threading.Thread(
+      target=lambda: sent.append(gathered_features.serve(files, '127.0.0.1', 0))
+    )
+    thread.start()
+    assert said.wait(60)
+    _, received = data.receive_features(*places[0], tmp_path)
+    thread.join(60)
+  assert sent == [received]
+
+
+@pytest.mark.parametrize('broken', ['network', 'cut', 'missing', 'none', 'split'])
+def test_features_that_do_not_fit_end_the_command_before_any_training(
+  cloud, tmp_path, broken, capsys
+):
+  _, _, folder = cloud
+  features = tmp_path / 'features'
+  features.mkdir()
+  for path in (folder / 'features' / 'all_float16').iterdir():
+    (features / path.name).write_bytes(path.read_bytes())
+  test, arguments = features / 'rotation-test.npz', []
+  if broken == 'network':
+    arguments, message = ['--network=0123'], "network .* expected '0123'"
+  elif broken == 'cut':
+    test.write_bytes(test.read_bytes()[:-100])
+    message = 'no whole file of features'
+  elif broken == 'missing':
+    test.unlink()
+    message = 'rotation-test.npz: there is no such file'
+  elif broken == 'none':
+    for path in features.iterdir():
+      path.unlink()
+    message = 'holds no features'
+  else:
+    held = data.FeatureFile(test)
+    other = dataclasses.replace(held.header, network='other')
+    data.write_feature_file(test, held.batches(), other)
+    message = 'do not belong together: network'
+  with pytest.raises(SystemExit) as stop:
+    edge_command.command([f'--features={features}', f'--workdir={tmp_path / "w"}', *arguments])
+  assert stop.value.code == 2
+  assert re.search(message, capsys.readouterr().err)
+  assert not (tmp_path / 'w' / 'edge.json').exists()
+  assert not (tmp_path / 'w' / 'rotation' / 'checkpoints').exists()
+
+
+def test_features_of_another_network_are_not_used_again(cloud, tmp_path):
+  config, _, folder = cloud
+  model = adaptation.backbone(config)
+  other = random_variables(model, jnp.zeros((1, 16, 16, 1)))
+  own = config.target['rotation'].data
+  source = adaptation_comparison.sources(config, config.target['rotation']).train
+  path = folder / 'features' / 'all_float16' / 'rotation-train.npz'
+  arguments = Gather(None, 'float16'), Reading(own, ImageTask.of(own)), model
+  with pytest.raises(ValueError, match='holds other features: network'):
+    gathered_features.feature_file(config, path, *arguments, other, source)
+
+
+def test_views_are_augmented_and_records_alike_in_files_of_both_kinds(cloud, tmp_path):
+  config, _, folder = cloud
+  target = dataclasses.replace(
+    config.target['rotation'],
+    augment=dataclasses.replace(config.target['rotation'].augment, kind='pad_crop', flip=False),
+  )
+  variables, model = adaptation_comparison.load(config, folder), adaptation.backbone(config)
+  source = adaptation_comparison.sources(config, target).train
+  reading = Reading(target.data, ImageTask.of(target.data, target.augment), views=2)
+  found = [
+    gathered_features.feature_file(
+      config, tmp_path / f'rotation-train{suffix}', Gather(), reading, model, variables, source
+    ).gather(np.arange(96))
+    for suffix in ('.npz', '.array_record')
+  ]
+  np.testing.assert_array_equal(found[0]['features'], found[1]['features'])
+  first, second = np.split(found[0]['features'], 2)
+  np.testing.assert_array_equal(*np.split(found[0]['label'], 2))
+  assert np.mean(np.abs(first - second).max((1, 2)) > 1e-3) > 0.9
+
+
+def test_devices_and_machines_that_have_both_agree(cloud):
+  # The same network on the same features, as a row of the protocol and as a device's.
+  from experiments.protocols.side_adaptation import gathered_attention
+
+  config, _, folder = cloud
+  variables, model = adaptation_comparison.load(config, folder), adaptation.backbone(config)
+  images = jnp.linspace(0, 1, 3 * 16 * 16).reshape(3, 16, 16, 1)
+  method = gathered_attention(model, images, pool='mean_patches', rank=2, depth=2)
+  edge = edge_training.Edge(rank=2, depth=2)
+  params = edge.init(jax.random.key(0), 16, 4)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+  features = method.features(
+    {k: params[k] for k in ('modules', 'norm')}, variables, images, train=False, rngs={}
+  )
+  gathered = Gather().gathered(model, variables, images)
+  assert_close(
+    edge.logits(params, gathered, 1),
+    features @ params['head']['kernel'] + params['head']['bias'],
+    1e-5,
+  )
+
+
+def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
+  config = tiny_config(
+    'runs=linear,all_layers,linear_sum,mist,mist_float16', 'edge.rates=0.0,0.01', 'timed=2',
+    'edge.held_out=16',
+  )  # fmt: skip
+  found = launcher.launch(config, tmp_path)
+  rows = {row['name']: row['metrics'] for row in found['rows']}
+  one = 17 * 16 * 4 / 1e3
+  sent = {name: own['kb_per_image'] for name, own in rows.items()}
+  assert sent == pytest.approx({
+    'linear probe': 16 * 4 / 1e3, 'attention on every layer': 3 * one, 'linear on the sum': one,
+    'MIST': one, 'MIST, float16': one / 2,
+  })  # fmt: skip
+  assert rows['MIST']['trained'] == 2 * (4 * 16 * 2 + 2 * 16) + 2 * 16
+  assert rows['linear on the sum']['trained'] == 2 * 16
+  assert rows['MIST']['residual_mb'] < rows['attention on every layer']['residual_mb']
+  assert rows['MIST']['step_over_forward'] > 0
+  assert (tmp_path / 'mist_rotation_search' / 'metrics.jsonl').exists()
+  assert (tmp_path / 'accuracy_over_transfer.png').stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ('k=3', 'k=3: expected 0 to 2'),
+    ('edge.rank=0', 'rank=0'),
+    ('edge.held_out=0', 'held_out=0'),
+    ('runs=mist,last', "'last' are none of the rows"),
+    ('serve=127.0.0.1:0', "expected role='cloud'"),
+    ('views=0', 'views=0'),
+    ('recipe.batch_size=64', 'an epoch would have no step'),
+    ('reference={ranks: 2}', "unexpected keyword argument 'ranks'"),
+  ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+  with pytest.raises(SettingsError, match=message):
+    launcher.check(tiny_config(change))
+
+
+def test_a_served_address_is_looked_at():
+  with pytest.raises(SettingsError, match='expected host:port'):
+    launcher.check(tiny_config('role=cloud', 'serve=nowhere'))
+
+
+def test_layers_are_chosen_by_either_reading():
+  assert mist.layers(tiny_config()) is None
+  assert mist.layers(tiny_config('k=1')) == (0, 1)
+  assert mist.layers(tiny_config('k=2', 'spaced=true')) == (0, 2)
