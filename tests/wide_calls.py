@@ -40,6 +40,7 @@ NETWORKS = {
   ),
   'gpt2': (GPT2, TOKENS),
   'llama': (LLAMA, TOKENS),
+  'bloom': (models.Bloom(vocab_size=11, num_kv_heads=1, **SMALL), TOKENS),
   'mlp': (models.create('mlp', num_classes=4), IMAGES),
   'linear': (models.create('linear', num_classes=4), IMAGES),
   'normed linear': (models.NormedLinear(4), ROWS),

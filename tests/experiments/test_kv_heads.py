@@ -12,6 +12,7 @@ from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import decoding
 from jaxlab import adapters, compression, models
+from jaxlab.parallel import make_mesh
 
 TINY = {
   'network.model.width': 16, 'network.model.depth': 1, 'network.model.hidden': 16,
@@ -126,6 +127,13 @@ def test_a_step_of_decoding_is_timed_and_its_cache_is_counted():
   untimed = dataclasses.replace(sizes, repeats=0)
   shapes = [own._replace(variables={}) for own in (whole, small)]
   assert decoding.relative_costs(untimed, shapes) == [{'cache': 1.0}, {'cache': 0.5}]
+
+
+def test_a_compiled_step_writes_the_cache_that_it_reads():
+  lowered = kv_heads.programs(tiny())['decode_svd_a_2'].lower(make_mesh())
+  aliased = lowered.compile().memory_analysis().alias_size_in_bytes
+  cache = jax.eval_shape(lambda: kv_heads.shapes(tiny(), 'svd_a', 2).model.init_cache(8, 8))
+  assert aliased * jax.device_count() >= models.cache_bytes(cache) > 0
 
 
 @pytest.mark.parametrize(
