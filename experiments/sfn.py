@@ -57,6 +57,10 @@ TITLES = {
   'qkv': 'with q, k, v',
   'mlp': 'with the MLPs',
 }
+METRICS = (
+  *completions.METRICS, *boxed_answers.METRICS, 'trained', 'flops', 'time', 'memory', 'merged',
+  *checkpoint_pairs.METRICS, 'zero', 'reinit', 'remove',
+)  # fmt: skip
 UNITS = 'losses of a token in nats; shares, exact_match and right_answers in %'
 
 
@@ -79,6 +83,7 @@ class Settings(checkpoint_pairs.Settings):
     destroyed: groups of module types that are destroyed in A.
     blocks: first and end of the blocks in which they are.
     std: deviation of the entries that are drawn in place of the destroyed ones.
+    compared: whether A and B are written as checkpoints and compared, by one process that holds both.
     answers: problems that every network answers; None: none.
     timed: repeats of the measurement of a step's cost; 0: none.
   """
@@ -89,6 +94,7 @@ class Settings(checkpoint_pairs.Settings):
   destroyed: tuple[tuple[str, ...], ...] = ()
   blocks: tuple[int, int] = (0, 0)
   std: float = 0.02
+  compared: bool = True
   answers: Answers | None = None
   timed: int = free(0)
 
@@ -145,19 +151,11 @@ def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   rows = [BEFORE, *TITLES.values(), *(checkpoint_pairs.title(types) for types in config.merges)]
   rows += [', '.join(types) for types in config.destroyed]
-  parts = [
-    *completions.METRICS,
-    *boxed_answers.METRICS,
-    'trained',
-    'flops',
-    'time',
-    'memory',
-    'merged',
-  ]
-  parts += [*checkpoint_pairs.METRICS, 'zero', 'reinit', 'remove']
-  yield from results.check_claims(config, [*map(re.escape, rows), r'\w+'], parts)
+  yield from results.check_claims(config, [*map(re.escape, rows), r'\w+'], METRICS)
   if config.network is None or config.tuning is None:
     return
+  if config.network.pretrained and config.network.recipe is not None:
+    yield 'network: expected public weights or a recipe, not both.'
   if not config.runs:
     yield f'runs is empty; runs: {", ".join(TYPES)}.'
   if config.merges and 'F4' not in config.runs:
@@ -201,9 +199,10 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   base = networks.load(config, config.network, workdir / 'base', pretraining(config))
   rows, tuned = freeze(config, workdir, base.variables)
   parts = destruction(config, base)
-  if 'F4' in tuned:
-    rows += merging(config, base.variables, tuned['F4'])
-    for name, own in deltas(config, base.variables, tuned['F4'], workdir).items():
+  if tuned is not None:
+    rows += merging(config, base.variables, tuned)
+  if tuned is not None and config.compared:
+    for name, own in deltas(config, base.variables, tuned, workdir).items():
       parts[name] = parts.get(name, {}) | own
   rows += checkpoint_pairs.rows(parts)
   draw(config, rows, workdir / 'freeze_and_destruction.png')
@@ -212,28 +211,34 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
 def freeze(
   config: Settings, workdir: pathlib.Path, start: Variables
-) -> tuple[list[dict[str, Any]], dict[str, Variables]]:
-  """Returns the rows of A and of the variants of Freeze, and what these end with."""
+) -> tuple[list[dict[str, Any]], Variables | None]:
+  """Returns the rows of A and of the variants of Freeze, and B, if it is one of them."""
   train, test = (harness_data.load(config.tuning.data, split) for split in ('train', 'test'))
   judge = lambda variables: completions.judge(  # noqa: E731
     config, config.tuning.data, config.model, variables, test
   )
   answer = answering(config)
-  rows, tuned = [results.row(BEFORE, 'reference', judge(start) | answer(start))], {}
+  rows, tuned = [results.row(BEFORE, 'reference', judge(start) | answer(start))], None
   trainings = {name: tuning(config, name) for name in config.runs}
   cost = step_costs(config, trainings) if config.timed else {}
   for name, training in trainings.items():
-    tuned[name] = runs.train(training, train, workdir / name, start=start).variables
-    metrics = judge(tuned[name]) | answer(tuned[name]) | cost.get(name, {})
+    own = runs.train(training, train, workdir / name, start=start).variables
+    metrics = judge(own) | answer(own) | cost.get(name, {})
+    tuned = own if name == 'F4' else tuned
     mask = models.tuned_parameters(start['params'], TYPES[name])
-    sizes = list(zip(jax.tree.leaves(start['params']), jax.tree.leaves(mask), strict=True))
-    metrics['trained'] = (
-      100 * sum(w.size for w, own in sizes if own) / sum(w.size for w, _ in sizes)
-    )
+    metrics['trained'] = share(start['params'], mask)
     say(f'{TITLES[name]}: ' + ', '.join(f'{key} {value:.4g}' for key, value in metrics.items()))
     role = 'method' if name == 'F2' else 'baseline'
     rows.append(results.row(TITLES[name], role, metrics))
   return rows, tuned
+
+
+def share(params: Any, mask: Any) -> float:
+  """Returns the percentage of parameters that a mask chooses."""
+  sizes = [
+    (leaf.size, own) for leaf, own in zip(*map(jax.tree.leaves, (params, mask)), strict=True)
+  ]
+  return 100 * sum(size for size, own in sizes if own) / sum(size for size, _ in sizes)
 
 
 def answering(config: Settings) -> Callable[[Variables], dict[str, float]]:
@@ -283,19 +288,14 @@ def destruction(config: Settings, base: networks.Loaded) -> dict[str, dict[str, 
 def merging(config: Settings, base: Variables, tuned: Variables) -> list[dict[str, Any]]:
   """Returns rows of A with module types of B."""
   test, rows = harness_data.load(config.tuning.data, 'test'), []
-  sizes = jax.tree.leaves(jax.tree.map(lambda w: w.size, base['params']))
   for types in config.merges:
     mask = models.select_parameters(base['params'], types)
     merged = models.merge_parameters(base['params'], tuned['params'], mask, config.base_share)
     own = completions.judge(
       config, config.tuning.data, config.model, {**base, 'params': merged}, test
     )
-    chosen = sum(size for size, own in zip(sizes, jax.tree.leaves(mask), strict=True) if own)
-    rows.append(
-      results.row(
-        checkpoint_pairs.title(types), 'reference', own | {'merged': 100 * chosen / sum(sizes)}
-      )
-    )
+    own['merged'] = share(base['params'], mask)
+    rows.append(results.row(checkpoint_pairs.title(types), 'reference', own))
   return rows
 
 

@@ -9,7 +9,7 @@ most 16 of them; on larger pods `--config.mesh.data=1 --config.mesh.fsdp=16 --co
 Attention holds the scores of a whole window: where those of 32768 tokens do not fit,
 `--config.tuning.data.length=8192` and the options' `length` with it cut the longest traces. AIME 2024 is
 answered with `answers` (see `qwen2_5_math_1_5b`); the paper's MATH-500, GPQA and its forcing of longer
-thoughts are not here.
+thoughts are not here. Delta and Merge take checkpoints (`checkpoints`), not networks that lie on many chips.
 """
 
 from ml_collections import ConfigDict
@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
 
   config.runs = ('F1', 'F2', 'F3', 'F4')
   config.blocks = (5, 30)
+  config.compared = False
 
   config.reported = (
     'AIME 2024 / MATH-500 / GPQA and steps a second: before .133 / .810 / .449; F1 .133 / .722 / .414, .106; '

@@ -237,6 +237,7 @@ def test_files_of_problems_that_are_none_are_named(answers, tmp_path):
     ({'base': 'A', 'tuned': 'B'}, 'base, tuned: expected two checkpoints, or a network'),
     ({'tuning': None}, 'tuning: expected what a network is tuned on'),
     ({'runs': ()}, 'runs is empty'),
+    ({'network.pretrained': 'llama.other'}, 'network: expected public weights or a recipe, not'),
     ({'runs': ('F1', 'F1')}, 'runs=F1,F1: each may be there once'),
     ({'runs': ('F1', 'F2')}, "merges: B is the run 'F4'"),
     ({'merges': (('o_prj',),)}, "merges: No module matches include 'o_prj'"),
