@@ -196,6 +196,8 @@ class Settings(Experiment):
       return
     if len(set(self.runs)) < len(self.runs) or not self.runs:
       yield f'runs={self.runs}: expected different rows, at least one.'
+    if any([*own.check()] for own in self.tuning.values()):
+      return
     view = self.network.data.view
     for task in self.tasks:
       own = self.target[task]

@@ -270,7 +270,7 @@ def costs(config: Settings, row: Row, name: str) -> dict[str, float]:
   state = jax.eval_shape(program.init, jax.random.key(0))
   given = program.frozen, program.batch, jax.eval_shape(step_keys, state)
   trained = {part: adapters.count_parameters(own) for part, own in state.params.items()}
-  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   needs = aot.report(aot.compile_step(program, mesh))['hbm']
   return {
     'trained': trained['tuned'] + trained['network'],
@@ -305,20 +305,22 @@ def check(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
   if unknown := sorted({*config.runs, *config.tuning} - {*table}):
     yield f'runs, tuning: {", ".join(map(repr, unknown))} are none of the rows {", ".join(table)}.'
     return
-  key = jax.random.key(0)
+  for name, own in config.tuning.items():
+    if wrong := sorted({*own.tasks} - {*config.target}):
+      yield f'tuning.{name}.tasks: {wrong} are none of the targets {", ".join(config.target)}.'
+
+  def build(name: str, task: str) -> None:
+    target, own = config.target[task], config.tuned(name, task)
+    made = adaptation.adapted(config, table[name], own, target, target.size)
+    jax.eval_shape(made.program.init, jax.random.key(0))
+
+  # What differs between tasks is learning rates and options of the same kind.
   for name in config.runs:
-    for task in config.tasks[:1]:
-      target, own = config.target[task], config.tuned(name, task)
-
-      def build(row: Row = table[name], own: Tuning = own, target: Target = target) -> None:
-        made = adaptation.adapted(config, row, own, target, target.size)
-        jax.eval_shape(made.program.init, key)
-
-      yield from found_by(f'tuning.{name} on {task}', build)
-  if config.accounted and {*config.runs} <= {*table}:
+    yield from found_by(f'tuning.{name} on {config.tasks[0]}', build, name, config.tasks[0])
+  if config.accounted:
     yield from found_by('accounted', accounted, config, table[config.runs[0]], config.runs[0])
-  known = [own for task in config.target.values() for own in (task.group,)]
-  names = [*config.target, *known, 'mean', *COSTS]
+  groups = [target.group for target in config.target.values()]
+  names = [*config.target, *groups, 'mean', *COSTS]
   titles = [re.escape(row.title) for row in table.values()]
   yield from results.check_claims(config, titles, list(map(re.escape, names)))
 

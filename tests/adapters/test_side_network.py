@@ -189,10 +189,22 @@ def test_cut_gradients_are_those_of_the_whole_computation(vit, monkeypatch):
     logits = adapters.apply_side_network(model, variables, own, IMAGES, adding=ADDING)
     return jnp.sum(jnp.sin(3 * logits))
 
-  cut, kept = jax.jit(jax.grad(loss))(side), adapters.residual_bytes(loss, side)
+  def wide(own, variables, images):
+    logits = adapters.apply_side_network(model, variables, own, images, adding=ADDING)
+    return jnp.sum(jnp.sin(3 * logits))
+
+  def gradients():
+    """Returns gradients in float32, and in float64 throughout."""
+    with jax.enable_x64(True):
+      given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (side, variables, IMAGES))
+      precise = jax.jit(jax.grad(lambda *args: wide(*args)))(*given)
+    return jax.jit(jax.grad(lambda own: loss(own)))(side), precise
+
+  (cut, precise), kept = gradients(), adapters.residual_bytes(loss, side)
   monkeypatch.setattr(jax.lax, 'stop_gradient', lambda x: x)
-  whole = jax.jit(jax.grad(lambda own: loss(own)))(side)
+  whole, precise_whole = gradients()
   jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), cut, whole)
+  jax.tree.map(lambda a, b: assert_close(a, b, 1e-12), precise, precise_whole)
   assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(cut))
   layers = [f'blocks_{i}/attention/qkv' for i in range(4)]
   lora = adapters.init_lora(jax.random.key(0), variables['params'], layers, 2)

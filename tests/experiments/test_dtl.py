@@ -121,6 +121,27 @@ def test_what_is_trained_is_counted(name):
   assert adapters.count_parameters({**state.params, 'head': {}}) == COUNTS[name]
 
 
+@pytest.mark.parametrize(
+  ('setting', 'name', 'count'),
+  tables.first(
+    [
+      ('vtab_swin_base', 'dtl', 90112),
+      ('vtab_vit_base', 'dtl', 36864),
+      ('vtab_vit_base', 'dtl_plus', 36864 + 9 * 768),
+      ('vtab_vit_base', 'lora', 294912),
+    ]
+  ),
+)
+def test_published_numbers_of_trained_parameters_are_met(setting, name, count):
+  config = launcher.load('dtl', setting)
+  model, images = adaptation.backbone(config), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  options = config.tuned(name, 'caltech101').options
+  method = dtl.table(config)[name].make(model, images, pool=config.pool, **options)
+  found = jax.eval_shape(lambda key: method.init(key, params), jax.random.key(0))
+  assert adapters.count_parameters(found) == count
+
+
 def test_several_rates_side_by_side_are_what_each_is_alone(network):
   _, variables = network
   own = made(tiny_config('target.rotation.augment.kind=pad_crop'), 'dtl')
@@ -264,8 +285,12 @@ def test_a_run_chooses_rates_on_held_out_images_and_compares(tmp_path):
       ('tuning={dtl: {rates: [0.1, 0.1]}}', 'expected different numbers'),
       ('tuning={dtl: {tasks: {rotation: {rate: 0.1}}}}', 'rate: unknown key'),
       ('tuning={dtl: {options: {ranks: 2}}}', "unexpected keyword argument 'ranks'"),
+      (
+        'tuning={dtl: {tasks: {rotations: {rates: [0.1]}}}}',
+        "'rotations'. are none of the targets",
+      ),
       ('tuning={last: {rates: [0.1]}}', "'last' are none"),
-      ("network.model={'name': 'cifar_resnet20'}", 'of a ViT'),
+      ("network.model={'name': 'cifar_resnet20'}", 'next to a ViT or a Swin'),
     ],
     3,
   ),
