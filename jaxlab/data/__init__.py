@@ -50,6 +50,12 @@ from jaxlab.data.protocols.prompt_annotation import (
   filter_annotations,
   mix_instructed,
 )
+from jaxlab.data.protocols.prompt_examples import (
+  annotate_text,
+  piece_labels,
+  prompt_examples,
+  split_words,
+)
 from jaxlab.data.protocols.samplers import (
   ClassAwareSampler,
   ClassBalancedSampler,
@@ -100,6 +106,10 @@ from jaxlab.data.sources.embedded import (
 from jaxlab.data.sources.expanded import (
   Expanded,
 )
+from jaxlab.data.sources.fact_documents import (
+  fact_documents,
+  oracle_compress,
+)
 from jaxlab.data.sources.feature_file import (
   FeatureFile,
   FeatureHeader,
@@ -133,6 +143,11 @@ from jaxlab.data.sources.point_clouds import (
   PointClouds,
   digit_points,
   unit_sphere,
+)
+from jaxlab.data.sources.prompt_records import (
+  PromptRecord,
+  read_prompts,
+  write_prompts,
 )
 from jaxlab.data.sources.scenes import (
   Scenes,
@@ -299,6 +314,7 @@ __all__ = [
   'MixedSampler',
   'Photographs',
   'PointClouds',
+  'PromptRecord',
   'Relabeled',
   'Scenes',
   'Sentences',
@@ -313,6 +329,7 @@ __all__ = [
   'WiderAttribute',
   'WithFields',
   'WordAnnotation',
+  'annotate_text',
   'annotate_words',
   'as_labels',
   'asymmetric_noise',
@@ -349,6 +366,7 @@ __all__ = [
   'erase',
   'example_keys',
   'exponential_counts',
+  'fact_documents',
   'few_shot_draws',
   'few_shot_split',
   'filter_annotations',
@@ -377,11 +395,14 @@ __all__ = [
   'next_class',
   'noise_rate',
   'normalize',
+  'oracle_compress',
   'paste_box',
   'pasted',
+  'piece_labels',
   'plain_sum',
   'prefetch_to_device',
   'process_shard',
+  'prompt_examples',
   'rand_augment',
   'random_apply',
   'random_color_jitter',
@@ -400,6 +421,7 @@ __all__ = [
   'random_scale_shift',
   'random_solarize',
   'read_completions',
+  'read_prompts',
   'read_split_file',
   'read_table',
   'read_values',
@@ -420,6 +442,7 @@ __all__ = [
   'split_800_200',
   'split_cells',
   'split_long_tailed',
+  'split_words',
   'step_counts',
   'subset',
   'symmetric_noise',
@@ -430,5 +453,6 @@ __all__ = [
   'value_grid',
   'vtab_group_means',
   'write_feature_file',
+  'write_prompts',
   'written_sum',
 ]
