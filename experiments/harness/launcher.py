@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from experiments.harness import machine, results, seeds, sources
+from experiments.harness import commands, machine, results, seeds, sources
 from experiments.harness import settings as sections
 from experiments.harness.results import Results
 from experiments.harness.runs import say
@@ -294,6 +294,9 @@ def main(paper: str, arguments: Sequence[str] | None = None) -> Results | None:
   """
   options, changes = _parse(paper, sys.argv[1:] if arguments is None else list(arguments))
   with errors_without_traceback():
+    if own := commands.asked_for(paper, options, changes):
+      own.run(options)
+      return None
     if options.print_config:
       config = load(paper, options.config, changes)
       own = sections.assignments(config, leave_out=('paper', 'setting'))
@@ -345,9 +348,11 @@ def _parse(paper: str, arguments: list[str]) -> tuple[argparse.Namespace, list[s
   parser.add_argument(
     '--print_config', action='store_true', help='show the settings as a command, and stop'
   )
+  if own := commands.of(paper):
+    own.add_options(parser.add_argument_group(own.title))
   options, rest = parser.parse_known_args(arguments)
   if unknown := [text for text in rest if not text.startswith('--config.')]:
-    names = ['--config', '--workdir', '--seeds', '--print_config', '--help']
+    names = [own for action in parser._actions for own in action.option_strings if own != '-h']
     close = difflib.get_close_matches(unknown[0].partition('=')[0], names, 1)
     hint = f'Did you mean {close[0]}? ' if close else ''
     parser.error(

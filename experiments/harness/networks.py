@@ -200,7 +200,12 @@ def prepared(network: Network, params: Any) -> Any:
   """Returns drawn parameters as training starts from them: with `massive` and `fan_in_scaled` applied."""
   for token, channel, value in network.massive:
     params = {**params, 'pos_embed': params['pos_embed'].at[0, token, channel].set(value)}
-  for pattern in network.fan_in_scaled:
+  return fan_in_scaled(network.fan_in_scaled, params)
+
+
+def fan_in_scaled(patterns: Sequence[str], params: Any) -> Any:
+  """Returns drawn parameters, kernels that match a pattern scaled to the deviation 1 / sqrt(3 fan in)."""
+  for pattern in patterns:
     params = models.map_matching(_fan_in_scaled, params, pattern)
   return params
 

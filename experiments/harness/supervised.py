@@ -174,7 +174,8 @@ def program(
   def init(key: Array) -> Initial:
     init_key, keys = draw(key)
     blank = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape[1:]), leaf.dtype), task.batch(2))
-    variables = dict(model.init(init_key, task.augmented(jax.random.split(init_key, 2), blank)))
+    args, kwargs = call(task.augmented(jax.random.split(init_key, 2), blank))
+    variables = dict(model.init(init_key, *args, **kwargs))
     params = prepare(variables.pop('params'))
     largest = {name: jnp.float32(-jnp.inf) for name in watched}
     if table is not None:
@@ -194,14 +195,16 @@ def program(
     told, teacher_parts = None, {}
     if teacher is not None:
       told, teacher_parts = _teach(teacher, state.frozen['teacher'], taught, x)
+    args, kwargs = call(x)
     (outputs, changed), parts = models.capture(
       model,
       before_call({**unbind(params), **state.model_state}),
       captured,
-      x,
+      *args,
       mutable=list(state.model_state),
       hooks=hooks,
       rngs={'dropout': keys['dropout'], 'drop_path': jax.random.fold_in(keys['dropout'], 1)},
+      **kwargs,
       **options,
     )
     outputs = cast_floating(outputs, jnp.promote_types(outputs.dtype, jnp.float32))
@@ -246,6 +249,11 @@ def program(
   )
 
 
+def call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """Returns arguments and keywords of a model for a task's inputs; a mapping holds keywords."""
+  return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+
+
 def mixed(key: Array, images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
   """Returns a batch that is mixed as a recipe says: images, partners and the share of the first."""
   if not recipe.cutmix:
@@ -280,4 +288,5 @@ def abstract_inputs(task: Task) -> Any:
 
 def abstract_variables(model: nn.Module, task: Task) -> dict[str, PyTree]:
   """Returns the shapes of a model's variables."""
-  return dict(jax.eval_shape(model.init, jax.random.key(0), abstract_inputs(task)))
+  args, kwargs = call(abstract_inputs(task))
+  return dict(jax.eval_shape(model.init, jax.random.key(0), *args, **kwargs))

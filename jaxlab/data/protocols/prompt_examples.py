@@ -139,7 +139,7 @@ def prompt_examples(
       all but padding.
 
   Returns:
-    `tokens` int32, `valid` bool, `segments` int32, `label` int32 and `counted` bool, each
+    `tokens` int32, `valid` bool, `segments` int32, `labels` int32 and `counted` bool, each
     `[examples, max_length]`; `counted` are the tokens of the texts.
 
   Raises:
@@ -184,7 +184,7 @@ def _by_chunks(record, kept, tokenizer, layout, lengths) -> Iterator[dict[str, n
     own, labels = chunk.inputs, np.zeros(lengths['max_length'], np.int32)
     labels[own.is_text] = before[chunk.offsets[:, 1]] > before[chunk.offsets[:, 0]]
     yield {
-      'tokens': own.tokens, 'valid': own.mask, 'segments': own.segments, 'label': labels,
+      'tokens': own.tokens, 'valid': own.mask, 'segments': own.segments, 'labels': labels,
       'counted': own.is_text,
     }  # fmt: skip
 
@@ -207,6 +207,6 @@ def _word_by_word(record, words, labels, tokenizer, layout, lengths) -> dict[str
   # What is cut off takes the shifted label of the end with it.
   full[places] = marked[: len(places)]
   return {
-    'tokens': own.tokens, 'valid': own.mask, 'segments': own.segments, 'label': full,
+    'tokens': own.tokens, 'valid': own.mask, 'segments': own.segments, 'labels': full,
     'counted': own.mask,
   }  # fmt: skip

@@ -12,7 +12,7 @@ RECORD = PromptRecord(TEXT, 'color lamp red', 'the lamp')
 
 
 def kept(examples, row):
-  ids = examples['tokens'][row][examples['label'][row] == 1]
+  ids = examples['tokens'][row][examples['labels'][row] == 1]
   return [TOKENIZER.id_to_token(int(own)).lstrip('▁') for own in ids]
 
 
@@ -21,14 +21,14 @@ def test_pieces_of_kept_words_are_labeled_behind_the_instruction():
                                max_instruction=4)  # fmt: skip
   assert {name: (a.shape, a.dtype.name) for name, a in found.items()} == {
     'tokens': ((2, 24), 'int32'), 'valid': ((2, 24), 'bool'), 'segments': ((2, 24), 'int32'),
-    'label': ((2, 24), 'int32'), 'counted': ((2, 24), 'bool'),
+    'labels': ((2, 24), 'int32'), 'counted': ((2, 24), 'bool'),
   }  # fmt: skip
   assert kept(found, 0) == kept(found, 1) == ['color', 'lamp', 'red']
   asked, plain = found['counted']
   size = len(TOKENIZER.encode(TEXT).ids)
   assert asked.sum() == plain.sum() == size
   assert not asked[:4].any() and asked[4] and plain[1]
-  assert not (found['label'] & ~found['counted']).any()
+  assert not (found['labels'] & ~found['counted']).any()
   assert found['segments'][0, 4:].sum() == size + 1 and not found['segments'][1].any()
 
 
@@ -37,7 +37,7 @@ def test_long_texts_become_chunks_and_words_may_have_several_pieces():
   found = data.prompt_examples([RECORD], tokenizer, max_length=30, max_instruction=10)
   assert len(found['tokens']) > 1 and found['counted'].sum() == len(tokenizer.encode(TEXT).ids)
   letters = [
-    tokenizer.id_to_token(int(own)) for own in found['tokens'][found['label'] == 1] if own > 4
+    tokenizer.id_to_token(int(own)) for own in found['tokens'][found['labels'] == 1] if own > 4
   ]
   assert ''.join(letters).replace('▁', '') == 'colorlampred'
 
@@ -54,9 +54,9 @@ def test_official_labels_are_shifted_at_the_end_and_count_all_but_padding():
   lemmas = lambda words: [{'b': 'b-c', 'd': 'd-a', 'D': 'd-a'}.get(w, w) for w in words]  # noqa: E731
   options = {'max_length': 12, 'max_instruction': 2, 'official_quirks': True}
   found = data.prompt_examples([record], word_level(), lemmatize=lemmas, **options)
-  # [CLS] c [SEP] a b c d a [SEP]: lemmas without the comma, pieces of b and d kept, the last label and that of the end swapped.
+  # [CLS] c [SEP] a b c d a [SEP]: no comma, b and d kept; the last label and that of the end are swapped.
   assert found['tokens'][0].tolist() == [2, 6, 3, 4, 5, 6, 7, 4, 3, 0, 0, 0]
-  assert found['label'][0].tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, 0, 0, 0]
+  assert found['labels'][0].tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 1, 0, 0, 0]
   np.testing.assert_array_equal(found['counted'], found['valid'])
 
 
@@ -66,7 +66,7 @@ def test_official_sequences_are_cut_at_the_end():
     [record], word_level(), max_length=5, max_instruction=2, official_quirks=True
   )
   assert found['tokens'][0].tolist() == [2, 4, 5, 6, 3]
-  assert found['label'][0].tolist() == [0, 0, 1, 1, 0]
+  assert found['labels'][0].tolist() == [0, 0, 1, 1, 0]
 
 
 def test_badly_annotated_texts_are_left_out():

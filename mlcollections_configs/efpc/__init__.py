@@ -1,0 +1,1 @@
+"""Settings of EFPC (Cao et al., 2025)."""
