@@ -323,7 +323,11 @@ def compare_checkpoints(config: Settings, workdir: pathlib.Path) -> dict[str, An
       return {}
     return answer(models.from_torch(networks.create(config.answers.model), state_dict))
 
-  return results.results(config, checkpoint_pairs.compare(config, workdir, answered), title=UNITS)
+  return results.results(
+    config,
+    checkpoint_pairs.compare(config, workdir, answered),
+    title='norms; shares and right_answers in %',
+  )
 
 
 def draw(config: Settings, rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:

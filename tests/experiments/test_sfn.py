@@ -261,6 +261,27 @@ def test_impossible_settings_are_refused(changes, message):
     launcher.check(launcher.load('sfn', 'embedded', changes))
 
 
+def test_costs_of_a_step_are_those_over_full_tuning(config, monkeypatch):
+  from experiments.harness import costs
+
+  def relative(sides, base, mesh, repeats):
+    assert list(sides) == ['F4', 'F2'] and base == 'F4' and repeats == 3
+    shapes = {
+      name: jax.eval_shape(side.program.init, jax.random.key(0)) for name, side in sides.items()
+    }
+    held = {
+      name: sum(leaf.size for leaf in jax.tree.leaves(own.opt_state))
+      for name, own in shapes.items()
+    }
+    assert held['F2'] < held['F4']
+    return {name: {'time': float(len(sides))} for name in sides}
+
+  monkeypatch.setattr(costs, 'relative', relative)
+  config = launcher.load('sfn', 'embedded', {**TINY, 'timed': 3})
+  found = sfn.step_costs(config, {'F2': sfn.tuning(config, 'F2')})
+  assert found['F2'] == {'time': 2}
+
+
 def test_two_checkpoints_need_both_names():
   with pytest.raises(ValueError, match='base, tuned: expected two checkpoints'):
     launcher.check(launcher.load('sfn', 'checkpoints', {'tuned': ''}))
