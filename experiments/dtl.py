@@ -102,7 +102,11 @@ def table(config: Settings) -> dict[str, Row]:
   """Returns the rows that `config.runs` may name."""
   plain = functools.partial(dtl, config.side)
   plus = functools.partial(plain, kernel_size=config.side.kernel_size)
-  return {**BASELINES, 'dtl': Row('DTL', 'method', plain), 'dtl_plus': Row('DTL+', 'method', plus)}
+  rows = {
+    'dtl': Row('DTL', 'method', plain, config.side),
+    'dtl_plus': Row('DTL+', 'method', plus, config.side),
+  }
+  return {**BASELINES, **rows}
 
 
 def check(config: Settings) -> Iterator[str]:
@@ -111,7 +115,7 @@ def check(config: Settings) -> Iterator[str]:
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:
-  """Returns the trainings by row and task, and that on the source task."""
+  """Returns the trainings on the first task by row, and that on the source task."""
   del facts
   return adaptation_comparison.programs(config, table(config))
 

@@ -103,14 +103,15 @@ def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: A
 
 
 def programs(config: Settings, table: Mapping[str, Row]) -> dict[str, Run]:
-  """Returns the trainings by row and task, one of each compilation, and the source task's as `source`."""
-  found, seen = {}, set()
-  for (name, task), plan in plans(config, table).items():
-    if id(plan.adaptation) not in seen:
-      seen.add(id(plan.adaptation))
-      found[f'{name}_{task}'] = plan.training
-    if plan.search is not None and (id(plan.adaptation), 'search') not in seen:
-      seen.add((id(plan.adaptation), 'search'))
+  """Returns each row's training on the first task, and that on the source task as `source`.
+
+  Those on other tasks differ in the size of the head and in options of the same kind.
+  """
+  found = {}
+  first = dataclasses.replace(config, tasks=config.tasks[:1])
+  for (name, task), plan in plans(first, table).items():
+    found[f'{name}_{task}'] = plan.training
+    if plan.search is not None:
       found[f'{name}_{task}_search'] = plan.search
   source = source_training(config)
   return found if source is None else {**found, 'source': source}

@@ -192,6 +192,17 @@ def test_a_decay_spares_biases_and_the_rate_is_an_argument(network):
   jax.tree.map(np.testing.assert_array_equal, same.params, state.params)
 
 
+def test_what_decides_a_run_is_in_its_identity():
+  def identity(*changes):
+    return dtl.programs(tiny_config('runs=dtl,', *changes))['dtl_texture'].identity
+
+  own = identity()
+  assert own == identity('runs=dtl,linear') and own['method']['name'] == 'dtl'
+  for change in ('side.rank=3', 'side.beta=10', 'pool=model', 'network.recipe.epochs=2',
+                 'recipe.epochs=4', 'tuning={dtl: {model: {drop_path: 0.1}}}'):  # fmt: skip
+    assert identity(change) != own, change
+
+
 def temporaries(config, name):
   own = made(config, name)
   state = jax.eval_shape(own.program.init, jax.random.key(0))
