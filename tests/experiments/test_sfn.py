@@ -261,6 +261,17 @@ def test_impossible_settings_are_refused(changes, message):
     launcher.check(launcher.load('sfn', 'embedded', changes))
 
 
+@pytest.mark.exhaustive
+def test_variants_train_as_many_parameters_as_the_paper_counts():
+  config = launcher.load('sfn', 'qwen2_5_32b')
+  shapes = sfn.shapes(config.model, config.network.task)
+  total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  for name, billions in {'F1': 1.5, 'F2': 3.2, 'F3': 5.6, 'F4': 32.8}.items():
+    share = sfn.share(shapes, models.tuned_parameters(shapes, sfn.TYPES[name]))
+    # The paper's first number is cut, the others are rounded.
+    assert share / 100 * total / 1e9 == pytest.approx(billions, abs=0.07)
+
+
 def test_costs_of_a_step_are_those_over_full_tuning(config, monkeypatch):
   from experiments.harness import costs
 
