@@ -125,7 +125,7 @@ def compress_prompt(
     instruction: what the prompt is for, such as a question; '' for none.
     model: see `PromptCompressor`, as `variables`, `tokenizer`, `max_length` and `max_instruction`.
     variables: see there.
-    tokenizer: see there; anything with its `encode`, `token_to_id` and `get_vocab`.
+    tokenizer: see there; with a layout anything that has its `encode`.
     rate: tau, tokens that stay / tokens, in (0, 1]; or
     budget: tokens that stay. What stays is a little below, unless forced tokens need more.
     force_tokens: words that stay, see `merge_words`; a line break among them keeps those between words that

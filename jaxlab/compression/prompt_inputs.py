@@ -40,7 +40,7 @@ def token_layout(tokenizer: Any) -> TokenLayout:
   """Returns the layout of a tokenizer: BERT's if it has `[CLS]`, `[SEP]` and `[PAD]`, or else RoBERTa's.
 
   Args:
-    tokenizer: of the library tokenizers, or what has its `token_to_id` and `get_vocab`.
+    tokenizer: of the library tokenizers; its model tells how pieces inside of a word begin.
 
   Raises:
     ValueError: for a tokenizer that has neither these nor `<s>`, `</s>` and `<pad>`.
@@ -48,8 +48,8 @@ def token_layout(tokenizer: Any) -> TokenLayout:
   for names, separators in ((('[CLS]', '[SEP]', '[PAD]'), 1), (('<s>', '</s>', '<pad>'), 2)):
     ids = [tokenizer.token_to_id(name) for name in names]
     if None not in ids:
-      pieces = any(token.startswith('##') and len(token) > 2 for token in tokenizer.get_vocab())
-      return TokenLayout(*ids, separators, '##' if pieces else '')
+      model = getattr(tokenizer, 'model', None)
+      return TokenLayout(*ids, separators, getattr(model, 'continuing_subword_prefix', None) or '')
   raise ValueError(
     'token_layout: the tokenizer has neither [CLS], [SEP] and [PAD] nor <s>, </s> and <pad>: give a layout.'
   )
