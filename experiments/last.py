@@ -91,7 +91,7 @@ def check(config: Settings) -> Iterator[str]:
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:
-  """Returns the trainings by row and task, and that on the source task."""
+  """Returns each row's training on the first task, and that on the source task."""
   del facts
   return adaptation_comparison.programs(config, table(config))
 

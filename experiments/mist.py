@@ -164,18 +164,14 @@ def sent_images(config: Settings, task: str) -> int:
 
 
 def edge_runs(config: Settings) -> dict[str, Run]:
-  """Returns the device's trainings by row and task; tasks with as many images and classes share them."""
-  found, seen = {}, set()
+  """Returns the device's trainings on the first task, by row."""
+  found, task = {}, config.tasks[0]
   for name in split_runs(config)[1]:
     row = edge_table(config)[name]
-    for task in config.tasks:
-      own = nominal_header(config, row.gather, task)
-      if (key := (name, own)) not in seen:
-        seen.add(key)
-        title = f'{row.title}, {task}'
-        _, found[f'{name}_{task}'] = edge_training.training(
-          config, row.edge, own, config.recipe, title, own.count
-        )
+    own = nominal_header(config, row.gather, task)
+    _, found[f'{name}_{task}'] = edge_training.training(
+      config, row.edge, own, config.recipe, f'{row.title}, {task}', own.count
+    )
   return found
 
 
@@ -196,7 +192,7 @@ def check(config: Settings) -> Iterator[str]:
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:
-  """Returns the trainings of cloud and device, and that on the source task."""
+  """Returns each row's training on the first task, and that on the source task."""
   del facts
   others, _ = split_runs(config)
   return {**adaptation_comparison.programs(others, table(config)), **edge_runs(config)}
