@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jaxlab.compression.prompt_inputs import (
-  TokenLayout,
-  classifier_input,
-  prompt_chunks,
-  token_layout,
-)
 from jaxlab.data.protocols.prompt_annotation import (
   WordAnnotation,
   annotate_words,
   filter_annotations,
 )
 from jaxlab.data.sources.prompt_records import PromptRecord
+
+if TYPE_CHECKING:
+  from jaxlab.compression.prompt_inputs import TokenLayout
 
 Lemmatizer = Callable[[Sequence[str]], Sequence[str]]
 
@@ -147,6 +144,10 @@ def prompt_examples(
   """
   if not len(records):
     raise ValueError('prompt_examples: expected at least one record.')
+  from jaxlab.compression.prompt_inputs import (
+    token_layout,
+  )  # machines that read features load no networks
+
   layout = token_layout(tokenizer) if layout is None else layout
   options = {'window': window, 'lemmatize': lemmatize}
   annotated = []
@@ -180,6 +181,8 @@ def _by_chunks(record, kept, tokenizer, layout, lengths) -> Iterator[dict[str, n
   for start, stop in kept.tolist():
     characters[start:stop] = 1
   before = np.concatenate([[0], np.cumsum(characters)])
+  from jaxlab.compression.prompt_inputs import prompt_chunks
+
   for chunk in prompt_chunks(record.text, record.instruction, tokenizer, layout, **lengths):
     own, labels = chunk.inputs, np.zeros(lengths['max_length'], np.int32)
     labels[own.is_text] = before[chunk.offsets[:, 1]] > before[chunk.offsets[:, 0]]
@@ -199,6 +202,8 @@ def _word_by_word(record, words, labels, tokenizer, layout, lengths) -> dict[str
   asked = encode(record.instruction)[: lengths['max_instruction']]
   room = lengths['max_length'] - 2 - (len(asked) + layout.separators if asked else 0)
   ids = [piece for own in pieces for piece in own][: max(room, 0)]
+  from jaxlab.compression.prompt_inputs import classifier_input
+
   own = classifier_input(ids, asked, **layout.special, **lengths)
   marked = piece_labels(labels, [len(own) for own in pieces], official_quirks=True)
   places = np.flatnonzero(own.is_text)
