@@ -9,8 +9,9 @@ import experiments
 
 NOTEBOOKS = sorted((pathlib.Path(experiments.__file__).parent / 'notebooks').glob('*.ipynb'))
 LONG = (
-  'clean_my_labels', 'faster_with_100_images', 'few_images', 'inside_a_language_model',
-  'pretrain_on_few_images', 'quantize_a_trained_network', 'why_does_my_transformer_not_quantize',
+  'adapt_a_frozen_transformer', 'clean_my_labels', 'faster_with_100_images', 'few_images',
+  'inside_a_language_model', 'pretrain_on_few_images', 'quantize_a_trained_network',
+  'why_does_my_transformer_not_quantize',
 )  # fmt: skip
 
 
@@ -20,8 +21,8 @@ def install_cells(notebook):
 
 def test_there_is_a_notebook_a_family_and_all_install_the_same():
   assert [path.stem for path in NOTEBOOKS] == [
-    'clean_my_labels', 'faster_with_100_images', 'few_images', 'inside_a_language_model',
-    'pretrain_on_few_images', 'quantize_a_trained_network', 'the_worst_class',
+    'adapt_a_frozen_transformer', 'clean_my_labels', 'faster_with_100_images', 'few_images',
+    'inside_a_language_model', 'pretrain_on_few_images', 'quantize_a_trained_network', 'the_worst_class',
     'why_does_my_transformer_not_quantize',
   ]  # fmt: skip
   cells = [install_cells(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
