@@ -23,6 +23,7 @@ from experiments.harness.runs import Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
 from experiments.harness.settings import fill, found_by
 from experiments.harness.tasks import ImageTask
+from experiments.protocols.hold_out import Order
 from jaxlab import models
 from jaxlab.models.initializers import vit_normal
 from jaxlab.training import Initial, LossState, Out, Program, cast_floating, make_program
@@ -163,8 +164,9 @@ class Settings(Experiment):
     tuning: of single rows, by name.
     runs: rows that are run.
     pool: what heads read: 'mean_patches' (the norm of the mean patch token) or as the model pools.
-    held_out: images of a task that learning rates are chosen on, where a row has several: the last ones.
-    accounted: fields of the network, and `batch_size`, for which costs are counted, in place of its own.
+    held_out: images of a task that learning rates are chosen on, where a row has several.
+    held_out_order: which these are: the 'last' ones, or of every class its share, drawn by the seed.
+    accounted: fields of the network, and `batch_size`, for which memory is counted, in place of its own.
   """
 
   network: Network
@@ -175,6 +177,7 @@ class Settings(Experiment):
   runs: tuple[str, ...]
   pool: Pool = 'mean_patches'
   held_out: int = 200
+  held_out_order: Order = 'last'
   accounted: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def tuned(self, name: str, task: str) -> Tuning:
@@ -305,6 +308,9 @@ def adaptation(
     return predict(params, frozen, task.augmented(each, batch), train=True, rngs=rngs)
 
   def loss(params: PyTree, frozen: PyTree, batch: PyTree, keys: PyTree) -> Array:
+    # As the step does: what is kept is of the compute type.
+    if dtype is not None:
+      params = cast_floating(params, dtype)
     outputs = training_logits(params, frozen, batch, keys)
     return jnp.mean(supervised.cross_entropy(outputs, task.targets(batch), None))
 

@@ -18,6 +18,7 @@ from experiments.harness.settings import found_by, identity
 from experiments.harness.tasks import ImageTask, is_correct
 from experiments.protocols import adaptation
 from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target, Tuning
+from experiments.protocols.hold_out import held_out_rows
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, data, parallel
 from jaxlab.parallel import aot
@@ -98,6 +99,7 @@ def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: A
   program = sweep(made.program, dict(zip(SWEPT, zip(*pairs, strict=True), strict=True)))
   steps = recipe.epochs * (kept // recipe.batch_size)
   plain = dataclasses.replace(recipe, eval_every=0, best_metric='')
+  decides = {**decides, 'held_out': (config.held_out, config.held_out_order)}
   search = Run(config, few, plain, program, steps, decides, f'{title}, {len(pairs)} settings')
   return Plan(own, made, search, training)
 
@@ -183,8 +185,9 @@ def search(
   pairs = plan.own.pairs(config.recipe)
   if plan.search is None:
     return pairs[0]
-  order = np.arange(len(train))
-  kept, held = (data.subset(train, part) for part in np.split(order, [-config.held_out]))
+  labels = data.source_labels(train)
+  parts = held_out_rows(labels, config.held_out, config.held_out_order, config.seed)
+  kept, held = (data.subset(train, part) for part in parts)
   frozen = plan.adaptation.frozen(variables, *np.transpose(pairs))
 
   def begin(state: Any) -> Any:
@@ -264,13 +267,17 @@ def costs(config: Settings, row: Row, name: str) -> dict[str, float]:
 
   Numbers that are trained, without and with the head; megabytes (10^6) of what the backward pass keeps
   (`adapters.residual_bytes`, as if nothing were fused), and of the temporaries of the compiled step on one
-  device. Where the settings say so, of another network (`accounted`).
+  device. Megabytes are those of another network where the settings say so (`accounted`).
   """
+  task = config.tasks[0]
+  target = config.target[task]
+  judged = adaptation.adapted(config, row, config.tuned(name, task), target, target.size)
+  params = jax.eval_shape(judged.program.init, jax.random.key(0)).params
+  trained = {part: adapters.count_parameters(own) for part, own in params.items()}
   made = accounted(config, row, name)
   program = made.program
   state = jax.eval_shape(program.init, jax.random.key(0))
   given = program.frozen, program.batch, jax.eval_shape(step_keys, state)
-  trained = {part: adapters.count_parameters(own) for part, own in state.params.items()}
   mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
   needs = aot.report(aot.compile_step(program, mesh))['hbm']
   return {
@@ -282,7 +289,7 @@ def costs(config: Settings, row: Row, name: str) -> dict[str, float]:
 
 
 def accounted(config: Settings, row: Row, name: str) -> Adaptation:
-  """Returns a row's training on the first task as its costs are counted."""
+  """Returns a row's training on the first task as its memory is counted."""
   task = config.tasks[0]
   target, fields = config.target[task], dict(config.accounted)
   size = fields.pop('batch_size', config.recipe.batch_size)

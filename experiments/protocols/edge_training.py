@@ -21,6 +21,7 @@ from experiments.harness.data import Arrays
 from experiments.harness.runs import Run, say
 from experiments.harness.sections import Experiment, Optimizer, Recipe, Schedule
 from experiments.harness.settings import found_by, section
+from experiments.protocols.hold_out import Order, held_out_rows
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, data, losses
 from jaxlab.data import FeatureFile, FeatureHeader
@@ -47,7 +48,8 @@ class Edge:
     rates: learning rates; of several, trained side by side, the best on held-out records is taken; none: the
       recipe's.
     decays: weight decays, likewise.
-    held_out: records that these are chosen on, the last ones.
+    held_out: records that these are chosen on.
+    held_out_order: which these are: the 'last' ones, or of every class its share, drawn by the seed.
   """
 
   kind: Literal['attention', 'mlp'] = 'attention'
@@ -57,6 +59,7 @@ class Edge:
   rates: tuple[float, ...] = ()
   decays: tuple[float, ...] = ()
   held_out: int = 200
+  held_out_order: Order = 'last'
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -232,7 +235,8 @@ def _search(
   values = dict(zip(('rate', 'decay'), zip(*pairs, strict=True), strict=True))
   run = run._replace(program=sweep(made.program, values))
   frozen = {name: jnp.asarray(own, jnp.float32) for name, own in values.items()}
-  own, held = (data.subset(train, part) for part in np.split(np.arange(len(train)), [kept]))
+  parts = held_out_rows(data.source_labels(train), edge.held_out, edge.held_out_order, config.seed)
+  own, held = (data.subset(train, part) for part in parts)
   params = runs.train(run, own, folder, frozen=frozen).state.params
   scores = [
     accuracy(config, made, jax.tree.map(lambda leaf, i=i: leaf[i], params), held)

@@ -3,7 +3,7 @@
   python -m experiments.dtl
 
 Digits on 16x16 canvases, in patches of 4x4: 17 tokens of 64 channels. All rows have the same epochs,
-batches, schedule, learning rate and weight decay. What a step costs is counted for six blocks and 28x28
+batches, schedule, learning rate and weight decay. What a step keeps is counted for six blocks and 28x28
 pixels: 50 tokens. The other tasks: `--config.tasks=texture,noise,quadrant,size`.
 """
 

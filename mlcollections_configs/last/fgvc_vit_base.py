@@ -3,8 +3,9 @@
   python -m experiments.last --config=fgvc_vit_base --workdir=DIR
 
 CUB-200, NABirds, Flowers, Dogs and Cars with the splits of VPT: lists `path label` in
-`data/fgvc/<set>/{train,test}.txt`, photographs below `data/fgvc/<set>`. Random resized crops and flips.
-Learning rates are chosen on the last 600 training images.
+`data/fgvc/<set>/{train,test}.txt`, photographs below `data/fgvc/<set>`. Random resized crops and flips,
+which are inferred, as is the recipe: that of `vtab_vit_base`. Learning rates are chosen on 600 training
+images, of every class its share, for the lists are in the order of classes.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +27,7 @@ def get_config() -> ConfigDict:
   images = config.target['cub']['data'].to_dict()
   config.network = adaptation.public_network(adaptation.VIT_BASE, images)
   config.held_out = 600
+  config.held_out_order = 'by_class'
   config.claims = (
     vtab_vit_base.claim('mean above LoRA', 'mean', 'LoRA', 0.0),
     vtab_vit_base.claim('mean at least 5 points above the linear probe', 'mean', 'linear probe', 5.0),

@@ -13,7 +13,7 @@ from experiments.harness.settings import SettingsError
 from experiments.protocols import adaptation, adaptation_comparison, side_adaptation
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, models
-from jaxlab.training import step_keys
+from jaxlab.training import cast_floating, step_keys
 
 TINY = (
   "network.model={'name': 'vit_tiny_patch4_16', 'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_ratio': 2.0}",
@@ -90,12 +90,13 @@ def test_several_rates_are_what_each_is_alone_with_one_forward_pass_a_batch(netw
   collect = adapters.collect_features
 
   def counted(model, variables, images, **options):
-    def seen(site, x):
+    def seen(site, y):
       del site
-      jax.debug.callback(lambda: passes.append(1))
-      return x
+      # With a value, so that it would run once a copy if copies had passes of their own.
+      jax.debug.callback(passes.append, y[0, 0, 0])
+      return y
 
-    hook = models.Hook('', input=seen)
+    hook = models.Hook('blocks_1', output=seen)
     return collect(model, variables, images, hooks=[hook], **options)
 
   monkeypatch.setattr(side_adaptation.adapters, 'collect_features', counted)
@@ -142,6 +143,15 @@ def test_what_is_kept_falls_from_full_tuning_to_the_linear_probe():
   assert kept['one_module'] < 0.5 * kept['lora']
   for name, expected in KEPT.items():
     assert kept[name] == pytest.approx(expected, rel=0.1), name
+
+
+def test_what_is_kept_is_of_the_type_that_a_step_computes_in():
+  own = made(tiny_config('recipe.precision=bfloat16'), 'last')
+  state = jax.eval_shape(own.program.init, jax.random.key(0))
+  given = own.program.frozen, own.program.batch, jax.eval_shape(step_keys, state)
+  narrow = jax.eval_shape(lambda tree: cast_floating(tree, jnp.bfloat16), state.params)
+  kept = [adapters.residual_bytes(own.loss, tree, *given) for tree in (state.params, narrow)]
+  assert kept[0] == kept[1]
 
 
 def second_half(model, images, *, pool):
