@@ -80,6 +80,7 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run]:
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Trains a compressor on each mixture of plain and instructed texts, and compares what they keep."""
   loaded, rows = prompt_compression.load(config), []
+  prompt_compression.require_instructed(loaded, max(config.added))
   for added, (name, training) in zip(config.added, programs(config).items()):
     variables = prompt_compression.train(config, training, loaded, added, workdir / name)
     made = prompt_compression.compressor(config, loaded, variables)
@@ -145,9 +146,10 @@ def add_options(group: Any) -> None:
 def compress(options: argparse.Namespace) -> None:
   """Does what `--compress` asks for: the short text goes out, what became of it to standard error.
 
+  An instruction that is too long is cut, with a warning.
+
   Raises:
-    ValueError: for options that cannot be, an empty text, an instruction that is too long, or a folder of
-      something else.
+    ValueError: for options that cannot be, an empty text, or a folder of something else.
     FileNotFoundError: for a file or a compressor that is not there.
   """
   rate, budget = _number(options, 'rate', float), _number(options, 'budget', int)
@@ -164,12 +166,6 @@ def compress(options: argparse.Namespace) -> None:
     raise ValueError('--checkpoint=DIR is missing: a work directory that the experiment left.')
   made = compression.load_compressor(_folder(pathlib.Path(options.checkpoint)))
   text = _read(options.compress)
-  size = len(made.tokenizer.encode(options.instruction, add_special_tokens=False).ids)
-  if size > made.max_instruction:
-    raise ValueError(
-      f'--instruction has {size} tokens, this compressor was trained for at most {made.max_instruction}: '
-      'shorten it.'
-    )
   found = compression.compress_prompt(
     text, options.instruction, **made._asdict(), rate=rate, budget=budget, force_tokens=force
   )

@@ -253,6 +253,10 @@ def load(config: Settings) -> Loaded:
     plain, instructed, test = map(data.read_prompts, (own.plain, own.instructed, own.test))
     check_kind(own.plain, plain, False)
     check_kind(own.instructed, instructed, True)
+    if not any(item.compressed or (item.instruction and item.answers) for item in test):
+      raise ValueError(
+        f'{own.test}: no record can be judged; expected some with compressed, or instruction and answers.'
+      )
   if tokenizer is None:
     texts = [f'{record.text} {record.instruction}' for record in (*plain, *instructed)]
     tokenizer = models.train_tokenizer([*texts, *sentences(python_reference())], own.vocab_size)
@@ -279,6 +283,17 @@ def check_kind(path: str, records: Sequence[PromptRecord], instructed: bool) -> 
     if bool(record.instruction) != instructed or not record.compressed:
       wanted = 'an instruction' if instructed else 'no instruction'
       raise ValueError(f'{path}: record {index} must have {wanted}, and a compressed text.')
+
+
+def require_instructed(loaded: Loaded, rate: float) -> None:
+  """Raises ValueError unless there are enough instructed sequences for `rate` times the plain ones."""
+  plain, there = len(loaded.plain['tokens']), len(loaded.instructed['tokens'])
+  wanted = round(rate * plain)
+  if wanted > there:
+    raise ValueError(
+      f'{rate:g} for each of {plain} plain sequences are {wanted} instructed ones, got {there}: give more of '
+      'these texts.'
+    )
 
 
 def training(config: Settings, title: str, decides: Mapping[str, Any]) -> Run:

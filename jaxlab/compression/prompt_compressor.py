@@ -128,8 +128,8 @@ def compress_prompt(
     tokenizer: see there; with a layout anything that has its `encode`.
     rate: tau, tokens that stay / tokens, in (0, 1]; or
     budget: tokens that stay. What stays is a little below, unless forced tokens need more.
-    force_tokens: words that stay, see `merge_words`; a line break among them keeps those between words that
-      stay.
+    force_tokens: words that stay, as the text has them, see `merge_words`; a line break among them keeps
+      those between words that stay, with `drop_consecutive` one of several.
     reserve_digits: see `merge_words`.
     drop_consecutive: see `select_words`, as `at_least_one`.
     reduce: see `merge_words`.
@@ -146,8 +146,8 @@ def compress_prompt(
     The shortened prompt; at rate 1 the text as it is. An empty text gives an empty one.
 
   Raises:
-    ValueError: unless one of rate and budget is given and in range, if no text fits behind the instruction,
-      or for a model of other than two classes.
+    ValueError: unless one of rate and budget is given and in range, for a forced token that is not one word
+      to the tokenizer, if no text fits behind the instruction, or for a model of other than two classes.
 
   Source: EFPC, on LLMLingua-2's code. Unlike that, what the tokenizer does not know is a word like others:
   the text has it, though its tokens do not.
@@ -172,8 +172,10 @@ def compress_prompt(
   found = iter(_probabilities(model, variables, flat, batch_size))
   merging = {'force_tokens': force_tokens, 'reserve_digits': reserve_digits, 'reduce': reduce}
   merging |= {'special_tokens': (), 'continuation': layout.continuation}
+  _require_words(tokenizer, merging)
   words = [
-    [_words(chunk, next(found), count_tokens, merging) for chunk in of_text] for of_text in chunks
+    [_words(own, chunk, next(found), count_tokens, merging) for chunk in of_text]
+    for own, of_text in zip(texts, chunks)
   ]
   probabilities = tuple(_joined([own.merged.probabilities for own in each], (0,)) for each in words)
   spans = tuple(_joined([own.spans for own in each], (0, 2)) for each in words)
@@ -198,8 +200,8 @@ def compress_prompt(
   if own_rate == 1:
     written = [own for own, stays in zip(texts, contexts) if stays]
   else:
-    breaks = '\n' in force_tokens
-    written = [_written(*own, breaks) for own in zip(texts, spans, keep)]
+    most = (1 if drop_consecutive else None) if '\n' in force_tokens else 0
+    written = [_written(*own, most) for own in zip(texts, spans, keep)]
     written = [own for own in written if own]
   short = '\n\n'.join(written)
   return CompressedPrompt(
@@ -246,11 +248,30 @@ def _probabilities(model, variables, chunks: Sequence[PromptChunk], batch_size) 
   return found
 
 
-def _words(chunk: PromptChunk, values, count_tokens, merging) -> _Words:
-  """Returns a chunk's words."""
+def _require_words(tokenizer: Any, merging: dict[str, Any]) -> None:
+  """Raises ValueError for a forced token that is never a word, since the tokenizer cuts it into several."""
+  for token in merging['force_tokens']:
+    pieces = tokenizer.encode(token, add_special_tokens=False).tokens if token.strip() else []
+    words = [word for word in merge_words(pieces, [0] * len(pieces), **merging).words if word]
+    if token != '\n' and len(words) != 1:
+      raise ValueError(
+        f'compress_prompt: force_tokens holds {token!r}, to the tokenizer {len(words)} words; expected '
+        "single words, or '\\n'."
+      )
+
+
+def _words(text: str, chunk: PromptChunk, values, count_tokens, merging) -> _Words:
+  """Returns the words of a text's chunk."""
   merged = merge_words(chunk.tokens, values, **merging)
   starts = chunk.offsets[merged.pieces[:, 0], 0]
   stops = chunk.offsets[merged.pieces[:, 1] - 1, 1]
+  # Pieces may be lower-cased or unknown: what is forced is looked for in the text as well.
+  own = [text[start:stop] for start, stop in zip(starts, stops)]
+  forced = np.array([word in merging['force_tokens'] for word in own], bool)
+  merged = merged._replace(
+    words=tuple(seen if there else word for seen, word, there in zip(own, merged.words, forced)),
+    probabilities=np.where(forced, 1.0, merged.probabilities),
+  )
   if count_tokens is None:
     counts = merged.pieces[:, 1] - merged.pieces[:, 0]
   else:
@@ -263,16 +284,16 @@ def _joined(arrays: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
   return np.concatenate(arrays) if arrays else np.zeros(empty, bool if empty == (0,) else np.int64)
 
 
-def _written(text: str, spans: np.ndarray, keep: np.ndarray, breaks: bool) -> str:
-  """Returns the words that stay as the text has them."""
+def _written(text: str, spans: np.ndarray, keep: np.ndarray, breaks: int | None) -> str:
+  """Returns the words that stay as the text has them, with at most `breaks` line breaks between two."""
   parts, previous = [], 0
   for start, stop in spans[keep].tolist():
     if start == stop:  # a marker by itself
       continue
     between = text[previous:start]
     apart = any(map(str.isspace, between))
-    if breaks and parts and '\n' in between:
-      parts.append('\n')
+    if breaks != 0 and parts and '\n' in between:
+      parts.append(('\n' * between.count('\n'))[:breaks])
     # Punctuation stays close to whatever is left of it; two words do not become one.
     elif between[-1:].isspace() or (apart and text[start].isalnum()):
       parts.append(' ')

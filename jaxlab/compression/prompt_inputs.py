@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxlab.compression.prompts import WORD_MARKER
+
 
 class TokenLayout(NamedTuple):
   """How a tokenizer's pieces make a sequence, and words.
@@ -43,16 +45,30 @@ def token_layout(tokenizer: Any) -> TokenLayout:
     tokenizer: of the library tokenizers; its model tells how pieces inside of a word begin.
 
   Raises:
-    ValueError: for a tokenizer that has neither these nor `<s>`, `</s>` and `<pad>`.
+    ValueError: for a tokenizer that has neither these nor `<s>`, `</s>` and `<pad>`; for one whose pieces
+      neither begin words with U+2581 nor are inside of them with a prefix, such as pairs of bytes (GPT-2's).
   """
   for names, separators in ((('[CLS]', '[SEP]', '[PAD]'), 1), (('<s>', '</s>', '<pad>'), 2)):
     ids = [tokenizer.token_to_id(name) for name in names]
     if None not in ids:
       model = getattr(tokenizer, 'model', None)
-      return TokenLayout(*ids, separators, getattr(model, 'continuing_subword_prefix', None) or '')
+      inside = getattr(model, 'continuing_subword_prefix', None) or ''
+      if not inside and not _has_marker(tokenizer):
+        raise ValueError(
+          "token_layout: the tokenizer's pieces have neither U+2581 where words begin (SentencePiece) nor a "
+          'prefix inside of words (WordPiece): its words are not told apart, as with pairs of bytes.'
+        )
+      return TokenLayout(*ids, separators, inside)
   raise ValueError(
     'token_layout: the tokenizer has neither [CLS], [SEP] and [PAD] nor <s>, </s> and <pad>: give a layout.'
   )
+
+
+def _has_marker(tokenizer: Any) -> bool:
+  """Returns whether pieces begin words with a marker, most often a piece by itself, too."""
+  if tokenizer.token_to_id(WORD_MARKER) is not None:
+    return True
+  return any(piece.startswith(WORD_MARKER) for piece in tokenizer.get_vocab())
 
 
 class ClassifierInput(NamedTuple):
@@ -152,7 +168,7 @@ def _ends(text: str, tokens: Sequence[str], offsets: np.ndarray) -> Iterator[boo
   """Yields which tokens end a sentence: a '.', and what stands before a line break."""
   following = [*offsets[1:, 0], len(text)]
   for token, (_, stop), after in zip(tokens, offsets, following):
-    yield token.lstrip('\u2581') == '.' or '\n' in text[stop:after]
+    yield token.lstrip(WORD_MARKER) == '.' or '\n' in text[stop:after]
 
 
 def chunk_tokens(tokens: Sequence, ends: Collection, max_length: int = 512) -> list[slice]:

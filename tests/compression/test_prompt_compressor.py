@@ -121,6 +121,50 @@ def test_forced_words_and_line_breaks_stay():
   assert once.text == 'lamp. house. red'
 
 
+def test_forced_words_of_several_pieces_and_of_any_case_stay():
+  text = 'the lamp is red. Quill is the owner of the chair. the house is Anna'
+  plain = compression.compress_prompt(text, **GIVEN, rate=0.2)
+  forced = compression.compress_prompt(text, **GIVEN, rate=0.2, force_tokens=['Quill'])
+  assert len(TOKENIZER.encode('Quill').tokens) > 1  # several pieces, of which some are unknown
+  assert 'Quill' not in plain.text and 'Quill' in forced.text
+  known = Tokenizer(
+    models.WordPiece(
+      {
+        piece: index
+        for index, piece in enumerate(
+          ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'paris', 'is', 'red', 'now', 'wi', '##de']
+        )
+      }
+    )
+  )
+  known.normalizer = normalizers.BertNormalizer(lowercase=True)
+  known.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  given = {**GIVEN, 'tokenizer': known, 'variables': logits_of(known, {'red': 2.0, 'now': 1.0})}
+  text = 'Paris is red now is wide is paris'
+  found = [
+    compression.compress_prompt(text, **given, rate=0.4, force_tokens=words).text
+    for words in ((), ('Paris',), ('wide',))
+  ]
+  assert found == ['red now', 'Paris red now', 'red now wide']
+
+
+def test_line_breaks_are_kept_by_their_number():
+  text = 'lamp\n\nred\nAnna the the the the the the the the the'
+  for drop, expected in ((False, 'lamp\n\nred\nAnna'), (True, 'lamp\nred\nAnna')):
+    found = compression.compress_prompt(
+      text, **GIVEN, rate=0.3, force_tokens=['\n'], drop_consecutive=drop
+    )
+    assert found.text == expected
+
+
+def test_a_tokenizer_of_bytes_is_refused():
+  pieces = ['<s>', '</s>', '<pad>', *sorted(pre_tokenizers.ByteLevel.alphabet())]
+  own = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, []))
+  own.pre_tokenizer = pre_tokenizers.ByteLevel()
+  with pytest.raises(ValueError, match='its words are not told apart'):
+    compression.token_layout(own)
+
+
 def test_documents_are_left_out_first_and_joined_by_a_blank_line():
   texts = ['The lamp is red.', 'as a rule', 'The chair is Anna.', '']
   found = compression.compress_prompt(texts, **GIVEN, rate=0.5)
@@ -175,7 +219,7 @@ def test_word_pieces_are_merged_and_written_in_the_case_of_the_text():
 
 
 def test_layouts_are_told_by_the_special_tokens():
-  roberta = Tokenizer(models.WordLevel({'<s>': 0, '<pad>': 1, '</s>': 2, 'a': 3}, unk_token='a'))
+  roberta = Tokenizer(models.WordLevel({'<s>': 0, '<pad>': 1, '</s>': 2, '▁a': 3}, unk_token='▁a'))
   assert compression.token_layout(roberta) == (0, 2, 1, 2, '')
   with pytest.raises(ValueError, match='give a layout'):
     compression.token_layout(Tokenizer(models.WordLevel({'a': 0}, unk_token='a')))
@@ -279,6 +323,8 @@ def load_whole(data, folder):
     ({'rate': 0.5, 'batch_size': 0}, 'batch_size=0'),
     ({'rate': 0.5, 'max_length': 5}, 'max_length=5 leaves no room for text'),
     ({'rate': 0.5, 'force_tokens': ['']}, 'empty string'),
+    ({'rate': 0.5, 'force_tokens': ['red lamp']}, "holds 'red lamp', to the tokenizer 2 words"),
+    ({'rate': 0.5, 'force_tokens': [' ']}, "holds ' ', to the tokenizer 0 words"),
     ({'rate': 0.5, 'model': Table(num_classes=3)}, 'of two classes, discard and preserve'),
   ],
 )

@@ -88,6 +88,19 @@ def test_the_command_writes_the_short_text_alone(folder, tmp_path, capsys, monke
   assert sorted(own.name for own in tmp_path.iterdir()) == ['long.txt', 'short.txt']
 
 
+def test_an_instruction_that_is_too_long_is_cut_with_a_warning(folder, tmp_path, capsys):
+  folder, _ = folder
+  file = tmp_path / 'long.txt'
+  file.write_text(TEXT)
+  with pytest.warns(UserWarning, match='is cut to max_instruction=16'):
+    for times in (20, 30):
+      asked = 'the lamp ' * times
+      command(folder, '--compress', str(file), '--instruction', asked, '--rate', '0.25')
+  out = capsys.readouterr().out.splitlines()
+  half = len(out) // 2
+  assert out[:half] == out[half:] != []
+
+
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
@@ -100,7 +113,7 @@ def test_the_command_writes_the_short_text_alone(folder, tmp_path, capsys, monke
     ((), 'expected one of the two'),
     (('--rate', '0.5', '--budget', '3'), 'expected one of the two'),
     (('--rate', '0.5', '--force_tokens', ''), '--force_tokens: expected words'),
-    (('--rate', '0.5', '--instruction', 'the lamp ' * 20), 'at most 16: shorten it'),
+    (('--rate', '0.5', '--force_tokens', 'e.g.'), "holds 'e.g.', to the tokenizer 3 words"),
     (
       ('--rate', '0.5', '--compress', 'nowhere.txt'),
       '--compress=nowhere.txt: there is no such file',
@@ -183,6 +196,19 @@ def test_texts_of_files_are_trained_on_and_judged(tmp_path):
   data.write_prompts(files['plain'], plain[:9])
   with pytest.raises(ValueError, match=r'data.train_size=16, but 9 records'):
     prompt_compression.load(config)
+  data.write_prompts(files['plain'], plain)
+  data.write_prompts(files['test'], [PromptRecord(plain[1].text, answers=('a',))])
+  with pytest.raises(ValueError, match=r'test\.jsonl: .* compressed, or instruction and answers'):
+    prompt_compression.load(config)
+
+
+def test_too_few_instructed_texts_are_said_before_any_training(tmp_path):
+  config = tiny('added=0,0.5', 'data.count=24')
+  loaded = prompt_compression.load(config)
+  few = {name: array[:11] for name, array in loaded.instructed.items()}
+  with pytest.raises(ValueError, match=r'0\.5 for each of 24 plain .* 12 instructed .*, got 11'):
+    prompt_compression.require_instructed(loaded._replace(instructed=few), 0.5)
+  prompt_compression.require_instructed(loaded, 0.5)
 
 
 def test_the_official_loss_counts_padding():

@@ -43,7 +43,7 @@ def test_long_texts_become_chunks_and_words_may_have_several_pieces():
 
 
 def word_level():
-  names = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'a', 'b', 'c', 'd']
+  names = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'a', 'b', 'c', 'd', '▁']
   made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token='[UNK]'))
   made.pre_tokenizer = pre_tokenizers.Split('-', 'removed')  # a-b is one word of two pieces
   return made
