@@ -151,7 +151,7 @@ def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   rows = [BEFORE, *TITLES.values(), *(checkpoint_pairs.title(types) for types in config.merges)]
   rows += [', '.join(types) for types in config.destroyed]
-  yield from results.check_claims(config, [*map(re.escape, rows), r'\w+'], METRICS)
+  yield from results.check_claims(config, [*map(re.escape, rows), r'[\w/]+'], METRICS)
   if config.network is None or config.tuning is None:
     return
   if config.network.pretrained and config.network.recipe is not None:

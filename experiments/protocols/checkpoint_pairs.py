@@ -3,6 +3,7 @@
 Checkpoints on disk are read and written tensor by tensor: memory is that of a few tensors.
 """
 
+import collections
 import dataclasses
 import os
 import re
@@ -143,15 +144,27 @@ def opened(base: str, tuned: str, untie: bool = False) -> tuple[LazyStateDict, L
   return both[0], both[1]
 
 
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+  """Returns the last name of each module type's path, or the path where others end with that name, too.
+
+  >>> short_names(['attn/c_attn', 'attn/c_proj', 'mlp/c_proj'])
+  {'attn/c_attn': 'c_attn', 'attn/c_proj': 'attn/c_proj', 'mlp/c_proj': 'mlp/c_proj'}
+  """
+  last = {path: path.rpartition('/')[2] for path in paths}
+  counts = collections.Counter(last.values())
+  return {path: own if counts[own] == 1 else path for path, own in last.items()}
+
+
 def delta(changes: Iterable[ParameterChange]) -> dict[str, dict[str, float]]:
-  """Returns `METRICS` of each module type, by the last name of its path."""
+  """Returns `METRICS` of each module type, by its short name."""
   found = models.changes_by_module(changes)
+  short = short_names(found)
   total = sum(own.norm**2 for blocks in found.values() for own in blocks.values())
   rows = {}
   for name, blocks in found.items():
     norms = np.array([own.norm for own in blocks.values()])
     modes = [models.is_bimodal(own.histogram.counts) for own in blocks.values() if own.histogram]
-    rows[name.rpartition('/')[2]] = {
+    rows[short[name]] = {
       'delta': float(norms.mean()),
       'delta_share': 100 * float(np.sum(norms**2)) / total if total else 0.0,
       **({'bimodal': 100 * float(np.mean(modes))} if modes else {}),
@@ -204,7 +217,7 @@ Found = Mapping[str, Mapping[int, ParameterChange]]
 
 def draw_norms(config: Experiment, found: Found, path: Any) -> None:
   """Draws norms of changes as a heat map of block and module type, and over the blocks."""
-  names = [name.rpartition('/')[2] for name in found]
+  names = list(short_names(found).values())
   blocks = sorted({index for own in found.values() for index in own})
   norms = np.full((len(blocks), len(found)), np.nan)
   for column, own in enumerate(found.values()):
@@ -229,7 +242,7 @@ def draw_distributions(config: Experiment, found: Found, path: Any) -> None:
   """Draws relative changes as histograms, a panel a module type and a line every fifth block."""
   depth = max(len(own) for own in found.values())
   every = 5 if depth > 8 else 1
-  columns = -(-len(found) // 2)
+  columns, short = -(-len(found) // 2), short_names(found)
   size = (3 * columns, 5)
   with pictures.drawn(path, 2, columns, size=size, squeeze=False, sharex=True, sharey=True) as axes:
     for axis, (name, own) in zip(axes.flat, found.items()):
@@ -237,7 +250,7 @@ def draw_distributions(config: Experiment, found: Found, path: Any) -> None:
         shape = own[index].histogram
         middles = (shape.edges[1:] + shape.edges[:-1]) / 2
         axis.plot(middles, shape.normalized, label=f'block {index}', linewidth=0.8)
-      axis.set_title(name.rpartition('/')[2], fontsize=9)
+      axis.set_title(short[name], fontsize=9)
     for axis in axes.flat[len(found) :]:
       axis.set_visible(False)
     for axis in axes[-1]:

@@ -79,12 +79,12 @@ def open_state_dict(path: str | os.PathLike) -> LazyStateDict:
   Raises:
     FileNotFoundError: if there is no such file or folder, or none in it.
     ValueError: for a file that is not safetensors, is cut off or damaged; for a name in two of the files; for
-      an index whose files or tensors are not all there. Also when an array is read from a file that was cut
-      off since.
+      an index that is no whole one, or whose files or tensors are not all there. Also when an array is read
+      from a file that was cut off since.
   """
   path = pathlib.Path(path)
   index = path / INDEX
-  listed: dict[str, str] = json.loads(index.read_text())['weight_map'] if index.is_file() else {}
+  listed = _weight_map(index) if index.is_file() else {}
   if listed:
     files = [path / name for name in sorted(set(listed.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
@@ -107,6 +107,16 @@ def open_state_dict(path: str | os.PathLike) -> LazyStateDict:
   return LazyStateDict(tensors)
 
 
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  try:
+    found = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    return {str(name): str(file) for name, file in found.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(
+      f"{os.fspath(index)!r} is no whole index, JSON with 'weight_map': {error!r}."
+    ) from error
+
+
 def save_state_dict(
   folder: str | os.PathLike,
   state_dict: Mapping[str, np.ndarray],
@@ -119,7 +129,8 @@ def save_state_dict(
 
   `model.safetensors`, or with more than one shard `model-00001-of-00003.safetensors` and so on and
   `model.safetensors.index.json`, as transformers names and reads them. The folder appears when all is
-  written, or not at all.
+  written, or not at all; one that is replaced is `<folder>.old` until then, where the next call finds it if
+  this one is killed.
 
   Args:
     folder: that is made.
@@ -134,6 +145,8 @@ def save_state_dict(
       arrays, what reading them raises.
   """
   folder = pathlib.Path(folder)
+  old = folder.with_name(f'{folder.name}.old')
+  _restore(old, folder)
   if folder.exists() and not overwrite:
     raise ValueError(f'{os.fspath(folder)!r} is there already; give another folder.')
   if not isinstance(state_dict, LazyStateDict):
@@ -156,11 +169,21 @@ def save_state_dict(
     if beside is not None:
       _copy_beside(pathlib.Path(beside), partial, 'lm_head.weight' in state_dict)
     if folder.exists():
-      shutil.rmtree(folder)
+      folder.replace(old)
     partial.replace(folder)
   except BaseException:
+    _restore(old, folder)
     shutil.rmtree(partial, ignore_errors=True)
     raise
+  _restore(old, folder)
+
+
+def _restore(old: pathlib.Path, folder: pathlib.Path) -> None:
+  """Moves back what was to be replaced, or removes it if it has been."""
+  if old.exists() and folder.exists():
+    shutil.rmtree(old)
+  elif old.exists():
+    old.replace(folder)
 
 
 def _copy_beside(source: pathlib.Path, target: pathlib.Path, has_head: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlab.models.intercept import Hook, any_of, raise_unmatched
-from jaxlab.models.lazy_checkpoints import LazyStateDict
+from jaxlab.models.lazy_checkpoints import LazyStateDict, LazyTensor
 from jaxlab.trees import tree_paths
 
 Array = jax.Array
@@ -289,14 +289,14 @@ def destroy_parameters(
   entries from N(0, std^2). Its third destructor, Remove, is `remove_blocks`.
 
   Args:
-    params: parameters of a network.
+    params: parameters of a network; a `LazyStateDict` is not read.
     mask: of `select_parameters`; the paper leaves early and late blocks alone: any damage there gives
       random tokens.
     key: of the random numbers; None: zeros.
     std: of the random entries.
 
   Returns:
-    The structure, shapes and dtypes of `params`.
+    The structure, shapes, dtypes and shardings of `params`; a `LazyStateDict` if it is one.
 
   Raises:
     ValueError: if the mask's structure is another, or for a negative std.
@@ -310,6 +310,8 @@ def destroy_parameters(
   """
   if not std >= 0:
     raise ValueError(f'std must not be negative, got {std}.')
+  if isinstance(params, LazyStateDict):
+    return _destroy_lazily(params, mask, key, std)
   _require_mask(params, mask)
   leaves, structure = jax.tree.flatten(params)
   out = []
@@ -317,10 +319,41 @@ def destroy_parameters(
     if chosen and key is None:
       leaf = jnp.zeros_like(leaf)
     elif chosen:
-      own = jax.random.fold_in(key, index)
-      leaf = (std * jax.random.normal(own, jnp.shape(leaf))).astype(jnp.asarray(leaf).dtype)
+      own, kind = jax.random.fold_in(key, index), jnp.result_type(leaf)
+      place = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, 'sharding', None)
+      if isinstance(place, jax.sharding.NamedSharding):  # each device draws its part
+        leaf = _drawing_over(jnp.shape(leaf), kind, place)(own, std)
+      else:
+        leaf = _drawn(own, std, jnp.shape(leaf), kind)
     out.append(leaf)
   return jax.tree.unflatten(structure, out)
+
+
+def _drawn(key: Array, std: float, shape: tuple[int, ...], dtype: Any) -> Array:
+  return (std * jax.random.normal(key, shape)).astype(dtype)
+
+
+@functools.lru_cache  # leaves of one form share a compilation
+def _drawing_over(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Callable[..., Array]:
+  return jax.jit(functools.partial(_drawn, shape=shape, dtype=dtype), out_shardings=sharding)
+
+
+def _destroy_lazily(
+  params: LazyStateDict, mask: Mapping[str, bool], key: Array | None, std: float
+) -> LazyStateDict:
+  _require_mask(params.shapes, mask)
+
+  def made(index: int, own: LazyTensor) -> np.ndarray:
+    if key is None:
+      return np.zeros(own.shape, own.dtype)
+    return np.asarray(_drawn(jax.random.fold_in(key, index), std, own.shape, own.dtype))
+
+  places = {name: index for index, name in enumerate(sorted(params.tensors))}  # as in a tree
+  destroyed = {
+    name: own._replace(read=functools.partial(made, places[name], own)) if mask[name] else own
+    for name, own in params.tensors.items()
+  }
+  return LazyStateDict(destroyed)
 
 
 def remove_blocks(paths: Iterable[str]) -> Hook:

@@ -1,6 +1,8 @@
 import json
+import pathlib
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -182,6 +184,55 @@ def test_an_index_says_which_files_and_tensors_belong_together(tmp_path):
   path.write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r'names model\.other in model-.*, which does not hold it'):
     models.open_state_dict(tmp_path / 'new')
+
+
+def test_what_is_replaced_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+  old, new = network(0), network(1)
+  models.save_state_dict(tmp_path / 'own', old)
+  replace = pathlib.Path.replace
+
+  def killed(self, target):
+    if self.name == 'own.partial':
+      raise KeyboardInterrupt
+    return replace(self, target)
+
+  monkeypatch.setattr(pathlib.Path, 'replace', killed)
+  with pytest.raises(KeyboardInterrupt):
+    models.save_state_dict(tmp_path / 'own', new, overwrite=True)
+  monkeypatch.undo()
+  assert_same(models.open_state_dict(tmp_path / 'own'), old)
+  (tmp_path / 'own').rename(tmp_path / 'own.old')  # as a process leaves it that is killed there
+  with pytest.raises(ValueError, match='is there already'):
+    models.save_state_dict(tmp_path / 'own', new)
+  assert_same(models.open_state_dict(tmp_path / 'own'), old)
+  models.save_state_dict(tmp_path / 'own', new, overwrite=True)
+  assert_same(models.open_state_dict(tmp_path / 'own'), new)
+  assert [path.name for path in tmp_path.iterdir()] == ['own']
+
+
+@pytest.mark.parametrize(
+  'text', ['{"weight_map": {"a"', '{"metadata": {}}', '[]', '{"weight_map": 3}']
+)
+def test_an_index_that_is_none_is_named(text, tmp_path):
+  models.save_state_dict(tmp_path / 'own', network(0))
+  (tmp_path / 'own/model.safetensors.index.json').write_text(text)
+  with pytest.raises(ValueError, match=r'own/model\.safetensors\.index\.json.* is no whole index'):
+    models.open_state_dict(tmp_path / 'own')
+
+
+def test_tensors_of_files_are_destroyed_as_those_in_memory(tmp_path):
+  arrays = network(0, dtype=jnp.bfloat16)
+  models.save_state_dict(tmp_path / 'own', arrays, max_shard_bytes=500)
+  lazy = models.open_state_dict(tmp_path / 'own')
+  mask = models.select_parameters(lazy.shapes, ['k_proj'], blocks=[1])
+  for key in (None, jax.random.key(4)):
+    found = models.destroy_parameters(lazy, mask, key)
+    assert isinstance(found, models.LazyStateDict)
+    models.save_state_dict(tmp_path / 'new', found, overwrite=True)
+    expected = models.destroy_parameters(arrays, mask, key)
+    expected = {name: np.asarray(array) for name, array in expected.items()}
+    assert_same(models.open_state_dict(tmp_path / 'new'), expected)
+    assert any(not np.array_equal(expected[name], arrays[name]) for name in arrays)
 
 
 def test_bad_input_is_named(tmp_path):

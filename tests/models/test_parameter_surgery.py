@@ -249,6 +249,18 @@ def test_new_entries_are_drawn_for_the_chosen_alone():
   assert not np.array_equal(drawn['a'], drawn['b'])
 
 
+def test_what_is_destroyed_stays_where_it_was():
+  mesh = jax.make_mesh((len(jax.devices()),), ('data',))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  here = {'a': jnp.ones((8 * len(jax.devices()), 4), jnp.bfloat16)}
+  there = jax.device_put(here, split)
+  for key in (None, jax.random.key(1)):
+    expected = models.destroy_parameters(here, {'a': True}, key)['a']
+    found = models.destroy_parameters(there, {'a': True}, key)['a']
+    assert found.sharding == split and found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_frozen_parameters_stay_and_have_no_state():
   params = _params(0)
   mask = models.select_parameters(params, ['o_proj', '.*norm', 'embed_tokens', 'lm_head'])
