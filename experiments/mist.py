@@ -76,7 +76,7 @@ class Settings(adaptation.Settings):
     spaced: whether k is the number of layers at equal gaps instead, from z_0 to z_N.
     role: 'both': cloud and device, compared with others; 'cloud': features of all tasks, in files.
     serve: `host:port` where a cloud then waits for one device and sends them; port 0: any free one.
-    sent: type of what the cloud sends by itself.
+    sent: type of what the cloud sends; that of the row `mist_float16` is its own.
     suffix: of the files; `.array_record` are never in memory as a whole.
     views: augmented views of each training image that are sent, where a task augments them.
     timed: calls that a step and the network's forward pass are timed over; 0: not.
@@ -106,6 +106,24 @@ class Settings(adaptation.Settings):
     for name, least in (('views', 1), ('timed', 0)):
       if getattr(self, name) < least:
         yield f'{name}={getattr(self, name)}: expected at least {least}.'
+        return
+    if len(self.edge.pairs(self.recipe)) > 1:
+      yield from self._check_search()
+
+  def _check_search(self) -> Iterator[str]:
+    """Yields why rates of the device cannot be chosen on held-out records."""
+    for task in {*self.tasks} & {*self.target}:
+      records, size = sent_images(self, task), self.target[task].size
+      if records > size:
+        yield (
+          f'edge.rates={self.edge.rates}, edge.decays={self.edge.decays}: expected one of each with '
+          f'views={self.views} of {task}: the held-out records would be views of images trained on.'
+        )
+      elif records - self.edge.held_out < self.recipe.batch_size:
+        yield (
+          f'edge.held_out={self.edge.held_out}: expected at least a batch of {self.recipe.batch_size} to be '
+          f'left of the {records} records of {task}.'
+        )
 
 
 def layers(config: Settings) -> tuple[int, ...] | None:
@@ -119,7 +137,7 @@ def layers(config: Settings) -> tuple[int, ...] | None:
 def edge_table(config: Settings) -> dict[str, EdgeRow]:
   """Returns the rows of the device that `config.runs` may name."""
   edge, depth = config.edge, adaptation.backbone(config).depth
-  summed, last = Gather(layers(config)), Gather((depth,))
+  summed, last = Gather(layers(config), config.sent), Gather((depth,), config.sent)
   narrow = summed._replace(dtype='float16')
   probe, mlp = dataclasses.replace(edge, depth=0), dataclasses.replace(edge, kind='mlp')
   return {
@@ -159,8 +177,12 @@ def nominal_header(config: Settings, gather: Gather, task: str, **fields: Any) -
 
 def sent_images(config: Settings, task: str) -> int:
   """Returns the training features of a task: as many as images, or their augmented views."""
-  target = config.target[task]
-  return target.size * (config.views if target.augment.kind != 'none' else 1)
+  return config.target[task].size * views_of(config, task)
+
+
+def views_of(config: Settings, task: str) -> int:
+  """Returns the records of each training image of a task."""
+  return config.views if config.target[task].augment.kind != 'none' else 1
 
 
 def edge_runs(config: Settings) -> dict[str, Run]:
@@ -170,7 +192,13 @@ def edge_runs(config: Settings) -> dict[str, Run]:
     row = edge_table(config)[name]
     own = nominal_header(config, row.gather, task)
     _, found[f'{name}_{task}'] = edge_training.training(
-      config, row.edge, own, config.recipe, f'{row.title}, {task}', own.count
+      config,
+      row.edge,
+      own,
+      config.recipe,
+      f'{row.title}, {task}',
+      own.count,
+      views_of(config, task),
     )
   return found
 
@@ -181,7 +209,15 @@ def check(config: Settings) -> Iterator[str]:
   if unknown := [name for name in config.runs if name not in known]:
     yield f'runs: {", ".join(map(repr, unknown))} are none of the rows {", ".join(known)}.'
     return
-  others, _ = split_runs(config)
+  others, edge = split_runs(config)
+  model = adaptation.backbone(config)
+  token = config.pool == 'model' and getattr(model, 'pooling', '') == 'token'
+  read = 'cls' if token else 'mean_patches'
+  if others.runs and edge and config.edge.pool != read:
+    yield (
+      f'edge.pool={config.edge.pool!r}: expected {read!r}, what the heads of {", ".join(others.runs)} read '
+      f'by pool={config.pool!r}.'
+    )
   if others.runs:
     yield from adaptation_comparison.check(others, table(config))
   yield from found_by('edge', edge_runs, config)
@@ -234,6 +270,7 @@ def device(
       test,
       workdir / f'{name}_{task}',
       f'{row.title}, {task}',
+      views_of(config, task),
     )
     found[task] = ended.accuracy
     say(f'{row.title}, {task}: accuracy {ended.accuracy:.4g}')

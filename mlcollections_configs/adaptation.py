@@ -109,7 +109,11 @@ FINE = dict(
 
 
 def photographs(num_classes: int, **fields) -> dict:
-  """Returns photographs whose test images are resized to 256x256 and cut to the central 224x224."""
+  """Returns photographs whose test images are resized to 256x256 and cut to the central 224x224.
+
+  Training images are stretched to 256x256 too, from which crops are made on the device: other than in crops
+  of the original, shapes are distorted by its aspect, and details are lost beyond 256 pixels a side.
+  """
   return dict(
     stored_image=(256, 256, 3), image_size=224, num_classes=num_classes, num_threads=8, mean=0.5,
     std=0.5, train_decode=dict(size=256, stretch=True, interpolation='bicubic'),

@@ -9,7 +9,7 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -64,6 +64,10 @@ class Edge:
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
     yield from found_by('edge', functools.partial(self.init, jax.random.key(0), 8, 2))
+    for name in ('rates', 'decays'):
+      own = getattr(self, name)
+      if len(set(own)) < len(own) or any(value < 0 for value in own):
+        yield f'{name}={own}: expected different numbers of at least 0.'
     if self.held_out < 1:
       yield f'held_out={self.held_out}: expected at least 1.'
 
@@ -178,10 +182,20 @@ def edge_training(
 
 
 def training(
-  config: Experiment, edge: Edge, header: FeatureHeader, recipe: Recipe, title: str, count: int
+  config: Experiment,
+  edge: Edge,
+  header: FeatureHeader,
+  recipe: Recipe,
+  title: str,
+  count: int,
+  views: int = 1,
 ) -> tuple[EdgeTraining, Run]:
-  """Returns the functions and the run of a training on `count` of the records that a header tells of."""
-  steps = count // recipe.batch_size
+  """Returns the functions and the run of a training on `count` of the records that a header tells of.
+
+  With `views` records of each image the recipe's epochs have the steps of epochs over images: the budget of
+  a training that draws the views anew.
+  """
+  steps = count // views // recipe.batch_size
   if not steps:
     raise ValueError(f'batch_size={recipe.batch_size} exceeds the {count} records of features.')
   made = edge_training(edge, header, recipe, steps)
@@ -200,8 +214,11 @@ def train(
   test: FeatureFile,
   folder: pathlib.Path,
   title: str,
+  views: int = 1,
 ) -> Trained:
   """Trains an edge network on a file of features, from wherever `folder` was left, and judges it on another.
+
+  `views` are the records of each training image, see `training`.
 
   Raises:
     ValueError: for files of two networks, of other layers, or of different kinds.
@@ -218,7 +235,7 @@ def train(
     rate, decay = _search(
       config, edge, recipe, train, folder.parent / f'{folder.name}_search', title
     )
-  made, run = training(config, edge, train.header, recipe, title, len(train))
+  made, run = training(config, edge, train.header, recipe, title, len(train), views)
   frozen = {'rate': jnp.float32(rate), 'decay': jnp.float32(decay)}
   params = runs.train(run, train, folder, frozen=frozen).state.params
   return Trained(params, accuracy(config, made, params, test), (rate, decay))
@@ -287,12 +304,18 @@ def median_seconds(function: Any, times: int, *args: Any) -> float:
   return float(np.median(taken))
 
 
-def pair_of(folder: pathlib.Path, task: str, **expected: Any) -> tuple[FeatureFile, FeatureFile]:
+def pair_of(
+  folder: pathlib.Path,
+  task: str,
+  suffixes: Sequence[str] = ('.npz', '.array_record'),
+  **expected: Any,
+) -> tuple[FeatureFile, FeatureFile]:
   """Returns the training and test features of a task, from `<folder>/<task>-train.*` and `-test.*`.
 
   Args:
     folder: with the files.
     task: name of the task.
+    suffixes: of the files; the first that is there is read.
     **expected: fields of the header that both must have.
 
   Raises:
@@ -301,7 +324,7 @@ def pair_of(folder: pathlib.Path, task: str, **expected: Any) -> tuple[FeatureFi
   """
   found = []
   for split in ('train', 'test'):
-    paths = [folder / f'{task}-{split}{suffix}' for suffix in ('.npz', '.array_record')]
+    paths = [folder / f'{task}-{split}{suffix}' for suffix in suffixes]
     path = next((own for own in paths if own.is_file()), paths[0])
     found.append(FeatureFile(path, expected))
   return found[0], found[1]

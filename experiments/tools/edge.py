@@ -11,6 +11,8 @@ from experiments.protocols import edge_training
 from experiments.protocols.edge_training import Settings
 from jaxlab import adapters, data, training
 
+SUFFIXES = ('.npz', '.array_record')
+
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
   """Runs the command; writes `<workdir>/edge.json` and returns what is in it."""
@@ -25,6 +27,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
   source = parser.add_mutually_exclusive_group(required=True)
   source.add_argument('--features', metavar='DIR', help='folder of <task>-train and <task>-test')
   source.add_argument('--cloud', metavar='HOST:PORT', help='where a cloud waits for this device')
+  parser.add_argument(
+    '--suffix',
+    default='.npz',
+    choices=SUFFIXES,
+    help='of received files; those of .array_record are never in memory as a whole',
+  )
   parser.add_argument('--network', default='', help='fingerprint that features must have')
   parser.add_argument('--workdir', required=True, metavar='DIR', help='for all that is made here')
   options, rest = parser.parse_known_args(arguments)
@@ -34,18 +42,23 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
   config = settings.fill(Settings, settings.override(Settings, {'paper': 'edge'}, changes))
   settings.require(settings.problems(config))
   workdir = pathlib.Path(options.workdir)
-  received = 0
-  if options.cloud:
-    host, _, port = options.cloud.rpartition(':')
-    if not host or not port.isdecimal():
-      raise ValueError(f'--cloud={options.cloud}: expected HOST:PORT.')
-    folder = workdir / 'features'
-    _, received = data.receive_features(host, int(port), folder, timeout=600.0)
-    say(f'received {received} bytes')
-  else:
-    folder = pathlib.Path(options.features)
+  host, _, port = (options.cloud or '').rpartition(':')
+  if options.cloud and (not host or not port.isdecimal()):
+    raise ValueError(f'--cloud={options.cloud}: expected HOST:PORT.')
   with training.locked(workdir):
-    found = trained(config, folder, workdir, options.network)
+    if options.cloud:
+      folder = workdir / 'features'
+      files, received = data.receive_features(
+        host, int(port), folder, suffix=options.suffix, timeout=600.0
+      )
+      say(f'received {received} bytes')
+      # Of what else lies there from before nothing is read.
+      tasks = [name.removesuffix('-train') for name in files if name.endswith('-train')]
+      suffixes = (options.suffix,)
+    else:
+      folder, suffixes, received = pathlib.Path(options.features), SUFFIXES, 0
+      tasks = edge_training.tasks_in(folder)
+    found = trained(config, folder, tasks, suffixes, workdir, options.network)
   found['received_bytes'] = received
   results.save_json(workdir / 'edge.json', found)
   say(f'Results: {workdir / "edge.json"}')
@@ -53,12 +66,28 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def trained(
-  config: Settings, folder: pathlib.Path, workdir: pathlib.Path, network: str
+  config: Settings,
+  folder: pathlib.Path,
+  tasks: Sequence[str],
+  suffixes: Sequence[str],
+  workdir: pathlib.Path,
+  network: str,
 ) -> dict[str, Any]:
-  """Trains on every task of a folder; returns accuracies, the numbers that are trained, and bytes."""
+  """Trains on tasks of a folder; returns accuracies, the numbers that are trained, and bytes.
+
+  Raises:
+    ValueError: for no task, and for features of several networks, of different layers or types.
+  """
+  if not tasks:
+    raise ValueError('no features to train on came: expected sets <task>-train and <task>-test.')
   expected = {'network': network} if network else {}
   # All files are looked at before the first training.
-  pairs = {t: edge_training.pair_of(folder, t, **expected) for t in edge_training.tasks_in(folder)}
+  pairs = {t: edge_training.pair_of(folder, t, suffixes, **expected) for t in tasks}
+  for name in ('network', 'layers', 'dtype'):
+    held = {getattr(train.header, name): train.path for train, _ in pairs.values()}
+    if len(held) > 1:
+      different = ', '.join(f'{path.name} {value!r}' for value, path in held.items())
+      raise ValueError(f'{folder}: expected the same {name} in all tasks, got {different}.')
   accuracies, header = {}, next(iter(pairs.values()))[0].header
   for task, (train, test) in pairs.items():
     ended = edge_training.train(

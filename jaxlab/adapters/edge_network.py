@@ -48,7 +48,7 @@ def init_edge_network(
 
   Returns:
     `modules` (see `init_modules`), `norm` (`scale` 1 and `bias` 0: trained, for the sum of layers has
-    another scale than the frozen network's own norm is made for) and `head`.
+    another scale than the frozen network's own norm is made for; inferred, as is the pooling) and `head`.
 
   Raises:
     ValueError: for a rank or a number of classes below 1, or a negative depth.

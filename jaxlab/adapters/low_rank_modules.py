@@ -56,7 +56,7 @@ def low_rank_attention(
     params: `norm` (`scale`, `bias` `[width]`), `query`, `key`, `value` `[width, rank]`, `out`
       `[rank, width]`; see `init_low_rank_attention`.
     x: `[batch, tokens, width]`.
-    epsilon: of the LayerNorm.
+    epsilon: of the LayerNorm (inferred).
 
   Returns:
     `[batch, tokens, width]` in the parameters' type, without the shortcut.

@@ -24,10 +24,11 @@ import numpy as np
 
 from jaxlab.data.sources.feature_file import Batch, FeatureHeader, write_feature_file
 
-GREETING, FAREWELL = b'jaxlab features 1', b'all'
+GREETING, FAREWELL = b'jaxlab features 2', b'all'
 MAX_TEXT = 1 << 20
 MAX_RECORD = 1 << 28
-BATCH = 64  # records of a message
+BATCH = 64  # records of a message, fewer where these would exceed MAX_MESSAGE bytes
+MAX_MESSAGE = 1 << 26
 
 
 class Features(Protocol):
@@ -85,11 +86,16 @@ def send_features(
 
 def _send_records(connection: socket.socket, features: Features) -> int:
   sent, check = 0, 0
-  for own, labels in features.batches(BATCH):
+  for own, labels in features.batches(_message_records(features.header)):
     payload = labels.astype('<i4').tobytes() + own.astype(features.header.wire_dtype).tobytes()
     check = zlib.crc32(payload, check)
     sent += _send(connection, payload)
   return sent + _send(connection, struct.pack('>I', check))
+
+
+def _message_records(header: FeatureHeader) -> int:
+  """Returns the records of a message; both sides compute it."""
+  return max(1, min(BATCH, MAX_MESSAGE // (header.record_bytes + 4)))
 
 
 def _send(connection: socket.socket, payload: bytes) -> int:
@@ -106,7 +112,10 @@ def receive_features(
   suffix: str = '.npz',
   timeout: float = 60.0,
 ) -> tuple[dict[str, pathlib.Path], int]:
-  """Connects to a cloud and writes what it sends, `<folder>/<name><suffix>`: all sets or none.
+  """Connects to a cloud and writes what it sends, `<folder>/<name><suffix>`.
+
+  Nothing is put there before all sets have arrived whole. They are then put there one after the other: each
+  file is the old or the new one, whatever happens, but who ends the process at this moment may find both.
 
   Args:
     host: of the cloud.
@@ -184,8 +193,9 @@ class _Counted:
     check, size = 0, header.record_bytes + 4
     if size > MAX_RECORD:
       raise ConnectionError(f'a record of {size} bytes was announced, more than {MAX_RECORD}')
-    for start in range(0, header.count, BATCH):
-      count = min(BATCH, header.count - start)
+    most = _message_records(header)
+    for start in range(0, header.count, most):
+      count = min(most, header.count - start)
       payload = self.message(count * size, count * size)
       check = zlib.crc32(payload, check)
       labels = np.frombuffer(payload, '<i4', count=count)

@@ -5,8 +5,10 @@
 
 Learning rate, drop path and DTL+'s kernel of every task are those of the official scripts, as are AdamW,
 batch 32, and 110 epochs: 10 of warm-up, then a cosine that would last 100 and stays at its floor for the
-rest. The scripts run fp16 with seed 42. Baselines have NOAH's recipe: rate 0.001, weight decay 0.0001,
-drop path 0.1. Prepare each data set once: `tfds build NAME --file_format=array_record`.
+rest. The scripts run fp16 with seed 42. LoRA has NOAH's rate 0.001, weight decay 0.0001, and drop path
+0.1, the linear probe no drop path; other than with NOAH both are trained as DTL is, with batches of 32 (64
+there) for 110 epochs (100), and read the mean patch. Prepare each data set once:
+`tfds build NAME --file_format=array_record`.
 """
 
 from ml_collections import ConfigDict
@@ -52,7 +54,7 @@ def get_config() -> ConfigDict:
   config.runs = ('dtl', 'dtl_plus', 'linear', 'lora')
   config.tuning = tuning(TASKS) | dict(linear=dict(rates=(1e-3,), decays=(1e-4,)), lora=BASELINES)
   config.seed = 42
-  config.claims = claims()
+  config.claims = claims(probe=10.0)
   config.reported = (
     'Mean of the three groups on VTAB-1k, ViT-B/16: DTL 76.7 % with 0.04 M trained numbers, LoRA 74.5 with '
     '0.29 M, linear probe 57.6, full tuning 68.9; about 3 GB in training in place of 5 to 6.'
@@ -78,13 +80,13 @@ def tuning(tasks: dict) -> dict:
   )
 
 
-def claims() -> tuple[dict, ...]:
-  """Returns the claims."""
+def claims(probe: float) -> tuple[dict, ...]:
+  """Returns the claims: DTL above LoRA, and `probe` points above the linear probe, for less."""
   mean, few = 'mean', dict(higher_is_better=False)
   return (
     dict(statement='mean of groups above LoRA', metric=mean, baseline='LoRA', method='DTL'),
     dict(statement='mean of groups above the linear probe', metric=mean, baseline='linear probe',
-         method='DTL', margin=10.0),
+         method='DTL', margin=probe),
     dict(statement='fewer trained numbers than LoRA', metric='trained', baseline='LoRA',
          method='DTL', margin=1.0, **few),
     dict(statement='less kept for the backward pass than by LoRA', metric='residual_mb',

@@ -75,6 +75,24 @@ def wire(sets):
   return b''.join(parts), server.result
 
 
+def test_messages_are_bounded_by_their_bytes(sets, tmp_path, monkeypatch):
+  monkeypatch.setattr(transfer, 'MAX_MESSAGE', 7 * (HEADER.record_bytes + 4) + 3)
+  whole, _ = wire(sets)
+  at, sizes = 0, []
+  while at < len(whole):
+    (size,) = struct.unpack('>Q', whole[at : at + 8])
+    sizes.append(size)
+    at += 8 + size
+  assert sizes.count(7 * (HEADER.record_bytes + 4)) == 2 * (150 // 7)
+  server = Server(raw(whole))
+  files, received = data.receive_features('127.0.0.1', server.port, tmp_path)
+  server.join()
+  assert received == len(whole)
+  for name, path in files.items():
+    rows = [own.gather(np.arange(150)) for own in (data.FeatureFile(path), sets[name])]
+    np.testing.assert_array_equal(rows[0]['features'], rows[1]['features'])
+
+
 @pytest.mark.parametrize('suffix', ['.npz', '.array_record'])
 def test_all_arrives_and_bytes_are_counted_on_both_sides(sets, tmp_path, suffix):
   server = Server(lambda own: data.send_features(own, sets))
@@ -136,6 +154,9 @@ def announced(name='train', **changes):
     (message(transfer.GREETING) + message(b'[1]'), 'announced as it cannot be'),
     (message(transfer.GREETING) + announced('../../evil'), 'letters, digits'),
     (message(transfer.GREETING) + announced(dtype='object'), "dtype='object'"),
+    (message(transfer.GREETING) + announced(shape=[3, 4, 1]), 'tokens, width'),
+    (message(transfer.GREETING) + announced(shape=[3.5, 4]), 'expected integers'),
+    (message(transfer.GREETING) + announced(num_prefix_tokens=3), 'expected 0 to 2'),
     (message(transfer.GREETING) + announced(shape=[1 << 20, 1 << 20]), 'bytes was announced'),
     (message(transfer.GREETING) + announced() + message(b'short'), 'a message of 5 bytes came'),
   ],

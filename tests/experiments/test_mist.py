@@ -115,17 +115,24 @@ def test_a_served_transfer_is_counted_on_both_sides(cloud, tmp_path, capsys):
   _, _, folder = cloud
   features = folder / 'features' / 'all_float16'
   files = edge_training.pair_of(features, 'rotation')
-  sent = []
+  sent, before = [], tmp_path / 'features'
+  before.mkdir()
+  # What lies there from before is not read.
+  stale = [before / f'{name}.npz' for name in ('rotation-train', 'older-train', 'older-test')]
+  for path in stale:
+    path.write_bytes(b'stale')
   with data.listening() as server:
     port = server.getsockname()[1]
     sets = {file.path.stem: file for file in files}
     thread = threading.Thread(target=lambda: sent.append(data.send_features(server, sets)))
     thread.start()
-    arguments = [f'--cloud=127.0.0.1:{port}', f'--workdir={tmp_path}']
+    arguments = [f'--cloud=127.0.0.1:{port}', f'--workdir={tmp_path}', '--suffix=.array_record']
     found = edge_command.main([*arguments, *(f'--config.{own}' for own in EDGE)])
     thread.join(60)
   assert found['received_bytes'] == sent[0] > 96 * 17 * 16 * 2
   assert set(found['accuracy']) == {'rotation'}
+  for path in stale:
+    path.unlink()
   again = edge_command.main(
     [f'--features={tmp_path / "features"}', f'--workdir={tmp_path}',
      *(f'--config.{own}' for own in EDGE)]
@@ -157,7 +164,7 @@ def test_the_cloud_serves_one_device_and_says_where(cloud, tmp_path, capsys):
   assert sent == [received]
 
 
-@pytest.mark.parametrize('broken', ['network', 'cut', 'missing', 'none', 'split'])
+@pytest.mark.parametrize('broken', ['network', 'cut', 'missing', 'none', 'split', 'mixed'])
 def test_features_that_do_not_fit_end_the_command_before_any_training(
   cloud, tmp_path, broken, capsys
 ):
@@ -179,6 +186,12 @@ def test_features_that_do_not_fit_end_the_command_before_any_training(
     for path in features.iterdir():
       path.unlink()
     message = 'holds no features'
+  elif broken == 'mixed':
+    for split in ('train', 'test'):
+      held = data.FeatureFile(features / f'rotation-{split}.npz')
+      other = dataclasses.replace(held.header, layers='0')
+      data.write_feature_file(features / f'second-{split}.npz', held.batches(), other)
+    message = r"expected the same layers in all tasks, got rotation-train.npz '0\+1\+2', second"
   else:
     held = data.FeatureFile(test)
     other = dataclasses.replace(held.header, network='other')
@@ -274,6 +287,8 @@ def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
     ('k=3', 'k=3: expected 0 to 2'),
     ('edge.rank=0', 'rank=0'),
     ('edge.held_out=0', 'held_out=0'),
+    ('edge.rates=0.1,0.1', 'expected different numbers'),
+    ('edge.pool=cls', "expected 'mean_patches', what the heads of linear"),
     ('runs=mist,last', "'last' are none of the rows"),
     ('serve=127.0.0.1:0', "expected role='cloud'"),
     ('views=0', 'views=0'),
@@ -284,6 +299,22 @@ def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config(change))
+
+
+def test_rates_are_not_chosen_on_records_that_were_trained_on():
+  rates = 'edge.rates=0.1,0.2'
+  with pytest.raises(SettingsError, match=r'edge.held_out=41: .* a batch of 8 .* the 48 records'):
+    launcher.check(tiny_config(rates, 'edge.held_out=41'))
+  views = ('views=2', 'target.rotation.augment.kind=pad_crop')
+  with pytest.raises(SettingsError, match='views of images trained on'):
+    launcher.check(tiny_config(rates, 'edge.held_out=16', *views))
+
+
+def test_devices_have_the_steps_of_who_sees_the_network_whatever_the_number_of_views():
+  config = tiny_config('views=3', 'target.rotation.augment.kind=pad_crop', 'runs=linear,mist')
+  runs = mist.programs(config)
+  assert runs['mist_rotation'].data.train_size == 3 * 48
+  assert runs['mist_rotation'].num_steps == runs['linear_rotation'].num_steps == 3 * 6
 
 
 def test_a_served_address_is_looked_at():

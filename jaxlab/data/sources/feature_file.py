@@ -52,12 +52,22 @@ class FeatureHeader:
   num_prefix_tokens: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, 'shape', tuple(map(int, self.shape)))
+    shape, sizes = tuple(self.shape), (self.count, self.num_classes, self.num_prefix_tokens)
+    if len(shape) != 2 or any(type(own) is not int for own in (*shape, *sizes)):
+      raise ValueError(
+        f'shape={self.shape}, count={self.count!r}, num_classes={self.num_classes!r}, '
+        f'num_prefix_tokens={self.num_prefix_tokens!r}: expected integers, and (tokens, width) as shape.'
+      )
+    object.__setattr__(self, 'shape', shape)
     if self.dtype not in DTYPES:
       raise ValueError(f'dtype={self.dtype!r}: expected one of {", ".join(DTYPES)}.')
-    if not self.shape or min(self.shape) < 1 or self.count < 1 or self.num_classes < 1:
+    if min(self.shape) < 1 or self.count < 1 or self.num_classes < 1:
       raise ValueError(
         f'shape={self.shape}, count={self.count}, num_classes={self.num_classes}: expected at least 1.'
+      )
+    if not 0 <= self.num_prefix_tokens < shape[0]:
+      raise ValueError(
+        f'num_prefix_tokens={self.num_prefix_tokens}: expected 0 to {shape[0] - 1}, for patches are left.'
       )
 
   @property
