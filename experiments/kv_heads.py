@@ -188,8 +188,12 @@ def whole_shapes(config: Settings) -> GroupedHeads:
   return GroupedHeads(config.model, dict(models.abstract_variables(config.model)))
 
 
+# Rows of one form share it, and so what is compiled with it.
+lora = functools.lru_cache(adapters.lora_hooks)
+
+
 def tuned_layers(model: nn.Module) -> list[str]:
-  """Returns the layers of attention."""
+  """Returns the layers of attention; BLOOM's one layer of queries, keys and values gets one pair for all."""
   branches = [own for block in models.anatomy(model).blocks for own in block.branches]
   return [layer for own in branches if own.kind == 'attention' for layer in own.layers]
 
@@ -197,8 +201,8 @@ def tuned_layers(model: nn.Module) -> list[str]:
 def tuning(config: Settings, name: str, group_size: int) -> Run:
   """Returns the fine-tuning of a row: LoRA alone is trained, on the next token."""
   own, task, small = config.tuning, config.network.task, shapes(config, name, group_size)
-  layers, scale = tuned_layers(small.model), own.alpha / own.rank
-  hooks = (*small.hooks, *adapters.lora_hooks(layers, scale))
+  layers = tuple(tuned_layers(small.model))
+  hooks = (*small.hooks, *lora(layers, own.alpha / own.rank))
 
   def init(key: Array) -> Initial:
     return Initial(adapters.init_lora(key, small.variables['params'], layers, own.rank))
@@ -351,13 +355,16 @@ def tune(
   small: GroupedHeads,
   workdir: pathlib.Path,
 ) -> GroupedHeads:
-  """Returns a row's decoder fine-tuned, from wherever its folder was left; LoRA is merged into its layers."""
+  """Returns a row's decoder fine-tuned, from wherever its folder was left.
+
+  LoRA stays beside the layers, as it was trained: kernels in bfloat16 would round what it adds.
+  """
   program = tuning(config, name, group_size)
   frozen = {'variables': small.variables}
   trained = runs.train(program, net.train, workdir / f'{name}_{group_size}', frozen=frozen)
-  scale = config.tuning.alpha / config.tuning.rank
-  params = adapters.merge_lora(small.variables['params'], trained.variables['params'], scale)
-  return small._replace(variables={**small.variables, 'params': params})
+  hooks = lora(tuple(tuned_layers(small.model)), config.tuning.alpha / config.tuning.rank)
+  variables = {**small.variables, 'lora': trained.variables['params']}
+  return small._replace(variables=variables, hooks=(*small.hooks, *hooks))
 
 
 def loss_of(config: Settings, net: Loaded, own: GroupedHeads) -> float:

@@ -217,13 +217,14 @@ def freeze(
   judge = lambda variables: completions.judge(  # noqa: E731
     config, config.tuning.data, config.model, variables, test
   )
-  answer = answering(config)
-  rows, tuned = [results.row(BEFORE, 'reference', judge(start) | answer(start))], None
+  answer = answering(config, workdir)
+  own = judge(start) | answer('before', start)
+  rows, tuned = [results.row(BEFORE, 'reference', own)], None
   trainings = {name: tuning(config, name) for name in config.runs}
   cost = step_costs(config, trainings) if config.timed else {}
   for name, training in trainings.items():
     own = runs.train(training, train, workdir / name, start=start).variables
-    metrics = judge(own) | answer(own) | cost.get(name, {})
+    metrics = judge(own) | answer(name, own) | cost.get(name, {})
     tuned = own if name == 'F4' else tuned
     mask = models.tuned_parameters(start['params'], TYPES[name])
     metrics['trained'] = share(start['params'], mask)
@@ -241,12 +242,21 @@ def share(params: Any, mask: Any) -> float:
   return 100 * sum(size for size, own in sizes if own) / sum(size for size, _ in sizes)
 
 
-def answering(config: Settings) -> Callable[[Variables], dict[str, float]]:
-  """Returns what answers the problems with some variables, and says how many are right; {} without any."""
+def answering(
+  config: Settings, workdir: pathlib.Path
+) -> Callable[[str, Variables], dict[str, float]]:
+  """Returns what answers the problems with some variables, and says how many are right; {} without any.
+
+  Outputs of the network `name` are kept in `answers/<name>.json`.
+  """
   if config.answers is None:
-    return lambda variables: {}
+    return lambda name, variables: {}
   problems = boxed_answers.load(config.answers)
-  return lambda variables: boxed_answers.judge(config.answers, variables, problems)
+  names = ('seed', 'base', 'tuned', 'untie', 'base_share', 'network', 'tuning')
+  made = [str(getattr(config, name)) for name in names]
+  return lambda name, variables: boxed_answers.judge(
+    config.answers, variables, problems, workdir / 'answers' / f'{name}.json', [name, *made]
+  )
 
 
 def step_costs(config: Settings, trainings: Mapping[str, Run]) -> dict[str, dict[str, float]]:
@@ -316,12 +326,15 @@ def deltas(
 
 def compare_checkpoints(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Compares two checkpoints tensor by tensor, and writes what they are merged to."""
-  answer = answering(config)
+  if config.answers is not None:
+    for checkpoint in (config.base, config.tuned):
+      boxed_answers.require_model(config.answers, checkpoint)
+  answer = answering(config, workdir)
 
-  def answered(state_dict: LazyStateDict) -> dict[str, float]:
+  def answered(name: str, state_dict: LazyStateDict) -> dict[str, float]:
     if config.answers is None:
       return {}
-    return answer(models.from_torch(networks.create(config.answers.model), state_dict))
+    return answer(name, models.from_torch(networks.create(config.answers.model), state_dict))
 
   return results.results(
     config,

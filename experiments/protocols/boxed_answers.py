@@ -1,6 +1,7 @@
 """Problems with one right answer, which a decoder writes into a box: its accuracy, and how much it writes."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments.harness import networks
+from experiments.harness import networks, results
 from experiments.harness.runs import Call, Variables, say
 from experiments.harness.settings import found_by, free
 from jaxlab import evaluation, models
@@ -109,30 +110,81 @@ def load(own: Answers) -> Problems:
   return Problems(tokenizer, prompts, answers)
 
 
-def judge(own: Answers, variables: Variables, problems: Problems) -> dict[str, float]:
+def require_model(own: Answers, checkpoint: str) -> None:
+  """Raises ValueError if the `config.json` of a checkpoint's folder tells what `model` does not compute.
+
+  Sizes are told by the weights: looked at are heads, the base of rotary positions, their scaling and the
+  norms' epsilon.
+  """
+  file = pathlib.Path(checkpoint) / 'config.json'
+  if not file.is_file():
+    return
+  try:
+    told = models.from_config(file)
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from error
+  model = networks.create(own.model)
+  for name in ('num_heads', 'rope_theta', 'epsilon'):
+    given, expected = getattr(model, name, None), getattr(told, name, None)
+    if given != expected:
+      raise ValueError(f'answers.model: {name}={given}, but {file} tells {expected}.')
+
+
+def judge(
+  own: Answers,
+  variables: Variables,
+  problems: Problems,
+  file: pathlib.Path | None = None,
+  network: Any = None,
+) -> dict[str, float]:
   """Returns how many problems are right, of greedy outputs.
 
   `right_answers`, the percentage whose answer an output boxes (`evaluation.aime_correct`); `written_tokens`,
-  the mean number of tokens of prompt and output.
+  the mean number of tokens of prompt and output, with the token that ends it.
+
+  Args:
+    own: how the decoder is asked.
+    variables: of the decoder.
+    problems: that are asked.
+    file: JSON, where outputs are written after each batch and a killed run goes on from; None: nowhere.
+    network: what tells the decoder from others, JSON; outputs of another one are not taken.
   """
-  model, right, lengths = networks.create(own.model), [], []
+  model = networks.create(own.model)
+  asked = {name: value for name, value in dataclasses.asdict(own).items() if name != 'batch_size'}
+  asked = json.dumps([asked, problems.prompts, problems.answers, network], default=str)
+  identity = hashlib.sha256(asked.encode()).hexdigest()
+  found = _written(file, identity)
   variables = jax.device_put(variables)
-  for start in range(0, len(problems.prompts), own.batch_size):
+  for start in range(len(found), len(problems.prompts), own.batch_size):
     part = problems.prompts[start : start + own.batch_size]
     prompt = np.zeros((own.batch_size, own.max_prompt), np.int32)
     mask = np.zeros(prompt.shape, bool)
     for row in range(own.batch_size):  # a last batch is filled with its last problem
       ids = part[min(row, len(part) - 1)]
       prompt[row, -len(ids) :], mask[row, -len(ids) :] = ids, True
-    found = generated(own, model, variables, prompt, mask)
-    for ids, tokens, answer in zip(part, np.asarray(found), problems.answers[start:]):
+    outputs = np.asarray(generated(own, model, variables, prompt, mask))
+    for ids, tokens, answer in zip(part, outputs, problems.answers[start:]):
       ends = np.flatnonzero(tokens == own.end)
-      tokens = tokens[: ends[0]] if ends.size else tokens
+      tokens, end = (tokens[: ends[0]], 1) if ends.size else (tokens, 0)
       text = problems.tokenizer.decode(tokens.tolist())
-      right.append(evaluation.aime_correct(text, answer))
-      lengths.append(len(ids) + len(tokens))
-    say(f'{len(right)} of {len(problems.prompts)} problems: {sum(right)} right')
-  return {'right_answers': 100 * float(np.mean(right)), 'written_tokens': float(np.mean(lengths))}
+      right, length = evaluation.aime_correct(text, answer), len(ids) + len(tokens) + end
+      found.append({'right': bool(right), 'tokens': length, 'output': text})
+    say(f'{len(found)} of {len(problems.prompts)} problems: {sum(o["right"] for o in found)} right')
+    if file is not None:
+      file.parent.mkdir(parents=True, exist_ok=True)
+      results.save_json(file, {'identity': identity, 'answers': found})
+  return {
+    'right_answers': 100 * float(np.mean([item['right'] for item in found])),
+    'written_tokens': float(np.mean([item['tokens'] for item in found])),
+  }
+
+
+def _written(file: pathlib.Path | None, identity: str) -> list[dict[str, Any]]:
+  """Returns the answers that a file holds, if they are of the same network and problems."""
+  if file is None or not file.exists():
+    return []
+  held = json.loads(file.read_text(encoding='utf-8'))
+  return held['answers'] if held['identity'] == identity else []
 
 
 def generated(own: Answers, model: nn.Module, variables: Variables, prompt: Any, mask: Any) -> Any:

@@ -86,7 +86,7 @@ def title(types: Sequence[str]) -> str:
 def compare(
   config: Settings,
   workdir: Any,
-  further: Callable[[LazyStateDict], Mapping[str, float]] = lambda state_dict: {},
+  further: Callable[[str, LazyStateDict], Mapping[str, float]] = lambda name, state_dict: {},
 ) -> list[dict[str, Any]]:
   """Returns the rows of two checkpoints and of what they are merged to, and writes that.
 
@@ -96,7 +96,7 @@ def compare(
   Args:
     config: the experiment.
     workdir: where all is written.
-    further: `checkpoint -> metrics` of A, B and what is merged.
+    further: `(name, checkpoint) -> metrics` of 'A', 'B' and the folders of what is merged.
   """
   base, tuned = opened(config.base, config.tuned, config.untie)
   for types in config.merges:  # all are looked at before anything is read
@@ -107,14 +107,14 @@ def compare(
   draw(config, changes, workdir)
   found = rows(delta(changes))
   for name, own in (('A', base), ('B', tuned)):
-    if metrics := further(own):
+    if metrics := further(name, own):
       found.append(results.row(name, 'reference', metrics))
   for types in config.merges:
     folder = workdir / 'merged' / folder_name(types)
     share = merge(
       base, tuned, types, config.base_share, os.fspath(folder), config.base, config.max_shard_bytes
     )
-    metrics = {'merged': share, **further(models.open_state_dict(folder))}
+    metrics = {'merged': share, **further(folder.name, models.open_state_dict(folder))}
     found.append(results.row(title(types), 'reference', metrics))
   return found
 

@@ -1,7 +1,10 @@
 import dataclasses
+import functools
 import json
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close
@@ -127,6 +130,57 @@ def test_a_step_of_decoding_is_timed_and_its_cache_is_counted():
   untimed = dataclasses.replace(sizes, repeats=0)
   shapes = [own._replace(variables={}) for own in (whole, small)]
   assert decoding.relative_costs(untimed, shapes) == [{'cache': 1.0}, {'cache': 0.5}]
+
+
+def test_a_timed_step_is_the_last_of_its_cache_and_writes_it_in_place():
+  model = models.create('gpt2', width=8, depth=1, num_heads=2, vocab_size=11, max_length=4)
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), np.int32))
+  tokens = np.array([[3, 5, 7, 2], [1, 4, 8, 6]], np.int32)
+  _, state = model.apply(
+    {**variables, 'cache': model.init_cache(2, 4)}, tokens[:, :3], mutable=['cache']
+  )
+  cache = decoding.last_slot(model.init_cache(2, 4))
+  for name in ('slot', 'mask'):  # as behind three tokens
+    np.testing.assert_array_equal(cache[name], state['cache'][name])
+  expected = np.argmax(model.apply(variables, tokens)[:, -1:], -1)
+  own, held = state['cache'], jax.tree.leaves(state['cache'])
+  for _ in range(2):
+    found, own = decoding.again(variables, own, tokens[:, 3:], model=model, hooks=())
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(own['mask'], cache['mask'])
+  assert all(leaf.is_deleted() for leaf in held if leaf.ndim == 4)
+
+
+def test_tuned_decoders_are_judged_as_they_were_trained(monkeypatch, tmp_path):
+  config = tiny()
+  small = kv_heads.shapes(config, 'svd_a', 2)
+  rng = np.random.default_rng(0)
+  draw = lambda leaf: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
+  variables = jax.tree.map(draw, small.variables)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaf.astype(jnp.bfloat16) if 'self_attn' in str(path) else leaf,
+    variables['params'],
+  )
+  small = small._replace(variables={**variables, 'params': params})
+  program = kv_heads.tuning(config, 'svd_a', 2).program
+  trained = jax.tree.map(draw, program.init(jax.random.key(0)).params)
+  run = types.SimpleNamespace(variables={'params': trained})
+  monkeypatch.setattr(kv_heads.runs, 'train', lambda *args, **kwargs: run)
+  net = types.SimpleNamespace(train=None)
+  found = kv_heads.tune(config, net, 'svd_a', 2, small, tmp_path)
+  tokens = rng.integers(0, 256, (2, 65), np.int32)
+  batch = {'tokens': tokens, 'index': np.arange(2, dtype=np.int32)}
+  wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small.variables)
+  scale = config.tuning.alpha / config.tuning.rank
+  merged = {**wide, 'params': adapters.merge_lora(wide['params'], trained, scale)}
+  score = functools.partial(
+    kv_heads.scored, batch=batch, model=small.model, task=config.network.task
+  )
+  expected = score(merged, hooks=small.hooks)
+  assert_close(score(found.variables, hooks=found.hooks), expected, 5e-7)
+  rounded = {**small.variables, 'params': adapters.merge_lora(params, trained, scale)}
+  for other in (rounded, small.variables):
+    assert np.abs(score(other, hooks=small.hooks) - expected).max() > 1e-5
 
 
 def test_a_compiled_step_writes_the_cache_that_it_reads():

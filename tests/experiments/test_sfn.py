@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -212,7 +213,48 @@ def test_answers_count_where_a_box_before_the_end_contains_them(answers, monkeyp
   boxed_answers.program(answers).trace()
   monkeypatch.setattr(boxed_answers, 'generated', written)
   found = boxed_answers.judge(answers, {'params': {}}, problems)
-  assert found == {'right_answers': 50, 'written_tokens': (6 + 1 + 3 + 2) / 2}
+  # The first of three tokens is ended by the second, the second output by its third.
+  assert found == {'right_answers': 50, 'written_tokens': (6 + 2 + 3 + 3) / 2}
+
+
+def test_answers_of_a_killed_run_are_not_asked_for_again(answers, monkeypatch, tmp_path):
+  one = dataclasses.replace(answers, batch_size=1)
+  problems, calls = boxed_answers.load(one), []
+
+  def written(own, model, variables, prompt, mask):
+    calls.append(prompt.shape[0])
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return jnp.array([[[5, 0, 0], [6, 3, 3], [3, 5, 0]][len(calls) % 3]] * prompt.shape[0])
+
+  monkeypatch.setattr(boxed_answers, 'generated', written)
+  file = tmp_path / 'answers/A.json'
+  with pytest.raises(KeyboardInterrupt):
+    boxed_answers.judge(one, {'params': {}}, problems, file, 'A')
+  found = boxed_answers.judge(answers, {'params': {}}, problems, file, 'A')
+  assert calls == [1, 1, 4]
+  kept = json.loads(file.read_text())['answers']
+  assert [item['tokens'] for item in kept] == [9, 5]
+  assert found['written_tokens'] == 7 and found['right_answers'] == 50
+  assert boxed_answers.judge(answers, {'params': {}}, problems, file, 'A') == found
+  assert calls == [1, 1, 4]
+  boxed_answers.judge(answers, {'params': {}}, problems, file, 'B')
+  assert calls == [1, 1, 4, 4]
+
+
+def test_a_model_that_computes_something_else_is_refused(answers, tmp_path):
+  config = {'model_type': 'llama', 'num_attention_heads': 2, 'rms_norm_eps': 1e-6, 'hidden_size': 8}
+  for change, message in (
+    ({'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}}, "config.json: .*scaled by 'llama3'"),
+    ({'rope_theta': 5e5}, r'answers.model: rope_theta=10000.0, but .*config.json tells 500000.0'),
+    ({'num_attention_heads': 4}, 'answers.model: num_heads=2'),
+  ):
+    (tmp_path / 'config.json').write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message):
+      boxed_answers.require_model(answers, str(tmp_path))
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  boxed_answers.require_model(answers, str(tmp_path))
+  boxed_answers.require_model(answers, str(tmp_path / 'nowhere'))
 
 
 def test_files_of_problems_that_are_none_are_named(answers, tmp_path):
