@@ -5,7 +5,8 @@
 The files are JSON lines, objects with `text`, `compressed`, `instruction` and `answers` (`jaxlab.data.read_prompts`):
 MeetingBank's training transcripts in chunks of at most 512 tokens, each shortened without an instruction, other
 texts shortened for one, and test texts such as LongBench's. `data.train_size` counts sequences of plain texts
-behind the filter; another number is answered with the right one.
+behind the filter; another number is answered with the right one. Words are annotated as they are, where the code of
+LLMLingua-2 has spaCy's lemmas (`jaxlab.data.prompt_examples` takes a lemmatizer).
 """  # noqa: E501
 
 from ml_collections import ConfigDict

@@ -3,7 +3,8 @@
   python -m experiments.kv_heads --config=bloomz_7b1 --workdir=DIR \\
     --config.network.data.train_split=c4.npy --config.network.data.test_split=wikitext2.npy
 
-The two files hold tokens of the model's own tokenizer.
+The two files hold tokens of the model's own tokenizer. LoRA has one pair for the layer that makes queries,
+keys and values together, where Llama has three.
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,7 @@
   python -m experiments.kv_heads
 
 Three blocks of width 64, eight heads of 8 channels, rotary positions; 400 steps, calibrated on 64 windows.
+The plan's toy is larger: four blocks of width 128, 500 steps of 8 x 128 bytes, 200 steps of tuning.
 """
 
 from ml_collections import ConfigDict

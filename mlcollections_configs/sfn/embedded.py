@@ -2,8 +2,8 @@
 
 A reads sums `a+b=c;` of numbers below 50, 400 steps; B learns to add numbers of two digits column by column,
 `47+38=7+8=15;4+3+1=8;85;`, 200 steps, the prompt masked. Both training splits and the unseen sums are pairs
-of numbers of their own. Steps, batches, width and learning rates are the plan's; only the ordering F2 below
-F1 is asked for.
+of numbers of their own. Batches, width and learning rates are the plan's, its 500 and 300 steps were cut to
+400 and 200 for time; only the ordering F2 below F1 is asked for.
 """
 
 from ml_collections import ConfigDict

@@ -4,10 +4,10 @@
 
 `train.npz` holds the 1000 traces of s1K, `test.npz` others that were not tuned on
 (`jaxlab.data.read_completions` says how such a file is made): prompts in the template of the model's chat,
-which do not count, and thoughts with the answer. Weights are split over all chips, a batch of 16 over at
-most 16 of them; on larger pods `--config.mesh.data=1 --config.mesh.fsdp=16 --config.mesh.tensor=-1`.
-Attention holds the scores of a whole window: where those of 32768 tokens do not fit,
-`--config.tuning.data.length=8192` and the options' `length` with it cut the longest traces. AIME 2024 is
+which do not count, and thoughts with the answer. Weights and a batch of 16 are split over at most 16 chips.
+Longer traces are cut at 4096 tokens. The paper's windows have 32768, `--config.tuning.data.length=32768` with
+`train_options.length` and `test_options.length` there: attention keeps the scores of a whole window, in
+float32 172 GB a sequence and layer where 4096 tokens take 2.7, and logits are 20 GB for 2.5. AIME 2024 is
 answered with `answers` (see `qwen2_5_math_1_5b`); the paper's MATH-500, GPQA and its forcing of longer
 thoughts are not here. Delta and Merge take checkpoints (`checkpoints`), not networks that lie on many chips.
 """
@@ -15,7 +15,7 @@ thoughts are not here. Delta and Merge take checkpoints (`checkpoints`), not net
 from ml_collections import ConfigDict
 
 
-def data(length: int = 32768) -> dict:
+def data(length: int = 4096) -> dict:
   """Returns traces of at most `length` tokens."""
   options = dict(vocab_size=152064, length=length)
   return dict(

@@ -2,8 +2,9 @@
 
   python -m experiments.sfn --config=qwen2_5_32b --workdir=gs://...
 
-Destruction is the paper's of this size, blocks 5 to 29 of 64, measured as the rise of the loss of the test
-traces: `--config.destroyed='[[q_proj],[k_proj],[v_proj],[o_proj],[up_proj],[gate_proj],[down_proj]]'`.
+Destruction is of blocks 5 to 29 of 64, measured as the rise of the loss of the test traces; the paper's
+network is the base, `--config.network.pretrained=qwen2_5_32b.Qwen/Qwen2.5-32B`:
+`--config.destroyed='[[q_proj],[k_proj],[v_proj],[o_proj],[up_proj],[gate_proj],[down_proj]]'`.
 """
 
 from ml_collections import ConfigDict
