@@ -349,7 +349,9 @@ def edge_costs(config: Settings, row: EdgeRow, forward: float) -> dict[str, floa
   own = nominal_header(config, row.gather, config.tasks[0])
   made = edge_training.edge_training(row.edge, counted, recipe, 1)
   params = jax.eval_shape(made.program.init, jax.random.key(0)).params
-  trained = {part: adapters.count_parameters(tree) for part, tree in params.items()}
+  judged = edge_training.edge_training(row.edge, own, config.recipe, 1)
+  numbers = jax.eval_shape(judged.program.init, jax.random.key(0)).params
+  trained = {part: adapters.count_parameters(tree) for part, tree in numbers.items()}
   found = {
     'trained': trained['modules'] + trained['norm'],
     'trained_with_head': sum(trained.values()),
@@ -357,8 +359,7 @@ def edge_costs(config: Settings, row: EdgeRow, forward: float) -> dict[str, floa
     'kb_per_image': own.record_bytes / 1e3,
   }
   if forward:
-    timed = edge_training.edge_training(row.edge, own, config.recipe, 1)
-    found['step_over_forward'] = edge_training.step_seconds(timed, config.timed) / forward
+    found['step_over_forward'] = edge_training.step_seconds(judged, config.timed) / forward
   return found
 
 

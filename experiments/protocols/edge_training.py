@@ -25,7 +25,15 @@ from experiments.protocols.hold_out import Order, held_out_rows
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, data, losses
 from jaxlab.data import FeatureFile, FeatureHeader
-from jaxlab.training import Initial, LossState, Out, Program, make_program, map_batches
+from jaxlab.training import (
+  Initial,
+  LossState,
+  Out,
+  Program,
+  cast_floating,
+  make_program,
+  map_batches,
+)
 
 Array = jax.Array
 PyTree = Any
@@ -154,11 +162,15 @@ def edge_training(
     'index': jax.ShapeDtypeStruct((size,), np.int32),
   }
   scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  dtype = recipe.program_options['compute_dtype']
 
   def logits(params: PyTree, features: Array) -> Array:
     return edge.logits(params, features, header.num_prefix_tokens)
 
   def loss(params: PyTree, batch: PyTree) -> Array:
+    # As the step does: what is kept is of the compute type.
+    if dtype is not None:
+      params, batch = cast_floating((params, batch), dtype)
     return jnp.mean(losses.cross_entropy(logits(params, batch['features']), batch['label']))
 
   def single(rate: Any, decay: Any) -> Program:

@@ -301,6 +301,18 @@ def test_settings_that_cannot_be_are_refused(change, message):
     launcher.check(tiny_config(change))
 
 
+def test_numbers_are_counted_on_the_network_that_is_judged_and_memory_in_the_type_of_a_step():
+  def costs(*changes):
+    config = tiny_config(*changes)
+    return mist.edge_costs(config, mist.edge_table(config)['mist'], 0.0)
+
+  own, wide = costs(), costs('accounted={width: 32}')
+  assert wide['trained'] == own['trained'] and wide['kb_per_image'] == own['kb_per_image']
+  assert (
+    wide['residual_mb'] > own['residual_mb'] > costs('recipe.precision=bfloat16')['residual_mb']
+  )
+
+
 def test_rates_are_not_chosen_on_records_that_were_trained_on():
   rates = 'edge.rates=0.1,0.2'
   with pytest.raises(SettingsError, match=r'edge.held_out=41: .* a batch of 8 .* the 48 records'):
