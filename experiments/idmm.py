@@ -150,6 +150,7 @@ def instance_training(config: Settings, name: str) -> Run:
   def init(key: Array) -> Initial:
     key, params_key = jax.random.split(key)
     params = model.init(params_key, jnp.zeros((2, *config.data.view)))['params']
+    params = fine_tuning_stages.drawn(config, params)
     names = ('views', 'mix', *drawn)
     streams = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     return Initial(params, {}, {'average': params} if own.average else {}, streams)
@@ -186,7 +187,8 @@ def instance_training(config: Settings, name: str) -> Run:
   return pretraining.training(
     config, title, init, loss,
     fields=('index',), views=draw_crops(config, own), after=after if own.average else None,
-    frozen=fine_tuning_stages.frozen(model), decides={'instances': own},
+    frozen=fine_tuning_stages.frozen(model),
+    decides={'instances': own, 'fan_in_scaled': config.fan_in_scaled},
   )  # fmt: skip
 
 
@@ -208,6 +210,8 @@ def check(config: Settings) -> Iterator[str]:
     yield 'recipe.microbatches: expected 1; images are mixed within the whole batch.'
   if config.recipe.batch_size < 2 and {*config.runs} & {*OTHERS}:
     yield f'recipe.batch_size={config.recipe.batch_size}: expected at least 2, for batch norms.'
+  if config.fan_in_scaled and {*config.runs} & {*OTHERS}:
+    yield f'fan_in_scaled: runs of {", ".join(OTHERS)} draw kernels of their own; leave it empty.'
   yield from found_by('model', first_stages, config)
 
 
@@ -244,7 +248,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     )
 
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
-  rows = [results.row('untrained', 'reference', judged(drawn['params']))]
+  params = fine_tuning_stages.drawn(config, drawn['params'])
+  rows = [results.row('untrained', 'reference', judged(params))]
   first = first_stages(config)
   for name in config.runs:
     title, role, _ = VARIANTS.get(name, ({**OTHERS, **SCRATCH}.get(name), 'baseline', {}))

@@ -67,9 +67,12 @@ class Settings(pretraining.Settings):
 
   Attributes:
     stages: fine-tunings by name, one after the other in the order of their names.
+    fan_in_scaled: patterns of kernels that are drawn with PyTorch's default deviation, wherever training
+      starts from drawn ones: see `networks.Network`.
   """
 
   stages: dict[str, Stage]
+  fan_in_scaled: tuple[str, ...] = ()
 
   @property
   def stage_names(self) -> list[str]:
@@ -81,6 +84,11 @@ def network(config: Settings, own: Images, num_classes: int | None) -> nn.Module
   """Returns the network for the views of a data set; position codes are stored for their size."""
   model = networks.create(config.model, num_classes=num_classes)
   return model.clone(image_size=own.view[0]) if hasattr(model, 'image_size') else model
+
+
+def drawn(config: Settings, params: Any) -> Any:
+  """Returns drawn parameters as a training starts from them."""
+  return networks.fan_in_scaled(config.fan_in_scaled, params)
 
 
 def frozen(model: nn.Module) -> tuple[str, ...]:
@@ -140,8 +148,10 @@ def training(
   program = supervised.program(
     model, ImageTask.of(own, stage.augment), recipe, steps,
     loss=loss, mix=mixer(stage.mix, stage.alpha, steps), frozen=frozen(model),
+    prepare=functools.partial(drawn, config),
   )  # fmt: skip
-  decides = {'model': config.model, 'stage': stage, 'before': before.identity if before else None}
+  decides = {'model': config.model, 'fan_in_scaled': config.fan_in_scaled, 'stage': stage}
+  decides['before'] = before.identity if before else None
   return Run(config, own, recipe, program, recipe.epochs * steps, decides, title)
 
 
@@ -149,6 +159,8 @@ def check(config: Settings) -> Iterator[str]:
   """Yields what is wrong with the stages."""
   if not config.stages:
     yield 'stages: expected at least one.'
+  for pattern in config.fan_in_scaled:
+    yield from found_by('fan_in_scaled', _matches, config, pattern)
   for name, stage in config.stages.items():
     key, size = f'stages.{name}', stage.recipe.batch_size
     yield from check_batch(config.mesh, size, f'{key}.recipe.batch_size')
@@ -163,6 +175,13 @@ def _fits(config: Settings, name: str) -> None:
   own = stage_data(config, name)
   model = network(config, own, own.num_classes)
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *own.view)))
+
+
+def _matches(config: Settings, pattern: str) -> None:
+  """Raises ValueError if a pattern matches no kernel of the network."""
+  model = network(config, config.data, config.data.num_classes)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *config.data.view)))
+  models.map_matching(lambda path, kernel: kernel, shapes['params'], pattern)
 
 
 def enlarged(variables: Variables, model: nn.Module) -> Variables:

@@ -161,12 +161,24 @@ def test_the_random_features_of_a_performer_stay():
     (("stages.labels.data={'image_sise': 8}",), 'image_sise'),
     (("stages.labels.data={'image_size': 20}",), 'does not divide into patches'),
     (('recipe.microbatches=2',), 'recipe.microbatches: expected 1'),
+    (('fan_in_scaled=["qkw/kernel"]',), "fan_in_scaled: No parameter matches pattern 'qkw/kernel'"),
+    (('fan_in_scaled=[".*qkv/kernel"]', 'runs=simclr'), 'fan_in_scaled: runs of simclr'),
     (("model={'name': 't2t_vit_7', 'width': 10, 'num_heads': 4}",), 'T2TViT: width=10'),
   ],
 )
 def test_impossible_settings_are_named(changes, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config(*changes))
+
+
+def test_kernels_start_with_the_deviation_of_pytorch_in_all_trainings_from_drawn_ones():
+  config = tiny_config('fan_in_scaled=["blocks_.*/kernel"]')
+  stage = fine_tuning_stages.training(config, 'labels', 'from scratch')
+  for run in (idmm.instance_training(config, 'idmm'), stage):
+    params = jax.jit(run.program.init)(jax.random.key(0)).params
+    kernel = params['blocks_0']['attention']['qkv']['kernel']
+    np.testing.assert_allclose(np.std(kernel), (3 * len(kernel)) ** -0.5, rtol=0.05)
+    assert np.std(params['head']['kernel']) < 0.03
 
 
 def test_a_run_compares_stages_with_labels_alone(tmp_path):
