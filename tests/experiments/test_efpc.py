@@ -47,9 +47,8 @@ def test_a_run_has_a_row_for_each_share_and_leaves_a_compressor(folder):
   kinds = [f'{own}{kind}' for own in ('', 'agnostic_') for kind in ('retention', 'f1')]
   assert set(rows['base']) == {f'{kind}_{times}x' for kind in kinds for times in (4,)}
   assert rows['oracle']['retention_4x'] == 100
-  assert (
-    0 <= rows['oracle']['agnostic_retention_4x'] <= 100
-  )  # the text differs by version of Python
+  # How many stay without an instruction depends on the text, which differs with the version of Python.
+  assert 0 <= rows['oracle']['agnostic_retention_4x'] <= 100
   assert (folder / 'retention.png').exists()
   made = compression.load_compressor(folder / 'compressor')
   assert made.model.num_classes == 2 and (made.max_length, made.max_instruction) == (288, 16)
