@@ -49,7 +49,10 @@ def test_scores_are_sums_over_the_images_and_go_on_where_they_were_left(tmp_path
     told = model.apply(variables, x)
     return losses.distillation_loss(less[0].apply(less[1], x), told, 1.0).sum()
 
-  np.testing.assert_allclose(whole['neck'][5], divergence(variables, x), rtol=1e-3)
+  # A divergence is a difference of logarithms: a digit of float32 for each image is rounding.
+  np.testing.assert_allclose(
+    whole['neck'][5], divergence(variables, x), rtol=1e-3, atol=13 * np.finfo(np.float32).eps
+  )
   # A run that was lost behind the first of two batches.
   first = up_vits.measure(tiny_config('proxy={total: 8}'), net, tmp_path / 'first.npz')
   stored = dict(np.load(tmp_path / 'whole.npz'))
