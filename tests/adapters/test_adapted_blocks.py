@@ -228,6 +228,7 @@ def test_ssf_of_a_whole_network_merges(vit):
   assert np.abs(expected - model.apply(variables, IMAGES)).max() > 1e-4
 
 
+@pytest.mark.exhaustive
 def test_layers_without_bias_are_left_out_where_ssf_is_to_merge():
   model = models.create(
     'swin_tiny_patch4_window7_224', image_size=56, width=8, depths=(1, 1), num_heads=(2, 2)
@@ -248,6 +249,7 @@ def test_layers_without_bias_are_left_out_where_ssf_is_to_merge():
   assert_close(jax.jit(model.apply)({'params': merged}, images), expected, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_prompts_are_dropped_for_each_example_anew(vit):
   model, variables = vit
   tree = {'blocks_0': {'prompts': jnp.ones((4, 12))}}

@@ -51,6 +51,7 @@ def test_the_mixture_is_that_of_expectation_maximization(losses):
   assert (found[:70] > 0.5).mean() > 0.9 and (found[70:] < 0.5).mean() > 0.9
 
 
+@pytest.mark.exhaustive
 def test_masked_mixtures_of_many_classes_are_those_of_each(losses):
   labels = np.arange(100) % 3
   masks = labels == np.arange(3)[:, None]

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import traverse_util
 from models.random_variables import random_images, random_variables
 
@@ -75,8 +76,10 @@ def test_candidates_keep_the_shape_and_begin_no_stage():
   assert found == tuple(f'blocks_{s}_{i}' for s, size in expected.items() for i in range(1, size))
 
 
-@pytest.mark.parametrize('last_conv', ['trunk', 'code'])
-@pytest.mark.parametrize('name', ['basic', 'bottleneck', 'mobilenetv2'])
+@pytest.mark.parametrize(
+  ('name', 'last_conv'),
+  tables.cells(['basic', 'bottleneck', 'mobilenetv2'], ['trunk', 'code'], 2),
+)
 def test_fresh_adaptors_change_nothing_and_folded_ones_are_exact(name, last_conv):
   x = random_images((2, 9, 9, 3))
   if name == 'mobilenetv2':

@@ -97,6 +97,7 @@ def test_scores_follow_the_protocol():
     assert_close(found['OP_top3'], 100 * best.overall_precision, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_rows_of_the_untrained_residual_are_mean_and_maximum_of_the_pooled_network():
   config = tiny_config()
   model, source = csra.network(config, 'gap'), harness_data.load(config.data, 'test')
@@ -117,6 +118,7 @@ def test_rows_of_the_untrained_residual_are_mean_and_maximum_of_the_pooled_netwo
   assert set(csra.evaluator(config, 'csra', source)(variables)) == {''}
 
 
+@pytest.mark.exhaustive
 def test_records_without_any_label_may_be_left_out():
   config = tiny_config('drop_unlabeled=True')
   model, source = csra.network(config, 'gap'), harness_data.load(config.data, 'test')

@@ -142,6 +142,7 @@ def test_published_numbers_of_trained_parameters_are_met(setting, name, count):
   assert adapters.count_parameters(found) == count
 
 
+@pytest.mark.exhaustive
 def test_several_rates_side_by_side_are_what_each_is_alone(network):
   _, variables = network
   own = made(tiny_config('target.rotation.augment.kind=pad_crop'), 'dtl')

@@ -219,6 +219,7 @@ def test_too_few_instructed_texts_are_said_before_any_training(tmp_path):
   prompt_compression.require_instructed(loaded, 0.5)
 
 
+@pytest.mark.exhaustive
 def test_the_official_loss_counts_padding():
   config = tiny('official_quirks=true')
   run = efpc.programs(config)['added_0']

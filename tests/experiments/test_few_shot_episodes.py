@@ -61,6 +61,7 @@ def test_the_choice_of_what_is_trained_decides_what_moves():
   assert float(found['cosine'].min()) > 1 - 1e-6
 
 
+@pytest.mark.exhaustive
 def test_frozen_stages_of_a_resnet_stay_in_eval_mode():
   backbone = ResNet((1, 1), width=2, strides=(1, 2), stem='cifar')
   part = partial_tuning.part(backbone, 'last_stage')

@@ -23,6 +23,7 @@ def tiny_config(rate, *fields):
   return launcher.load('ssl_baselines', 'embedded', changes)
 
 
+@pytest.mark.exhaustive
 def test_a_learning_rate_of_zero_leaves_the_backbone_under_a_drawn_classifier(tmp_path):
   config = tiny_config(0.0)
   backbone = networks.create(config.model, num_classes=None)

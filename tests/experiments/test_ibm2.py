@@ -66,6 +66,7 @@ def test_what_is_found_does_not_depend_on_the_mesh(tmp_path):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
+@pytest.mark.exhaustive
 def test_test_features_that_are_nan_give_no_accuracy(tmp_path):
   config = tiny(features=save_features(tmp_path / 'own.npz'), chunk_size=8)
   config = dataclasses.replace(config, mesh=Mesh(1, 1, 8))

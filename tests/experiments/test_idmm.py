@@ -80,6 +80,7 @@ def test_the_loss_is_the_sum_of_the_groups_mixed_cross_entropies():
   np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_average_moves_behind_every_epoch_alone():
   _, _, init, step = compiled()  # epochs of two steps
   state = init(jax.random.key(0))
@@ -104,6 +105,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices():
   assert_same(one, eight, 1e-3, 1e-4)
 
 
+@pytest.mark.exhaustive
 def test_mixtures_alternate_between_epochs():
   mix = fine_tuning_stages.mixer('alternate', 0.5, 3)
   images = jnp.asarray(np.random.default_rng(0).standard_normal((4, 8, 8, 1)), jnp.float32)

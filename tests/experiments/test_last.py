@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close
 from models.random_variables import random_images, random_variables
 
@@ -61,7 +62,7 @@ def a_batch(size=8):
   }
 
 
-@pytest.mark.parametrize('pool', ['mean_patches', 'model'])
+@pytest.mark.parametrize('pool', tables.first(['mean_patches', 'model']))
 def test_side_networks_start_as_the_linear_probe(network, pool):
   model, variables = network
   config = tiny_config(f'pool={pool}')
@@ -84,6 +85,7 @@ def test_side_networks_start_as_the_linear_probe(network, pool):
     assert_close(found, read @ head['kernel'] + head['bias'], 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_several_rates_are_what_each_is_alone_with_one_forward_pass_a_batch(network, monkeypatch):
   _, variables = network
   passes = []

@@ -238,6 +238,7 @@ def test_views_are_augmented_and_records_alike_in_files_of_both_kinds(cloud, tmp
   assert np.mean(np.abs(first - second).max((1, 2)) > 1e-3) > 0.9
 
 
+@pytest.mark.exhaustive
 def test_devices_and_machines_that_have_both_agree(cloud):
   # The same network on the same features, as a row of the protocol and as a device's.
   from experiments.protocols.side_adaptation import gathered_attention

@@ -55,6 +55,7 @@ def test_rows_differ_in_the_layer_alone():
   assert set(trees[1]['head']) == {'nrs', 'head'}
 
 
+@pytest.mark.exhaustive
 def test_transforms_of_clouds_are_held_orthogonal():
   config = tiny_config(
     'points', 'transform_weight=0.5', 'recipe.batch_size=8', 'trees=()', "layers={'NRS': {'n_per': 8}}",

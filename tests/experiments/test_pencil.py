@@ -126,6 +126,7 @@ def test_a_run_leaves_rows_a_list_of_labels_and_pictures(tmp_path):
     assert (tmp_path / f'{name}.png').stat().st_size > 5000
 
 
+@pytest.mark.exhaustive
 def test_where_images_show_several_classes_each_is_a_label_with_two_outcomes(tmp_path):
   small = "{'name': 'convnet', 'widths': (4,), 'pools': (4,), 'hidden': ()}"
   config = launcher.load(

@@ -54,6 +54,7 @@ def test_all_quantizers_quantize_the_same_operands(name):
     assert {p: (own.get('kernel'), own.get('input')) for p, own in found.items()} == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', tables.few(colinearity_decay.QUANTIZERS, 'RepQ'))
 def test_networks_without_stem_and_head_are_quantized_inside(name):
   network, batches = tokens()

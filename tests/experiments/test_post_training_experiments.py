@@ -80,6 +80,7 @@ def test_compensation_reaches_between_the_blocks_of_swin_where_it_is_asked_to(mo
   assert given[0].startswith(inside) and 'layers_1/downsample' in given[0]
 
 
+@pytest.mark.exhaustive
 def test_weights_alone_by_gptq_and_a_compensation_behind_them(tmp_path):
   changes = {
     'bits': '2w16a', 'networks_dir': tmp_path / 'networks', 'eval_batch_size': 64,

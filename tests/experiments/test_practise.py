@@ -109,6 +109,7 @@ def test_recovering_a_block_agrees_with_official_code_to_the_last_adaptor(vector
     assert_close(leaf, kernel(array), 0, 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_gaps_do_not_touch_each_other():
   config = tiny()
   ((_, blocks),) = practise.stages(config).items()

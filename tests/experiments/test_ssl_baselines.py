@@ -76,6 +76,7 @@ def test_a_step_moves_every_parameter_that_learns(name):
   assert np.isfinite(metrics['loss']) and 0 < metrics['z_std'] <= 1
 
 
+@pytest.mark.exhaustive
 def test_dino_holds_its_prototypes_for_an_epoch_and_then_catches_up():
   config, _, init, step = compiled('dino', DINO_VIEWS, 'data.train_size=32')
   state = init(jax.random.key(0))
@@ -224,6 +225,7 @@ def test_without_stop_gradient_and_predictor_all_images_get_one_feature():
   assert value[-1] < -0.99 and z_std[-1] < 0.1 < pretraining.COLLAPSED < z_std[0]
 
 
+@pytest.mark.exhaustive
 def test_dinos_last_layer_has_the_options_that_name_it():
   changes = (
     DINO_VIEWS,

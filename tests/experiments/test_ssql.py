@@ -185,6 +185,7 @@ def check_activation_parameters(ranges, vectors, rtol):
   assert recorded == seen
 
 
+@pytest.mark.exhaustive
 def test_evaluation_leaves_a_tensor_with_a_dead_channel_in_float_as_training_does():
   """Kernels with a channel of zeros, and a channel of outputs that is constant: a scale of 0."""
   model = models.create('cifar_resnet20', stage_sizes=(1, 1, 1), num_classes=None)

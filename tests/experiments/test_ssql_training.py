@@ -77,6 +77,7 @@ def test_bits_are_drawn_from_the_whole_range_ends_included():
   assert set(activation.tolist()) == set(range(4, 9))
 
 
+@pytest.mark.exhaustive
 def test_the_reverse_variant_gives_the_quantized_pass_no_gradient():
   config, init, _ = compiled('simsiam')
   nets, _ = ssql.base_method(config)
@@ -128,6 +129,7 @@ def test_the_step_is_the_same_on_one_and_on_eight_devices():
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.max(np.abs(b)) + 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_momentum_encoder_follows_as_if_moved_before_every_step():
   config, init, step = compiled('byol')
   first = state = init(jax.random.key(0))

@@ -203,6 +203,7 @@ def test_impossible_settings_are_refused(change, message):
     launcher.check(launcher.load('tweo', 'embedded', [change]))
 
 
+@pytest.mark.exhaustive
 def test_the_largest_output_of_an_mlp_is_taken_apart(network):
   (x,) = network.calibration(32, 32)
   value, parts = outlier_statistics.largest_outlier(network, x)
@@ -220,6 +221,7 @@ def test_the_largest_output_of_an_mlp_is_taken_apart(network):
   np.testing.assert_allclose(value, output, rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_random_weights_are_those_that_training_starts_from(network):
   (x,) = network.calibration(64, 64)
   drawn = jax.jit(network.model.init)(jax.random.split(jax.random.key(0))[0], x)['params']

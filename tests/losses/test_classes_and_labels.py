@@ -130,7 +130,7 @@ def test_every_public_loss_with_labels_is_here():
   assert public - NOT_HERE == {name.split(',')[0] for name in LABELED}
 
 
-@pytest.mark.parametrize('name', tables.some([*LABELED, *UNLABELED], 2))
+@pytest.mark.parametrize('name', tables.some([*LABELED, *UNLABELED], 4))
 def test_masked_class_is_a_class_that_is_not_there(name):
   logits, reduced, keep = masked_and_reduced()
   if name in LABELED:

@@ -479,6 +479,7 @@ def test_a_trained_nnx_module_is_bridged_with_its_weights():
   assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, dict(shapes))
 
 
+@pytest.mark.exhaustive
 def test_hooks_work_around_bridged_blocks_and_on_their_kernels():
   model = Shell()
   own = Anatomy(('embed',), ('blocks_0', 'blocks_1'), 'blocks_1', ('head',))

@@ -12,7 +12,7 @@ from jaxlab.models.configurations import SIZES
 from jaxlab.models.variants import DEFAULT_TAGS
 
 
-@pytest.mark.parametrize('name', tables.some(names(), 6))
+@pytest.mark.parametrize('name', tables.some(names(), 12))
 def test_every_name_traces_with_its_number_of_classes(name):
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
   # One block a stage (or two in all) is enough: depths are counted by parameters elsewhere.

@@ -46,6 +46,7 @@ def assert_trees_close(actual, expected):
   jax.tree.map(lambda a, e: assert_close(a, e, 2e-5, atol=1e-6 * largest), actual, expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', tables.few(NETWORKS, 'vit'))
 def test_a_penalty_on_blocks_has_the_gradient_of_a_network_that_returns_them(name):
   model, x, shapes = NETWORKS[name]

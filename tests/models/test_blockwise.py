@@ -207,6 +207,7 @@ class TwoAlike(nn.Module):
     return x + nn.Dense(x.shape[-1], name='second')(y)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('target', tables.few(['local', 'global'], 'local'))
 def test_layers_of_one_shape_in_a_block_are_compensated_each_by_its_own_statistics(target):
   model = nn.Sequential([TwoAlike(name='part0'), TwoAlike(name='part1')])

@@ -31,6 +31,7 @@ def reference(variables, x):
   return x.mean((1, 2)) @ params['fc']['kernel'] + params['fc']['bias']
 
 
+@pytest.mark.exhaustive
 def test_thirteen_layers_are_nine_convolutions_two_pools_a_mean_and_a_classifier():
   variables = random_variables(TINY, IMAGES)
   assert_close(run(TINY, variables, IMAGES), reference(variables, IMAGES), 1e-4)

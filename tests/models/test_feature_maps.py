@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from models.random_variables import run_capture
 
@@ -22,9 +23,9 @@ def images(*size):
   return jnp.asarray(np.random.default_rng(0).normal(size=(2, *size, 3)), jnp.float32)
 
 
-@pytest.mark.parametrize(('name', 'grid'), [
+@pytest.mark.parametrize(('name', 'grid'), tables.some([
   ('resnet', (8, 12)), ('mobilenetv2', (8, 12)), ('vgg', (4, 6)), ('vit', (2, 3)),
-])  # fmt: skip
+], 3))  # fmt: skip
 def test_the_map_is_what_the_network_pools(name, grid):
   model, x = NETWORKS[name], images(16, 24)
   variables = jax.jit(model.init)(jax.random.key(0), images(16, 16))
@@ -41,6 +42,7 @@ def test_the_map_is_what_the_network_pools(name, grid):
     np.testing.assert_allclose(found.mean((1, 2)), captured['avgpool'], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_a_classifier_over_the_map_trains_all_of_its_network():
   model = models.MapClassifier(
     NETWORKS['resnet'].clone(num_classes=None), models.CSRAMultiHead(5, 2, 0.5)

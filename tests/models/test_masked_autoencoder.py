@@ -49,6 +49,7 @@ def test_an_encoder_under_scan_is_refused(trained):
     )
 
 
+@pytest.mark.exhaustive
 def test_the_decoder_puts_patches_back_where_they_were():
   decoder = masked_autoencoder.MAEDecoder(4, (2, 3), channels=2, width=8, depth=1, num_heads=2)
   noise = jax.random.uniform(jax.random.key(0), (2, 6))
@@ -70,6 +71,7 @@ def test_the_decoder_puts_patches_back_where_they_were():
   )
 
 
+@pytest.mark.exhaustive
 def test_hidden_patches_are_told_apart_by_their_places():
   decoder = masked_autoencoder.MAEDecoder(4, (2, 3), channels=2, width=8, depth=1, num_heads=2)
   restore = jnp.arange(6)[None]

@@ -139,6 +139,7 @@ def plain():
   return x, variables, jax.jit(lambda v, x: train_step(model, v, x))(variables, x)
 
 
+@pytest.mark.exhaustive
 def test_training_normalizes_by_the_batch_and_moves_every_running_statistic(plain):
   x, variables, ((_, (logits, state)), gradient) = plain
   stats, old = state['batch_stats'], variables['batch_stats']

@@ -210,6 +210,7 @@ def test_layer_norm_is_flax_own_with_two_passes(dtype, input_dtype):
     assert_close(a.astype(jnp.float32), b.astype(jnp.float32), tolerance)
 
 
+@pytest.mark.exhaustive
 def test_layer_normalization_has_derivatives_of_both_modes_and_orders():
   with jax.enable_x64(True):
     x, scale, bias = (jnp.asarray(images(s), jnp.float64) for s in ((4, 6), (6,), (6,)))

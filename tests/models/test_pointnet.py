@@ -45,6 +45,7 @@ def test_transforms_multiply_coordinates_and_features(case):
   assert_close(parts['maxpool'], part('mlp2', parts['mlp1'] @ second).max(1))
 
 
+@pytest.mark.exhaustive
 def test_dropout_stands_before_the_last_norm_of_the_head(case):
   model, variables, x = case
   features = model.clone(num_classes=None)

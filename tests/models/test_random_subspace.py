@@ -130,6 +130,7 @@ def test_bfloat16_and_jit_change_little():
   assert_close(half.astype(jnp.float32), expected, 3e-2)
 
 
+@pytest.mark.exhaustive
 def test_a_head_behind_a_network_is_told_that_it_trains():
   model = models.Classifier(
     models.MLP((16,)), models.NRSHead(models.MLPHead((3,)), n_mul=2, n_per=8)

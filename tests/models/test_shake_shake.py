@@ -57,6 +57,7 @@ def test_every_example_draws_its_own_share_and_the_gradient_another():
   np.testing.assert_allclose(still[1:], still[:-1], rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_names_round_trip_and_remat_and_bfloat16_change_little():
   variables = random_variables(TINY, IMAGES)
   back = from_torch(TINY, to_torch(variables))

@@ -42,7 +42,7 @@ def one_step(optimizer, grads, params):
 
 
 @pytest.mark.parametrize('per_head', [True, False])
-@pytest.mark.parametrize('name', tables.few(NETWORKS, 'vit', 'gpt2'))
+@pytest.mark.parametrize('name', tables.few(NETWORKS, 'gpt2'))
 def test_a_step_is_adamw_minus_the_decoupled_decay(name, per_head):
   """By float64 NumPy: B^T (B A) and (B A) A^T of each head, back in their slices."""
   model, params = network(name)
@@ -99,6 +99,7 @@ def test_nothing_changes_at_zero_bit_for_bit():
   assert updates is negative and state.count == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('every', [1, 2])
 def test_a_traced_zero_changes_no_bit_either(every):
   model, params = network()
@@ -148,9 +149,7 @@ def test_scanned_blocks_get_the_update_of_plain_ones():
   )
 
 
-@pytest.mark.parametrize(
-  'kind', tables.few(['product', 'row_power', 'excess', 'cosine'], 'product', 'excess')
-)
+@pytest.mark.parametrize('kind', tables.few(['product', 'row_power', 'excess', 'cosine'], 'excess'))
 def test_every_kind_adds_the_gradient_of_the_penalty_and_lowers_it(kind):
   model, params = network()
   pairs = weight_pairs(model)
@@ -271,6 +270,7 @@ def test_a_pair_that_is_not_finite_is_left_out_and_counted():
   assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.exhaustive
 def test_half_precision_parameters_are_computed_in_float32():
   model, params = network()
   half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
@@ -360,6 +360,7 @@ def test_pairs_that_the_parameters_do_not_hold_are_named_at_the_start():
     colinearity_penalty(params, [])
 
 
+@pytest.mark.exhaustive
 def test_of_stacked_blocks_only_the_one_that_is_not_finite_is_left_out():
   model, params = network()
   stacked = stack_blocks(params)

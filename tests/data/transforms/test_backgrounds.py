@@ -70,6 +70,7 @@ def test_changed_images_hold_their_objects_and_all_background_cells_of_one_other
   assert len(partners) > 1
 
 
+@pytest.mark.exhaustive
 def test_without_scores_any_half_stays_and_any_half_is_taken():
   keys = jax.random.split(jax.random.key(0), 400)
   images = np.arange(400 * 16, dtype=np.int32).reshape(

@@ -89,7 +89,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize(('method', 'target'), tables.cells(list(METHODS), ['local', 'global'], 2))
+@pytest.mark.parametrize(('method', 'target'), tables.cells(list(METHODS), ['local', 'global'], 4))
 def test_errors_on_calibration_data_never_grow_and_the_network_gets_closer(method, target):
   variables, quantized = small_vit()
   result = compensate(quantized, BATCHES, METHODS[method], target=target, **FLOAT)
@@ -255,12 +255,14 @@ def test_start_block_leaves_the_blocks_before_alone():
     compensate(quantized, BATCHES, start_block=2, **FLOAT)
 
 
+@pytest.mark.exhaustive
 def test_half_compensation_is_close_to_float():
   _, quantized = small_vit()
   half, full = (compensate(quantized, BATCHES, dtype=dtype) for dtype in (jnp.float16, jnp.float32))
   assert_close(run(half, X), run(full, X), 0.1)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('method', tables.few([QwT(), QwTv2('block'), NBC()], NBC()))
 def test_gradients_reach_the_compensation(method):
   _, quantized = small_vit()
@@ -295,6 +297,7 @@ def test_scale_rules_run_and_help(method):
   assert np.all(report.error_after < report.error_before)
 
 
+@pytest.mark.exhaustive
 def test_search_goes_over_the_rows_a_fixed_number_of_times(monkeypatch):
   _, quantized = small_vit()
   passes = []

@@ -64,6 +64,7 @@ def test_folded_network_is_the_compensated_one_with_the_codes_it_had(name):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exhaustive
 def test_what_is_no_scale_and_shift_of_a_layer_is_refused():
   model, quantize = NETWORKS['vit']
   variables = random_variables(model, X)

@@ -184,6 +184,7 @@ def test_each_token_is_quantized_by_its_own_maximum_at_run_time():
     integer_network(absmax_ptq(model, {'params': params}, x, [Rule('.*', 'kernel', 8), *rules]))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', tables.few(NETWORKS, 'gpt2'))
 def test_tokens_of_their_own_scale_lose_less_where_one_is_huge(name):
   """W8(C)A8(K) with the stream quantized, and W8(C)A8(T) of the same network."""

@@ -94,6 +94,7 @@ def test_symmetric_kernels_are_those_of_the_best_percentile():
     np.testing.assert_allclose(new['kernel'].T, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_learned_kernels_lie_behind_the_activations_with_lsq_steps():
   stage1, variables, x = network()
   stage2 = weight_only_lsq(stage1, uniform_rules(3, learned=True))
@@ -252,6 +253,7 @@ def test_both_stages_with_compensation():
     integer_network(stage1)
 
 
+@pytest.mark.exhaustive
 def test_the_ridge_may_be_relative_and_spare_the_bias():
   """The first block's compensation, by normal equations in float64 on centered rows."""
   stage1, _, x = network()
@@ -289,6 +291,7 @@ def test_the_ridge_may_be_relative_and_spare_the_bias():
     QwT(relative=True)
 
 
+@pytest.mark.exhaustive
 def test_a_relative_ridge_of_convolutions_is_refused_before_any_work(monkeypatch):
   model, x = NETWORKS['resnet']
   quantized = percentile_ptq(model, random_variables(model, x), x, uniform_rules(4, 4))

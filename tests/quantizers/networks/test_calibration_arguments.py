@@ -129,7 +129,7 @@ CALLED = [(name, form) for name in KINDS for form in ('keywords', 'tuples')]
 
 @pytest.mark.parametrize(
   ('name', 'form'),
-  tables.few(CALLED, ('ptq', 'keywords'), ('absmax_ptq', 'keywords'), ('range_qat', 'tuples')),
+  tables.few(CALLED, ('absmax_ptq', 'keywords'), ('range_qat', 'tuples')),
 )
 def test_batches_are_arguments_of_the_model(name, form):
   everywhere = np.ones((12, 5), bool)
@@ -140,7 +140,7 @@ def test_batches_are_arguments_of_the_model(name, form):
   assert_equal(quantize(name, batches), expected(name, flag=True), 1e-5)
 
 
-@pytest.mark.parametrize('name', tables.few(KINDS, 'QwT', 'absmax_ptq', 'activation_qat'))
+@pytest.mark.parametrize('name', tables.few(KINDS, 'QwT'))
 def test_arrays_and_flags_may_be_the_same_for_all_batches(name):
   found = quantize(name, [X[:6], X[6:]], mask=np.ones((6, 5) if 'oin' in name else (1, 5), bool))
   assert_equal(found, quantize(name, [X[:6], X[6:]]), 1e-5)
@@ -148,7 +148,7 @@ def test_arrays_and_flags_may_be_the_same_for_all_batches(name):
 
 @pytest.mark.parametrize(
   'name',
-  tables.few(METHODS, 'ptq', 'gptq_ptq', 'QwTv2', 'range_qat', 'activation_qat'),
+  tables.few(METHODS, 'gptq_ptq', 'QwTv2', 'activation_qat'),
 )
 def test_padding_counts_for_nothing(name):
   # The network works on positions alone: calibrated on those that count, without the others, it is the same.
@@ -166,9 +166,7 @@ def test_padding_counts_for_nothing(name):
 
 @pytest.mark.parametrize(
   'name',
-  tables.few(
-    (*KINDS, 'percentile_ptq', 'lsq', 'NBC'), 'ptq', 'absmax_ptq', 'activation_qat', 'NBC'
-  ),
+  tables.few((*KINDS, 'percentile_ptq', 'lsq', 'NBC'), 'absmax_ptq', 'NBC'),
 )
 def test_examples_that_do_not_count_are_as_if_they_were_not_there(name):
   real = np.arange(12) < 9
@@ -219,7 +217,13 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize(
-  'name', ['percentile_ptq', 'absmax_ptq', 'lsq', 'range_qat', 'activation_qat', 'gptq_ptq']
+  'name',
+  tables.few(
+    ['percentile_ptq', 'absmax_ptq', 'lsq', 'range_qat', 'activation_qat', 'gptq_ptq'],
+    'percentile_ptq',
+    'lsq',
+    'gptq_ptq',
+  ),
 )
 def test_a_layer_is_calibrated_on_all_its_calls(name):
   model = Shared()

@@ -58,7 +58,7 @@ def network(request):
   return quantized, integer_network(quantized)
 
 
-@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('bits', tables.first([4, 8]))
 @pytest.mark.parametrize('name', tables.few(PTQ, 'resnet'))
 def test_integers_compute_the_fake_quantized_network(name, bits):
   # In float64 no value comes near enough to a rounding tie to fall to the other side.
@@ -76,6 +76,7 @@ def test_integers_compute_the_fake_quantized_network(name, bits):
   assert not network.skipped
 
 
+@pytest.mark.exhaustive
 def test_float32_integers_stay_within_the_error_of_quantization(network):
   quantized, integers = network
   whole, _ = with_whole_zero_points(quantized)
@@ -177,6 +178,7 @@ def test_bfloat16_networks_stay_bfloat16():
   )
 
 
+@pytest.mark.exhaustive
 def test_blocks_run_alone_under_one_compilation():
   quantized, _ = quantize('vit', 4)
   network = integer_network(quantized)

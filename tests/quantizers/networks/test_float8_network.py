@@ -130,6 +130,7 @@ def train(name, steps, in_float8=True, model=None, params=None, sharding=None, *
   return params, state, values
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', tables.few(NETWORKS, 'gpt2'))
 def test_training_follows_the_loss_in_float(name):
   _, state, values = train(name, 25)
@@ -176,6 +177,7 @@ class Twice(nn.Module):
     return norm(3 * dense(10 * h))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('remat', tables.few([False, True], True))
 def test_a_module_that_is_called_twice_pushes_the_maximum_of_both_calls_once(remat):
   model = Twice(remat)

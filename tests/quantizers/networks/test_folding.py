@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from flax import traverse_util
 from golden_vectors import assert_close, golden
@@ -145,8 +146,7 @@ class Up(nn.Module):
     return BatchNorm(name='bn2')(x, False)
 
 
-@pytest.mark.parametrize('width', [4, 5])
-@pytest.mark.parametrize('transpose_kernel', [True, False])
+@pytest.mark.parametrize(('width', 'transpose_kernel'), tables.cells([4, 5], [True, False], 2))
 def test_transposed_convolutions_are_folded_on_the_axis_of_their_outputs(transpose_kernel, width):
   model = Up(transpose_kernel, width)
   x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))

@@ -117,6 +117,7 @@ def test_kernels_in_groups_stay_in_float_and_the_reason_is_said():
     integer_network(found.update(quantization=tree))
 
 
+@pytest.mark.exhaustive
 def test_convolutions_and_a_compensation_behind_them():
   model = ResNet(stage_sizes=(1, 1), width=4, strides=(1, 2), stem='cifar', num_classes=3)
   images = random_images((16, 8, 8, 3))

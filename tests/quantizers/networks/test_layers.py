@@ -99,9 +99,7 @@ CASES = {
 WAYS = (
   'out of heads',
   'attention',
-  'line without bias',
   'transposed kernel',
-  'local',
   'scan',
   'experts',
 )
@@ -321,7 +319,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize('name', TREES)
+@pytest.mark.parametrize('name', tables.some(TREES, 2))
 def test_a_tree_tells_axes_or_is_refused(name):
   shapes, expected = TREES[name]
   params = jax.tree.map(

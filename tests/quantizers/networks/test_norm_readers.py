@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from models.random_variables import call, random_variables
 
@@ -57,8 +58,9 @@ def parts(*readers):
   return Anatomy(head=('head',), norms=[Norm('norm', readers=readers)])
 
 
-@pytest.mark.parametrize('readers', [('a',), ('b',), ('a', 'b')])
-@pytest.mark.parametrize('rules', ['all', 'a', 'b'])
+@pytest.mark.parametrize(
+  ('readers', 'rules'), tables.cells([('a',), ('b',), ('a', 'b')], ['all', 'a', 'b'], 3)
+)
 def test_all_readers_make_up_for_the_rescaled_norm(readers, rules):
   model = Parallel()
   variables = variables_of(model)

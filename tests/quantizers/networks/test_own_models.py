@@ -127,7 +127,7 @@ def quantize(method, name):
   return function(model, variables, batches, rules, anatomy=PARTS, **options)
 
 
-@pytest.mark.parametrize(('method', 'name'), tables.cells(METHODS, list(MODELS), 8))
+@pytest.mark.parametrize(('method', 'name'), tables.cells(METHODS, list(MODELS), 16))
 def test_a_model_of_a_user_is_quantized(method, name):
   model, variables, batches, options = MODELS[name]
   found = quantize(method, name)

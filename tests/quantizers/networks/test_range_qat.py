@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from flax import linen as nn
 from models.random_variables import call, random_images, random_variables, run_capture
 
@@ -141,6 +142,7 @@ def test_training_lowers_the_loss_and_moves_ranges_and_weights():
   assert moved['params']['conv1']['kernel'] > 0
 
 
+@pytest.mark.exhaustive
 def test_layers_of_a_vit_have_signed_inputs():
   model = models.ViT(8, 16, 16, 2, 2, num_classes=3)
   x = random_images((8, 16, 16, 3))
@@ -195,8 +197,7 @@ def test_in_training_mode_layers_are_measured_behind_the_statistics_of_the_batch
   assert quantized(IMAGES, train=False).shape == (16, 4)
 
 
-@pytest.mark.parametrize('units', ['feature', 'scaled'])
-@pytest.mark.parametrize('bits', [1, 4])
+@pytest.mark.parametrize(('units', 'bits'), tables.cells(['feature', 'scaled'], [1, 4], 2))
 def test_a_teacher_is_a_float_network_with_quantized_features(bits, units):
   variables = random_variables(MODEL, IMAGES)
   rules = [Rule('pool', 'output', bits, learned=True)]
@@ -233,6 +234,7 @@ class ByKeyword(nn.Module):
     return nn.DenseGeneral((2, 3), name='fc1')(inputs=x)
 
 
+@pytest.mark.exhaustive
 def test_layers_may_be_called_by_keyword_and_have_outputs_of_two_axes():
   x = jax.random.normal(jax.random.key(0), (16, 4))
   variables = random_variables(ByKeyword(), x)

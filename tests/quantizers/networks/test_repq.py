@@ -87,6 +87,7 @@ def test_pipeline_agrees_with_reference(vectors):
   assert compared == {name for name in vectors if name.startswith('q_')}
 
 
+@pytest.mark.exhaustive
 def test_float_variables_are_the_float_network(quantized):
   exact = quantized.float_variables
   assert_close(run(VIT, exact.tree, X), run(VIT, VARIABLES, X), 1e-5)
@@ -152,6 +153,7 @@ def test_kernels_are_codes_of_the_constants_beside_them(quantized):
     np.testing.assert_allclose((codes - own['zero_point']) * own['scale'], kernel, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_gradients_pass_straight_through(quantized):
   def loss(params):
     return jnp.sum(quantized.update(params=params)(X) ** 2)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tables
 from flax import linen as nn
 from models.random_variables import call, random_variables
 
@@ -38,7 +39,7 @@ MODEL = Tied()
 VARIABLES = random_variables(MODEL, TOKENS)
 
 
-@pytest.mark.parametrize('method', [percentile_ptq, repq, gptq_ptq])
+@pytest.mark.parametrize('method', tables.few([percentile_ptq, repq, gptq_ptq], repq))
 def test_a_rule_names_a_table_and_the_head_that_is_tied_to_it(method):
   rules = [Rule('embed', 'embedding', 4), *uniform_rules(8, 8)]
   found = method(MODEL, VARIABLES, TOKENS, rules, anatomy=PARTS)

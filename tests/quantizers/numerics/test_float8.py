@@ -164,6 +164,7 @@ def test_rounding_of_a_norm_quantizes_both_ways():
   assert amax == jnp.abs(g).max()
 
 
+@pytest.mark.exhaustive
 def test_transformations_agree():
   x, kernel, _, scales = operands(batch=(8,))
 

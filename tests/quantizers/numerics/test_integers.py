@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+import tables
 from golden_vectors import assert_close, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,7 +80,7 @@ def test_dots_of_codes_are_exact(x_unsigned, w_unsigned):
     (4, (2, 1), 'VALID', (1, 1)),
   ],
 )
-@pytest.mark.parametrize('w_unsigned', [True, False])
+@pytest.mark.parametrize('w_unsigned', tables.first([True, False]))
 def test_convolutions_of_codes_are_exact(groups, strides, padding, dilation, w_unsigned):
   x, w = codes((2, 6, 7, 4), True), codes((3, 3, 4 // groups, 8), w_unsigned)
   options = {'padding': padding, 'strides': strides, 'dilation': dilation, 'groups': groups}
@@ -113,8 +114,9 @@ def test_grouped_dot_is_the_dot_of_the_dequantized():
   np.testing.assert_allclose(plain, exact, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize('bits', [3, 4, 8])
-@pytest.mark.parametrize('granularity', ['tensor', 'channel', 'group'])
+@pytest.mark.parametrize(
+  ('bits', 'granularity'), tables.cells([3, 4, 8], ['tensor', 'channel', 'group'], 3)
+)
 def test_qwix_arrays_hold_the_same_values_and_give_the_same_dot(bits, granularity):
   group = {'axis': 0, 'group_size': 128} if granularity == 'group' else {}
   rule = AffineQuantizer(bits, 'symmetric', granularity, **group)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tables
 from golden_vectors import assert_close, golden
 
 from jaxlab.quantizers import AffineQuantizer, params_from_range
@@ -73,7 +74,7 @@ def error(x, quantizer, bounds):
   return float(jnp.mean(ranges._squared_error(quantizer, x, params_from_range(quantizer, *bounds))))
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', tables.first(range(3)))
 def test_searches_beat_the_extremes_on_heavy_tails(seed):
   rng = np.random.default_rng(seed)
   for x in (rng.laplace(size=20000), rng.standard_t(5, size=20000)):
@@ -85,6 +86,7 @@ def test_searches_beat_the_extremes_on_heavy_tails(seed):
     assert omse < percentile < plain
 
 
+@pytest.mark.exhaustive
 def test_channels_are_searched_one_by_one():
   x = jax.random.t(jax.random.key(0), 4.0, (200, 3)) * jnp.array([1.0, 10.0, 0.1])
   channel = AffineQuantizer(4, 'asymmetric', 'channel')
@@ -106,7 +108,9 @@ OBSERVERS = [
 KINDS = [(make, per) for make in OBSERVERS for per in ('tensor', 'channel')]
 
 
-@pytest.mark.parametrize(('make', 'granularity'), [*KINDS, (ranges.quantile_observer, 'tensor')])
+@pytest.mark.parametrize(
+  ('make', 'granularity'), tables.some([*KINDS, (ranges.quantile_observer, 'tensor')], 3)
+)
 def test_a_state_made_for_a_batch_is_carried_through_scan(make, granularity):
   observer = make(AffineQuantizer(4, 'asymmetric', granularity))
   batches = jax.random.normal(jax.random.key(0), (3, 8, 5), jnp.bfloat16)
@@ -145,7 +149,7 @@ def test_bad_input_is_named(make, match):
 
 @pytest.mark.parametrize(
   'search',
-  [ranges.mse_range, ranges.mse_ternary_range, ranges.percentile_range],
+  tables.first([ranges.mse_range, ranges.mse_ternary_range, ranges.percentile_range]),
   ids=lambda search: search.__name__,
 )
 def test_searches_on_bfloat16_are_those_of_its_values_in_float32(search):
