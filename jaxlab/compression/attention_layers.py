@@ -109,7 +109,7 @@ def _llama(model: Llama) -> AttentionLayout:
     unrotated_key='k_proj',
     read=lambda params: AttentionLayers(*(_layer(params[name]) for name in names)),
     write=lambda layers: {name: _params(own) for name, own in zip(names, layers, strict=True)},
-    grouped=lambda **fields: model.clone(**fields),
+    grouped=model.clone,
   )
 
 
@@ -137,17 +137,7 @@ def _bloom(model: Bloom) -> AttentionLayout:
     kernel, bias = fuse(*(own.kernel for own in inputs)), fuse(*(own.bias for own in inputs))
     return {'query_key_value': _params(Layer(kernel, bias)), 'dense': _params(layers.output)}
 
-  return AttentionLayout(
-    tuple(f'h_{index}/self_attention' for index in range(model.depth)),
-    model.num_heads,
-    kv_heads,
-    width,
-    rotary=False,
-    unrotated_key=None,
-    read=read,
-    write=write,
-    grouped=lambda **fields: model.clone(**fields),
-  )
+  return _unrotated(model, 'self_attention', read, write)
 
 
 @attention_layout.register
@@ -164,16 +154,25 @@ def _gpt2(model: GPT2) -> AttentionLayout:
     fused = Layer(*(np.concatenate(part, axis=-1) for part in parts))
     return {'c_attn': _params(fused), 'c_proj': _params(layers.output)}
 
+  return _unrotated(model, 'attn', read, write)
+
+
+def _unrotated(
+  model: Bloom | GPT2,
+  name: str,
+  read: Callable[[Mapping[str, PyTree]], AttentionLayers],
+  write: Callable[[AttentionLayers], dict[str, PyTree]],
+) -> AttentionLayout:
   return AttentionLayout(
-    tuple(f'h_{index}/attn' for index in range(model.depth)),
-    model.num_heads,
-    kv_heads,
-    width,
+    paths=tuple(f'h_{index}/{name}' for index in range(model.depth)),
+    num_heads=model.num_heads,
+    num_kv_heads=model.num_kv_heads or model.num_heads,
+    head_width=model.width // model.num_heads,
     rotary=False,
     unrotated_key=None,
     read=read,
     write=write,
-    grouped=lambda **fields: model.clone(**fields),
+    grouped=model.clone,
   )
 
 

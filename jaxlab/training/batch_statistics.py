@@ -60,10 +60,11 @@ def recompute_batch_stats(
 
     return jax.tree.map(lambda zero, one: zero / (1 - (one - zero)), moved(0.0), moved(1.0))
 
+  added = jax.jit(running_average)
   average = None
   for count, inputs in enumerate(batches):
     found = measure(inputs)
-    average = found if average is None else running_average(average, found, count)
+    average = found if average is None else added(average, found, count)
   if average is None:
     raise ValueError('recompute_batch_stats: there is no batch.')
   return {**variables, 'batch_stats': traverse_util.unflatten_dict(average | kept, sep='/')}
