@@ -200,6 +200,7 @@ def test_what_starts_from_nothing_changes_nothing_at_first(vit):
   assert counted == 4 * 2 * (12 + 36 + 12 + 48)
 
 
+@pytest.mark.exhaustive
 def test_adaptformer_reads_the_stream_between_the_branches(vit):
   model, variables = vit
   tree = adapters.init_adaptformer(jax.random.key(1), adapters.block_widths(model, IMAGES), 3)
@@ -271,6 +272,7 @@ def test_prompts_are_dropped_for_each_example_anew(vit):
     adapters.insert_prompts(jnp.zeros((3, 5, 4)), batched[:2])
 
 
+@pytest.mark.exhaustive
 def test_adapters_stand_behind_drop_path(vit):
   model, variables = vit
   model = model.clone(drop_path=0.9)

@@ -63,6 +63,7 @@ def test_masked_mixtures_of_many_classes_are_those_of_each(losses):
     assert not np.any(own[~mask])
 
 
+@pytest.mark.exhaustive
 def test_equal_or_few_losses_are_clean():
   assert classifiers.fit_gmm_1d(jnp.full(4, 2.5)).tolist() == [1] * 4
   mask = np.array([True, False, False])
@@ -82,6 +83,7 @@ def test_a_rare_class_survives_next_to_one_with_small_losses():
   np.testing.assert_array_equal(clean, [True] * 60 + [False] * 20 + [True] * 15 + [False] * 5)
 
 
+@pytest.mark.exhaustive
 def test_a_class_of_few_examples_keeps_its_smaller_half():
   found = classifiers.clean_by_class(jnp.array([3.0, 1, 2, 9, 9]), jnp.array([0, 0, 0, 1, 1]), 3)
   assert found.tolist() == [False, True, True, True, False]

@@ -21,6 +21,7 @@ def test_variation_is_the_sum_over_four_directions():
   assert_close(variation(x, 0.6), total, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_flat_images_have_no_variation_and_a_finite_gradient():
   value, slope = jax.value_and_grad(variation)(jnp.ones((1, 3, 3, 1)), 0.6)
   assert value == 0 and np.all(np.isfinite(slope))

@@ -40,6 +40,7 @@ def test_calibrated_confidences_have_a_small_error_and_others_their_offset():
   assert_close(error_of(confidences + 0.1, correct, 15).ece, 0.1, atol=0.01)
 
 
+@pytest.mark.exhaustive
 def test_masked_examples_do_not_count():
   rng = np.random.default_rng(1)
   confidences, correct = rng.uniform(size=32).astype(np.float32), rng.uniform(size=32) < 0.5

@@ -59,6 +59,7 @@ def test_gains_and_index_are_the_formulas_of_every_head():
   np.testing.assert_allclose(half, expected, rtol=2e-2)
 
 
+@pytest.mark.exhaustive
 def test_the_index_tells_random_from_aligned_and_is_zero_for_zeros():
   keys = jax.random.split(jax.random.key(0))
   random = [jax.random.normal(key, shape) for key, shape in zip(keys, ((64, 96), (96, 64)))]

@@ -47,6 +47,7 @@ def test_transformations_agree():
   np.testing.assert_array_equal(outlier_statistics(stacked).peak, [70, 70])
 
 
+@pytest.mark.exhaustive
 def test_large_and_constant_activations_have_finite_kurtosis():
   huge = jnp.asarray([[1e12, -1e12, 1e12, -1e12]])
   half = jnp.asarray([[300.0, -300.0]], jnp.bfloat16)
@@ -55,6 +56,7 @@ def test_large_and_constant_activations_have_finite_kurtosis():
   assert got.kurtosis.dtype == jnp.float32
 
 
+@pytest.mark.exhaustive
 def test_outliers_of_the_weights_show_with_any_data():
   model = models.ViT(4, 8, 16, 2, 2, num_classes=3)
   parts = models.anatomy(model)

@@ -25,6 +25,7 @@ class Network:
     return {'accuracy': float(np.std(np.float64(outputs)))}
 
 
+@pytest.mark.exhaustive
 def test_all_bits_and_schemes_of_a_network_share_its_calibration(monkeypatch):
   calls = []
   largest = quantizers.largest_magnitudes

@@ -36,6 +36,7 @@ def fake_torch(tmp_path):
   return path
 
 
+@pytest.mark.exhaustive
 def test_both_sides_stand_in_one_table_and_in_the_file(tiny, fake_torch, tmp_path, capsys):
   output = tmp_path / 'speed.json'
   found = bench.main(

@@ -52,6 +52,7 @@ def test_rows_differ_by_what_their_papers_add():
   np.testing.assert_array_equal(decayed['head']['kernel'], plain['head']['kernel'])
 
 
+@pytest.mark.exhaustive
 def test_other_rows_decay_the_weights_or_their_largest_singular_values():
   config = tiny('embedded', 'runs=s2d', 'spectral.weight=0.5')
   params = jax.jit(config.model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']

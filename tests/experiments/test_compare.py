@@ -16,6 +16,7 @@ def small_config():
   return launcher.load('qwt', 'embedded', SMALL)
 
 
+@pytest.mark.exhaustive
 def test_the_same_network_is_compared_in_all_forms(tmp_path):
   found = compare.compare(small_config(), tmp_path, bits=['4w8a'], repeats=1)
   assert list(found) == ['float', '4w8a fake-quantized', '4w8a integer', '4w8a qwix']

@@ -93,6 +93,7 @@ def test_bit_widths_are_the_lowest_or_all():
     assert compensation_tuning.tuned(config.fine_tuning, config, name) == config.bits
 
 
+@pytest.mark.exhaustive
 def test_runs_tune_are_resumed_and_refuse_another_start(tmp_path, capsys):
   changes = [
     *TINY, 'bits=4w4a,2w3a', f'networks_dir={tmp_path / "networks"}', 'log_every=20',

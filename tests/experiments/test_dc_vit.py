@@ -117,6 +117,7 @@ def test_what_learns_from_labels_begins_with_the_blocks_of_the_trials_as_they_we
   jax.tree.map(np.testing.assert_array_equal, tuned.variables, untuned.variables)
 
 
+@pytest.mark.exhaustive
 def test_candidates_are_judged_by_the_original_on_images_made_of_it():
   config = tiny_config()
   model = dc_vit.networks.create(config.network.model)

@@ -103,6 +103,7 @@ def test_a_prediction_is_the_mean_of_image_and_mirror_image():
   assert_close(found['mae'], np.abs(plain['value'] - plain['truth']).mean(), 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_faces_are_changed_in_the_order_of_the_official_code():
   own = ordinal.Augment(flip=0.5, grayscale=0.5, rescale=12, rotation=15.0, jitter=0.4)
   image = jnp.asarray(np.random.default_rng(0).random((16, 16, 3)), jnp.float32)

@@ -182,6 +182,7 @@ def test_a_missing_checkpoint_is_asked_for(tmp_path, capsys):
   assert '--checkpoint=DIR is missing' in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_texts_of_files_are_trained_on_and_judged(tmp_path):
   asked = data.fact_documents('train', 16, instructed=True)
   plain = data.fact_documents('train', 16)

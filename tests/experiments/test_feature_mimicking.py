@@ -54,7 +54,7 @@ def batch_of(config, count=32):
   }
 
 
-@pytest.mark.parametrize('name', tables.few(['kd', 'l2', 'lshl2'], 'kd', 'lshl2'))
+@pytest.mark.parametrize('name', tables.few(['kd', 'l2', 'lshl2'], 'lshl2'))
 def test_one_step_is_the_papers_loss(name):
   config, (teacher, variables, hashes) = tiny_config(), given()
   own, run = config.methods[name], feature_mimicking.programs(config)[name]

@@ -46,6 +46,7 @@ def test_support_images_are_augmented_anew_in_every_step_and_episode():
   assert np.ptp(found, axis=0).max() < 1e-5
 
 
+@pytest.mark.exhaustive
 def test_the_choice_of_what_is_trained_decides_what_moves():
   for choice, activations in (('classifier', (4, 4, 4)), ('all', (8, 8, 1))):
     config = tiny(fine_tuning__trained=choice)

@@ -81,6 +81,7 @@ def test_a_first_step_trains_the_head_alone_and_faster():
   assert faster.schedule.base == pytest.approx(0.08)
 
 
+@pytest.mark.exhaustive
 def test_test_images_are_judged_with_their_mirror_images():
   config = tiny_config('recognition.mirrored=True')
   source = data.subset(harness_data.load(config.recognition.data, 'test'), np.arange(40))
@@ -118,6 +119,7 @@ def test_the_papers_settings_are_those_of_the_code():
   assert len(config.retrieval.data.test_options['classes']) == splits['retrieval_test'].classes
 
 
+@pytest.mark.exhaustive
 def test_public_weights_are_those_of_the_backbone(monkeypatch):
   small = "model={'name': 'resnet18', 'stage_sizes': (1, 1), 'width': 4}"
   config = launcher.load('fgia', 'cub_isqrt_resnet50', [small])

@@ -66,6 +66,7 @@ def test_each_layer_has_the_learning_rate_of_its_depth():
   np.testing.assert_allclose(moved['head']['kernel'], expected['head']['kernel'], rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_recipe_with_mixup_and_cutmix_takes_one_of_them_each_step():
   recipe = Recipe(epochs=1, batch_size=4, schedule=Schedule(0.1), mixup=0.8, cutmix=1.0)
   own = jnp.arange(4.0)

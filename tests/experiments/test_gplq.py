@@ -85,6 +85,7 @@ def test_a_run_leaves_all_rows(tmp_path):
   assert (tmp_path / 'accuracy_and_transfer.png').exists()
 
 
+@pytest.mark.exhaustive
 def test_training_images_are_read_as_test_images_and_metrics_are_those_of_numpy(tmp_path):
   config = tiny(PERCEPTRON, 'transfer={}', 'rows=()', stored=10)
   nets = Trained(config, gplq.table(config), tmp_path)

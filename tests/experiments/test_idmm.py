@@ -173,6 +173,7 @@ def test_impossible_settings_are_named(changes, message):
     launcher.check(tiny_config(*changes))
 
 
+@pytest.mark.exhaustive
 def test_kernels_start_with_the_deviation_of_pytorch_in_all_trainings_from_drawn_ones():
   config = tiny_config('fan_in_scaled=["blocks_.*/kernel"]')
   stage = fine_tuning_stages.training(config, 'labels', 'from scratch')

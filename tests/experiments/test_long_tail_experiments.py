@@ -155,6 +155,7 @@ def test_fine_tunings_vmapped_are_those_one_after_the_other(tmp_path):
     assert np.array_equal(value, merged[path]) == path.startswith('params/'), path
 
 
+@pytest.mark.exhaustive
 def test_a_frozen_backbone_stays_and_its_statistics_move_only_outside_of_eval_mode():
   config = tiny('btm', model=CONVOLUTIONAL)
   for name, adapts in (('crt_merged', False), ('las_merged', True)):

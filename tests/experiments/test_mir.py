@@ -130,6 +130,7 @@ def test_images_may_come_from_elsewhere(origin, tmp_path, monkeypatch):
     assert np.abs(normal.std() / config.network.data.std - 1) < 0.4
 
 
+@pytest.mark.exhaustive
 def test_synthetic_images_are_made_in_parts(monkeypatch):
   config = tiny(
     'origin=synthetic', 'runs=mir', 'synthesis={"count": 8, "steps": 2, "warmup_steps": 1, "shift": 1}',

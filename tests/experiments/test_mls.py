@@ -120,6 +120,7 @@ def test_the_loss_agrees_with_the_reference(vectors):
   assert not np.any(to_features)  # pseudo-labels carry no gradient
 
 
+@pytest.mark.exhaustive
 def test_dictionaries_are_chosen_for_labels_and_for_logits():
   rng = np.random.default_rng(0)
   g, z, queue_g, queue_z = (rng.normal(size=s) for s in ((3, 5), (3, 4), (5, 7), (4, 7)))
@@ -192,6 +193,7 @@ def test_precision_is_of_what_a_view_retrieves_from_the_old_dictionary():
     assert_close(metrics[step]['queue_precision'], np.mean(shared), 1e-6)
 
 
+@pytest.mark.exhaustive
 def test_without_pseudo_positives_it_is_moco_v2():
   config = tiny_config()
   nets, targets = siamese_methods.method(

@@ -41,6 +41,7 @@ def batch(seed):
   }
 
 
+@pytest.mark.exhaustive
 def test_one_program_mixes_as_the_stage_of_its_step_says():
   config = tiny_config()
   own = mwh.programs(config)['mwh'].program

@@ -84,6 +84,7 @@ def test_transforms_of_clouds_are_held_orthogonal():
   np.testing.assert_array_equal(*index)
 
 
+@pytest.mark.exhaustive
 def test_a_backbone_starts_from_public_weights_and_its_head_anew(monkeypatch):
   config = tiny_config('images', 'recipe.batch_size=64', 'pretrained=cifar_resnet18', 'trees=()')
   backbone = nrs.networks.create(config.model, num_classes=None)

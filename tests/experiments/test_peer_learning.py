@@ -119,6 +119,7 @@ def test_the_drop_rate_rises_by_epochs():
   assert kept == [1, 1, 8 / 16, 8 / 16]  # floor(0.55 * 16) = 8
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_two_steps_starts_from_each_networks_best_classifier(tmp_path, monkeypatch):
   config = tiny_config(*BILINEAR, "runs=('peer',)", 'compared=False')
   plan, own = peer_learning.programs(config), network_pairs

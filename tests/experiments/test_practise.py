@@ -221,6 +221,7 @@ def test_a_block_that_saves_nothing_ends_a_run_before_any_training(tmp_path, mon
   assert practise.savings(config, nets, tmp_path)['layer1_2']['latency'] == pytest.approx(0.01)
 
 
+@pytest.mark.exhaustive
 def test_filters_save_as_much_and_hardly_more():
   config = tiny('counts=1')
   whole = few_shot_compression.whole_network(config)

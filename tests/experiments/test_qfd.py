@@ -69,6 +69,7 @@ def test_teachers_have_few_values_and_may_train_their_ranges_alone(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, *params)
 
 
+@pytest.mark.exhaustive
 def test_first_ranges_are_of_a_batch_as_training_normalizes_it():
   config = launcher.load('qfd', 'embedded', ['network.model.width=4'])
   model = models.create(**config.network.model)

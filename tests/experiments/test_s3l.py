@@ -66,6 +66,7 @@ def moved(before, after):
   return differ, {*a} - differ
 
 
+@pytest.mark.exhaustive
 def test_in_the_warm_up_the_last_stage_and_the_head_move_alone():
   first, state, _ = stepped('16_px__cut_warm_up')
   params, still = moved(first.params, state.params)
@@ -111,6 +112,7 @@ def test_a_next_stage_has_all_but_optimizer_and_step_of_the_one_before():
   assert jax.tree.structure(shapes) == jax.tree.structure(state)
 
 
+@pytest.mark.exhaustive
 def test_simclr_is_supcon_scaled_by_its_base_temperature():
   config = tiny_config('ssl=simclr', 'target.temperature=0.1', 'base_temperature=0.07')
   nets, targets = s3l.method(config, config.variants[0].stages[0])

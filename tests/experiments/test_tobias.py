@@ -67,6 +67,7 @@ def test_without_a_change_the_views_are_those_of_the_base_method(kind):
     np.testing.assert_allclose(found, view, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_maps_are_channel_sums_of_a_network_with_the_statistics_it_begins_with():
   own = tiny_config('localization.net.size=16').localization
   scenes = data.in_memory(

@@ -72,6 +72,7 @@ def test_the_loss_is_the_task_plus_the_weighted_penalty(config, batch):
     np.testing.assert_allclose(metrics[f'peak_{i:02d}'], np.abs(y).max(), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_weight_falls_with_a_cosine_where_it_is_asked_to(config, batch):
   penalty = dataclasses.replace(config.penalty, decay='cosine')
   config = dataclasses.replace(config, penalty=penalty)

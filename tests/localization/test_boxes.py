@@ -36,6 +36,7 @@ def test_iou_broadcasts_and_has_finite_gradients_at_empty_boxes():
   assert np.isfinite(gradient).all()
 
 
+@pytest.mark.exhaustive
 def test_the_best_of_an_images_true_boxes_counts():
   truth = np.array([[[0, 0, 4, 4], [2, 0, 6, 4]], [[0, 0, 4, 4], [0, 0, 0, 0]]])
   predicted = np.array([[2, 0, 6, 4], [8, 8, 9, 9]])

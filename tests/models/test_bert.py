@@ -161,6 +161,7 @@ def test_padding_on_either_side_changes_no_real_token(side):
   assert np.isfinite(tiny(variables, padded, mask=np.zeros_like(mask))).all()
 
 
+@pytest.mark.exhaustive
 def test_means_hold_nothing_of_padding():
   vectors = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
   mask = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])

@@ -147,6 +147,7 @@ def test_hook_points_and_a_block_alone():
   assert_close(out, captured['h_1'], 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_and_remat_agree_with_plain_float32():
   tokens, model = some_tokens(), TINY.clone(depth=1)
   variables = random_variables(model, tokens)

@@ -194,6 +194,7 @@ DEPTHWISE = functools.partial(
 )
 
 
+@pytest.mark.exhaustive
 def test_derivatives_of_second_order_and_forward_mode():
   x, kernel, direction = arrays(0, (2, 4, 4, 3), (3, 3, 1, 3), (2, 4, 4, 3))
   plain = functools.partial(lax.conv_general_dilated, **DEPTHWISE.keywords)

@@ -25,7 +25,7 @@ def images(*size):
 
 @pytest.mark.parametrize(('name', 'grid'), tables.some([
   ('resnet', (8, 12)), ('mobilenetv2', (8, 12)), ('vgg', (4, 6)), ('vit', (2, 3)),
-], 3))  # fmt: skip
+], 4))  # fmt: skip
 def test_the_map_is_what_the_network_pools(name, grid):
   model, x = NETWORKS[name], images(16, 24)
   variables = jax.jit(model.init)(jax.random.key(0), images(16, 16))

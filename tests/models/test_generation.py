@@ -46,6 +46,7 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward(model):
   assert len(np.unique(expected)) > 3  # not a loop of one token, which would prove little
 
 
+@pytest.mark.exhaustive
 def test_padded_prompts_are_continued_as_they_are_alone():
   model, variables = TINY_GPT2, variables_of(TINY_GPT2)
   alone = np.concatenate(

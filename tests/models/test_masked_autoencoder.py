@@ -30,6 +30,7 @@ def test_an_encoder_that_sees_all_patches_is_the_plain_network(trained):
     np.testing.assert_allclose(tokens[i, 1:], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_hidden_patches_change_nothing(trained):
   vit, variables, images = trained
   keep = jnp.asarray([[0, 5, 9]] * 3)

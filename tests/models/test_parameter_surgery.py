@@ -80,6 +80,7 @@ def _zeroed(types, blocks=(1,)):
   return _logits(models.destroy_parameters(params, mask))
 
 
+@pytest.mark.exhaustive
 def test_zeroed_types_of_a_block_are_the_same_damage_where_the_block_says_so():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   close(_zeroed(['v_proj']), _zeroed(['o_proj']))

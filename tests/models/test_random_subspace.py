@@ -181,6 +181,7 @@ def test_impossible_arguments_are_named(call, message):
     call()
 
 
+@pytest.mark.exhaustive
 def test_few_features_occur_several_times_in_a_patch_and_that_is_said():
   with pytest.warns(UserWarning, match='4 features do not fill a patch of 9'):
     layer, variables = drawn(4)

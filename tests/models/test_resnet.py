@@ -167,6 +167,7 @@ def test_train_step_on_eight_devices_equals_one():
   assert_trees_close(step(variables, sharded), step(variables, x), 1e-4, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_jit_and_vmap_over_parameters_equal_eager():
   model = ResNet(**TINY, num_classes=5)
   x = images()

@@ -91,6 +91,7 @@ def test_constant_maps_have_zero_roots_and_finite_gradients(shape):
   assert not np.any(isqrt_cov(x))
 
 
+@pytest.mark.exhaustive
 def test_transformations_and_low_precision_change_nothing_but_digits():
   x = jnp.asarray(MAPS)
   for pool in (isqrt_cov, lambda x: bilinear_pool(x, 1e-8, signed=True)):

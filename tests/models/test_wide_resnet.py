@@ -50,6 +50,7 @@ def test_wrn28_10_has_the_published_number_of_parameters():
     create('wrn27_10')
 
 
+@pytest.mark.exhaustive
 def test_a_network_may_end_with_its_last_block():
   model = create('cifar_preact_resnet18')
   shapes = jax.eval_shape(model.init, jax.random.key(0), images((1, 32, 32, 3)))

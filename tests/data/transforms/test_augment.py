@@ -62,6 +62,7 @@ def test_coin_augmentations_change_all_or_nothing(augment, changed):
   assert 0.1 < is_changed.mean() < 0.6
 
 
+@pytest.mark.exhaustive
 def test_rotation_turns_a_picture_around_its_center():
   image = np.zeros((5, 5, 1), np.float32)
   image[2, 4] = 1.0  # to the right of the center

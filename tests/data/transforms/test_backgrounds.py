@@ -88,6 +88,7 @@ def test_without_scores_any_half_stays_and_any_half_is_taken():
   np.testing.assert_allclose(taken, 0.5, atol=spread)
 
 
+@pytest.mark.exhaustive
 def test_the_share_of_changed_images_is_the_probability():
   keys = jax.random.split(jax.random.key(1), 1000)
   images = np.arange(1000 * 16, dtype=np.int32).reshape(1000, 4, 4, 1)

@@ -108,6 +108,7 @@ IMAGES = jnp.stack([jnp.float32(photo(12, 10, seed=i)) / 255 for i in range(4)])
 BATCH = jax.jit(jax.vmap(rand_augment))
 
 
+@pytest.mark.exhaustive
 def test_images_of_a_batch_are_drawn_by_their_own_keys():
   keys = jax.random.split(jax.random.key(3), 64)
   images = jnp.tile(IMAGES, (16, 1, 1, 1))
@@ -133,6 +134,7 @@ def test_eager_is_jit_and_probability_0_is_the_8_bit_image():
   )
 
 
+@pytest.mark.exhaustive
 def test_levels_follow_the_clipped_normal(monkeypatch):
   """With one operation left (Brightness) the level can be read off a constant image."""
   brightness = OPERATIONS.index('Brightness')

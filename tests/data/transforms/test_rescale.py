@@ -7,6 +7,7 @@ from PIL import Image
 from jaxlab import data
 
 
+@pytest.mark.exhaustive
 def test_an_image_loses_detail_as_in_pil():
   image = np.random.default_rng(0).random((24, 24, 1)).astype(np.float32)
   rescale = jax.jit(data.random_rescale, static_argnames='low')

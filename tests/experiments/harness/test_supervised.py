@@ -82,6 +82,7 @@ def test_learned_steps_are_trained_next_to_the_parameters(batch):
   assert all(jax.tree.leaves(moved['lsq'])) and moved['params']['fc0']['kernel']
 
 
+@pytest.mark.exhaustive
 def test_a_quantized_network_is_trained_by_its_own_preparation_and_carried_constants(batch):
   variables = MODEL.init(jax.random.key(1), TASK.inputs(batch))
   rules = quantizers.uniform_rules(3, 3, path='fc[01]', learned=True)
@@ -106,6 +107,7 @@ def test_a_quantized_network_is_trained_by_its_own_preparation_and_carried_const
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.exhaustive
 def test_a_quantized_teacher_hands_on_quantized_features_and_constants_are_read(batch):
   variables = jax.jit(MODEL.init)(jax.random.key(1), TASK.inputs(batch))
   rules = [quantizers.Rule('fc1', 'output', 2, learned=True)]

@@ -142,6 +142,7 @@ def naive_qwt(model, quantized, x, path, before):
   return seen['x'], full - seen['y']
 
 
+@pytest.mark.exhaustive
 def test_anything_between_blocks_and_their_other_arguments_are_followed():
   model, x = Merging(), random_images((32, 4, 8))
   variables = random_variables(model, x)
@@ -278,6 +279,7 @@ def test_gradients_reach_the_compensation(method):
     assert np.any(first[name] != 0)
 
 
+@pytest.mark.exhaustive
 def test_reported_costs_are_those_of_the_formulas():
   _, quantized = small_vit()
   costs = {QwT(): linear_cost(8, 8, 5), QwTv2('block'): channel_affine_cost(8, 5)}

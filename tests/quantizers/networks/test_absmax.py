@@ -236,6 +236,7 @@ def test_bits_may_be_traced_and_batches_sharded():
   np.testing.assert_allclose(call(sharded, split), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_the_network_is_compensated_and_run_in_integers():
   model, x = NETWORKS['vit']
   variables = random_variables(model, x)

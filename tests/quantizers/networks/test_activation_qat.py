@@ -83,6 +83,7 @@ def symmetric_by_numpy(row, bits):
   return best[1]
 
 
+@pytest.mark.exhaustive
 def test_symmetric_kernels_are_those_of_the_best_percentile():
   stage1, variables, _ = network()
   stage2 = weight_only_ptq(stage1, uniform_rules(3))

@@ -49,6 +49,7 @@ def half_range(kernel, bits):
   return np.clip(np.round(kernel / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
 
 
+@pytest.mark.exhaustive
 def test_a_pruned_filter_keeps_no_other_in_float():
   given = variables()
   expected = half_range(given['params']['conv']['kernel'], 4)

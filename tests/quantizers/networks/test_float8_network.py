@@ -144,6 +144,7 @@ def test_training_follows_the_loss_in_float(name):
   assert all(np.all(np.isfinite(s)) and np.all(s > 0) and np.all(s != 1) for s in scales)
 
 
+@pytest.mark.exhaustive
 def test_the_gradients_maximum_arrives_in_the_next_steps_history():
   model, x, params, state = start()
 

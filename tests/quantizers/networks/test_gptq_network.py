@@ -94,6 +94,7 @@ def test_stored_codes_give_the_kernels_back_bit_for_bit(group_size, tmp_path):
   assert size_in_bytes(loaded) == size_in_bytes(stored)
 
 
+@pytest.mark.exhaustive
 def test_inputs_are_quantized_where_rules_say_so_and_then_layers_run_in_integers():
   model, variables = llama()
   rules = [Rule('layers_.*', 'kernel', 4), Rule('.*/mlp/.*', 'input', 8)]

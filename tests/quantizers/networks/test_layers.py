@@ -175,7 +175,7 @@ def test_integers_run_what_they_can_and_say_the_rest_before(case, bits):
   assert_close(call(integers, x), call(network, x), 1e-4)
 
 
-@pytest.mark.parametrize('granularity', ['tensor', 'channel'])
+@pytest.mark.parametrize('granularity', tables.first(['channel', 'tensor']))
 def test_largest_magnitudes_are_those_of_the_channels(granularity):
   model, x = one(nn.DenseGeneral((2, 3))), jnp.asarray(RNG.normal(size=DENSE), jnp.float32)
   variables = stretched(model.init(jax.random.key(0), x))
@@ -204,6 +204,7 @@ class OneBlock(nn.Module):
     return Heads(name='block')(x)
 
 
+@pytest.mark.exhaustive
 def test_gptq_kernels_of_heads_are_run_in_integers():
   model, x = OneBlock(), jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
   variables = stretched(jax.jit(model.init)(jax.random.key(0), x))

@@ -189,6 +189,7 @@ def test_depthwise_codes_take_half_a_byte_each(tmp_path):
   np.testing.assert_array_equal(wide.dequantize(), stored.dequantize())
 
 
+@pytest.mark.exhaustive
 def test_several_channel_axes_are_kept(tmp_path):
   rule = AffineQuantizer(4, 'symmetric', 'channel', axis=(-2, -1))
   stored = store(rule, jax.random.normal(jax.random.key(0), (5, 2, 3)))

@@ -90,6 +90,7 @@ def test_a_norm_that_something_else_reads_is_named():
   )
 
 
+@pytest.mark.exhaustive
 def test_a_norm_of_several_calls_has_the_ranges_of_all():
   model = OneNorm()
   variables = variables_of(model)

@@ -36,6 +36,7 @@ def error(bits):
   return float(jnp.mean((quantized(X) - NET.apply(VARIABLES, X)) ** 2))
 
 
+@pytest.mark.exhaustive
 def test_more_bits_lose_less():
   errors = [error(bits) for bits in (2, 4, 8)]
   assert errors[0] > 4 * errors[1] > 64 * errors[2] > 0

@@ -218,6 +218,7 @@ def test_several_arrays_are_one_batch(name):
     jax.tree.map(np.testing.assert_array_equal, found, network(name))
 
 
+@pytest.mark.exhaustive
 def test_parameters_and_steps_are_learned():
   quantized = network('lsq')
 
@@ -299,6 +300,7 @@ def test_bad_input_is_named_by_every_method(name):
     method(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), {}, X, rules)
 
 
+@pytest.mark.exhaustive
 def test_granularity_is_chosen_by_rules():
   choices = [Rule('.*', 'kernel', 4, 'tensor'), Rule('.*/relu', 'output', 4, 'channel')]
   quantized = ptq(MODEL, VARIABLES, X, choices, anatomy=PARTS)

@@ -153,6 +153,7 @@ def test_layers_of_a_vit_have_signed_inputs():
   assert np.mean((fine - exact) ** 2) < 0.05 * np.var(exact)
 
 
+@pytest.mark.exhaustive
 def test_delta_changes_gradients_alone_and_nothing_is_compiled_twice():
   (plain, _), (scaled, _) = network(2), network(2, delta=0.5)
   np.testing.assert_array_equal(plain(IMAGES), scaled(IMAGES))

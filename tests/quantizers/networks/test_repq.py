@@ -98,6 +98,7 @@ def test_float_variables_are_the_float_network(quantized):
   assert np.ptp(scale) < 0.5 * np.ptp(VARIABLES['params']['blocks_0']['norm1']['scale'])
 
 
+@pytest.mark.exhaustive
 def test_error_falls_with_bits_and_bits_share_one_compilation(quantized):
   expected = run(VIT, VARIABLES, X)
 
@@ -197,6 +198,7 @@ def test_the_whole_is_one_jittable_function_also_of_a_sharded_batch():
       assert_close(leaf, own, 1e-5, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_bfloat16_networks_are_quantized_alike():
   model, variables, x, rules = normed()
   half, x_half = jax.tree.map(jnp.bfloat16, variables), x.astype(jnp.bfloat16)
@@ -233,6 +235,7 @@ def test_a_layer_without_bias_is_given_one_by_the_hooks():
   assert_close(call(new, x), expected, 0.05)
 
 
+@pytest.mark.exhaustive
 def test_merging_channels_beats_one_range_a_tensor():
   model, variables, x, _ = normed()
   spread = np.geomspace(0.1, 10, 6, dtype=np.float32)

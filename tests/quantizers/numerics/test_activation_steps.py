@@ -59,6 +59,7 @@ def test_at_the_bounds_both_get_a_gradient_and_zero_is_inside():
   np.testing.assert_allclose(other, 0 - 2 + 0 + 0 + 1 - 0.4, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_the_default_factor_counts_the_elements_of_a_step():
   def grads(**options):
     return jax.grad(lambda s: (activation_fake_quantize(X, s, 3, **options) * X).sum())

@@ -152,6 +152,7 @@ def test_values_beyond_the_scale_saturate_and_keep_their_gradient():
   np.testing.assert_allclose(pull_back(jnp.ones((2, 3)))[0], 3, rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_rounding_of_a_norm_quantizes_both_ways():
   x, _, _, scales = operands(size=(8, 8))
   g = 1e-4 * jax.random.normal(jax.random.key(1), x.shape)

@@ -174,6 +174,7 @@ def test_symmetric_rows_without_negatives_do_not_saturate():
   np.testing.assert_allclose(grouped.weight, np.tile(expected, 2), rtol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_dense_and_convolution_kernels_in_flax_layout():
   dense = g.gptq_kernel(WEIGHT.T, STATE.hessian, 4)
   result = g.gptq(WEIGHT, STATE.hessian, 4)

@@ -189,6 +189,7 @@ def test_pact_penalty_is_the_weighted_sum_of_squares():
   np.testing.assert_allclose(gradient['b'], 6e-4, rtol=1e-6)
 
 
+@pytest.mark.exhaustive
 def test_zeros_stay_zeros_with_finite_gradients():
   zeros = jnp.zeros((4, 3))
   for function in (learned.dorefa_weights, learned.dorefa_mean_weights):

@@ -124,6 +124,7 @@ def test_one_bit_is_a_threshold_in_the_middle_that_goes_down():
   np.testing.assert_array_equal(quantize_feature(x, 0.0, 1.0, 1), [0, 0, 1])
 
 
+@pytest.mark.exhaustive
 def test_scaled_features_stay_in_units_of_the_range_and_keep_their_mean():
   x = jnp.abs(jax.random.normal(jax.random.key(0), (64, 8)))
   ends = activation_range(x)

@@ -93,6 +93,7 @@ def test_constants_are_those_of_the_multiplier(scale, bias):
     assert abs(constants.bias[0] - bias / scale) <= 0.5
 
 
+@pytest.mark.exhaustive
 def test_fixed_point_and_float_differ_by_rounding_alone():
   rng = np.random.default_rng(0)
   acc = jnp.asarray(rng.integers(-(2**20), 2**20, (200, 6)), jnp.int32)
