@@ -40,17 +40,15 @@ def arrays_are_saved_whole():
 
 @pytest.fixture(scope='session', autouse=True)
 def programs_share_contexts():
-  """Lowers a hundred programs in one MLIR context, as JAX itself does from 0.12 on (ten).
+  """Lowers a hundred programs in one MLIR context (JAX itself does one, from 0.12 on ten).
 
-  Each program lives on in JAX's caches with its context, and to make one looks at all that are alive: behind
-  some thousands of programs, lowering another took several times as long.
+  Each program lives on in JAX's caches with its context, and to make a context, as every compilation does,
+  looks at all that are alive: behind some thousands of programs, another took several times as long.
   """
   from jax._src.interpreters import mlir
 
-  if hasattr(mlir, '_create_ir_context'):  # JAX shares them
-    yield
-    return
-  create, own = mlir.make_ir_context, threading.local()
+  found, own = mlir.make_ir_context, threading.local()
+  create = getattr(mlir, '_create_ir_context', found)
 
   def shared():
     own.left = getattr(own, 'left', 0) - 1
@@ -60,7 +58,7 @@ def programs_share_contexts():
 
   mlir.make_ir_context = shared
   yield
-  mlir.make_ir_context = create
+  mlir.make_ir_context = found
 
 
 @pytest.fixture
