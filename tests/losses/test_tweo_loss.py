@@ -54,7 +54,8 @@ def test_every_power_is_the_formula_and_has_no_gradient_at_zero(power):
 
 def test_half_precisions_neither_overflow_nor_lose_the_sum():
   outputs = [jnp.full((2, 64, 64), 1000.0, dtype) for dtype in (jnp.float16, jnp.bfloat16)]
-  np.testing.assert_allclose(tweo_loss(outputs), reference(outputs), rtol=1e-5)
+  # The order of a float32 sum is the compiler's; 8192 equal numbers in a row lose a digit.
+  np.testing.assert_allclose(tweo_loss(outputs), reference(outputs), rtol=1e-4)
   grads = jax.grad(lambda y: 1e-3 * tweo_loss(y))(outputs)
   assert [g.dtype for g in grads] == [jnp.float16, jnp.bfloat16]
   assert all(np.all(np.isfinite(g)) for g in grads)
