@@ -44,7 +44,7 @@ def test_every_setting_passes_its_checks_without_data(paper, setting, monkeypatc
   launcher.check(launcher.load(paper, setting))
 
 
-@pytest.mark.parametrize(('paper', 'setting'), tables.some(LARGE, 4))
+@pytest.mark.parametrize(('paper', 'setting'), LARGE)
 def test_a_paper_has_a_program_of_its_own_scale_that_can_be_traced(paper, setting):
   found = programs(launcher.load(paper, setting))
   next(iter(found.values())).trace()  # what follows it differs as it does in the embedded setting
@@ -57,7 +57,7 @@ def test_every_program_of_every_setting_can_be_traced(paper, setting):
     program.trace()
 
 
-@pytest.mark.parametrize(('paper', 'setting'), tables.few(SETTINGS, *HEADLINES[::2]))
+@pytest.mark.parametrize(('paper', 'setting'), tables.few(SETTINGS, *HEADLINES))
 def test_what_is_printed_can_be_pasted_back(paper, setting):
   import shlex
 
@@ -67,7 +67,7 @@ def test_what_is_printed_can_be_pasted_back(paper, setting):
   assert plain(launcher.load(paper, setting, pasted)) == plain(config)
 
 
-@pytest.mark.parametrize('paper', tables.some(PAPERS, 4))
+@pytest.mark.parametrize('paper', tables.some(PAPERS, 2))
 def test_programs_lower_for_a_mesh(paper):
   from jaxlab.parallel import make_mesh
 

@@ -34,6 +34,8 @@ def test_scores_are_sums_over_the_images_and_go_on_where_they_were_left(tmp_path
   model, _ = up_vits.both(config)
   blank = jnp.zeros((1, *config.network.data.view))
   variables = jax.jit(model.init)(jax.random.key(0), blank)
+  # Confident predictions: of a divergence of 1e-5 rounding leaves too few digits to compare.
+  variables['params']['head']['kernel'] *= 10
   source = harness_data.load(config.network.data, 'train')
   net = networks.Loaded(config, config.network, model, variables, source, source)
   whole = up_vits.measure(config, net, tmp_path / 'whole.npz')
@@ -49,10 +51,7 @@ def test_scores_are_sums_over_the_images_and_go_on_where_they_were_left(tmp_path
     told = model.apply(variables, x)
     return losses.distillation_loss(less[0].apply(less[1], x), told, 1.0).sum()
 
-  # A divergence is a difference of logarithms: a digit of float32 for each image is rounding.
-  np.testing.assert_allclose(
-    whole['neck'][5], divergence(variables, x), rtol=1e-3, atol=13 * np.finfo(np.float32).eps
-  )
+  np.testing.assert_allclose(whole['neck'][5], divergence(variables, x), rtol=1e-3)
   # A run that was lost behind the first of two batches.
   first = up_vits.measure(tiny_config('proxy={total: 8}'), net, tmp_path / 'first.npz')
   stored = dict(np.load(tmp_path / 'whole.npz'))

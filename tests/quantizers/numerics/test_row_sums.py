@@ -15,7 +15,7 @@ from jaxlab.quantizers.numerics.row_sums import rows_of, whole
   st.sampled_from([8, 64, 8192]),
 )
 @hypothesis.settings(
-  max_examples=4,
+  max_examples=8,
   deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
