@@ -264,7 +264,7 @@ def test_devices_and_machines_that_have_both_agree(cloud):
 
 def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
   config = tiny_config(
-    'runs=all_layers,linear_sum,mist,mist_float16', 'edge.rates=0.0,0.01', 'timed=2',
+    'runs=linear,all_layers,linear_sum,mist,mist_float16', 'edge.rates=0.0,0.01', 'timed=2',
     'edge.held_out=16',
   )  # fmt: skip
   found = launcher.launch(config, tmp_path)
