@@ -13,7 +13,9 @@ from flax import linen as nn
 PyTree = Any
 
 
-def multiply_accumulates(model: nn.Module, variables: PyTree, *inputs: Any, **kwargs: Any) -> int:
+def multiply_accumulates(
+  model: nn.Module, variables: PyTree | None, *inputs: Any, **kwargs: Any
+) -> int:
   """Returns the multiply-accumulates of a pass: those of convolutions and of products of matrices.
 
   Counted in the traced program, so attention's two products are in it, biases, norms and activations are not.
@@ -21,17 +23,20 @@ def multiply_accumulates(model: nn.Module, variables: PyTree, *inputs: Any, **kw
 
   Args:
     model: a network.
-    variables: its collections.
+    variables: its collections. None: those of a network that is initialized with the same inputs, whose
+      one trace is that of the pass as well (initializers draw, they multiply no matrices).
     *inputs: of a pass.
     **kwargs: of a pass.
 
   >>> import jax.numpy as jnp
   >>> from jaxlab.models import create
   >>> model, x = create('resnet50'), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  >>> shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-  >>> round(multiply_accumulates(model, shapes, x) / 1e9, 2)
+  >>> round(multiply_accumulates(model, None, x) / 1e9, 2)
   4.09
   """
+  if variables is None:
+    init = functools.partial(model.init, **kwargs)
+    return _count(jax.make_jaxpr(init)(jax.random.key(0), *inputs).jaxpr)
   apply = functools.partial(model.apply, **kwargs)
   return _count(jax.make_jaxpr(apply)(variables, *inputs).jaxpr)
 

@@ -314,6 +314,7 @@ def test_multiply_accumulates_follow_from_shapes():
   block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * hidden
   expected = 2 * block + 4 * (4 * 4 * 3) * width + width * 3
   assert compression.multiply_accumulates(model, variables, x[:1]) == expected
+  assert compression.multiply_accumulates(model, None, x[:1]) == expected
   assert compression.num_parameters(variables) == sum(map(np.size, jax.tree.leaves(variables)))
 
 
