@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
@@ -170,6 +171,11 @@ def launch(config: Any, workdir: str | pathlib.Path | None = None) -> Results:
   file = workdir / 'results.json'
   if (held := _finished(file, config)) is not None:
     say(f'Finished before: {file} (without this file everything is evaluated again).')
+    if changed := _changed_since(file, config):
+      say(
+        f'But {", ".join(changed)} changed since then: these are the results of what was there before. '
+        'Choose another --workdir for those of what is there now.'
+      )
     return held
   with training.locked(workdir):
     start = time.perf_counter()
@@ -200,6 +206,18 @@ def _finished(file: Any, config: Any) -> Results | None:
   held = json.loads(file.read_text())
   same = held.get('config') == sections.plain(config) and 'table' in held
   return Results(held, file.parent) if same else None
+
+
+def _changed_since(file: Any, config: Any) -> list[str]:
+  """Returns the entries that name a local file, or a folder with a file, newer than some results."""
+  written = os.path.getmtime(file) if os.path.exists(file) else math.inf
+
+  def newest(path: str) -> float:
+    inside = os.scandir(path) if os.path.isdir(path) else ()
+    return max(map(os.path.getmtime, (path, *inside)))
+
+  named = (entry for entry in sections.entries(config) if os.path.exists(entry[1]))
+  return [f'{key}={path}' for key, path in named if newest(path) > written]
 
 
 def run(

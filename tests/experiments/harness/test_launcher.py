@@ -11,6 +11,7 @@ import pytest
 
 from experiments import gml
 from experiments.harness import launcher, results
+from experiments.harness import settings as sections
 from experiments.harness.settings import plain
 from jaxlab import training
 
@@ -173,6 +174,27 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path, capsys, run, monke
   assert (
     text[text.index('gml, embedded, seed 0') :] == first[first.index('gml, embedded, seed 0') :]
   )
+
+
+def test_results_of_files_that_changed_since_say_so(tmp_path, capsys, run, monkeypatch):
+  weights, folder = tmp_path / 'weights.npz', tmp_path / 'folder'
+  folder.mkdir()
+  for path in (weights, folder / 'model.safetensors'):
+    path.write_bytes(b'first')
+  config = launcher.load('gml', 'embedded')
+  entries = sections.entries
+  named = (('pretrained', str(weights)), ('checkpoint', str(folder)), ('other', '/not/there'))
+  monkeypatch.setattr(sections, 'entries', lambda config: (*entries(config), *named))
+  launcher.launch(config, tmp_path / 'run')
+  launcher.launch(config, tmp_path / 'run')
+  assert 'changed since' not in capsys.readouterr().out
+  later = os.path.getmtime(tmp_path / 'run' / 'results.json') + 1
+  os.utime(weights, (later, later))
+  launcher.launch(config, tmp_path / 'run')
+  assert f'But pretrained={weights} changed since then' in capsys.readouterr().out
+  os.utime(folder / 'model.safetensors', (later, later))
+  launcher.launch(config, tmp_path / 'run')
+  assert f'pretrained={weights}, checkpoint={folder} changed' in capsys.readouterr().out
 
 
 def test_other_settings_are_not_taken_for_finished(tmp_path, run, monkeypatch):
