@@ -36,7 +36,7 @@ from experiments.protocols import (
   siamese,
   siamese_methods,
 )
-from experiments.protocols.siamese_methods import Heads, Momentum
+from experiments.protocols.siamese_methods import Heads, Momentum, Prototypes
 from jaxlab import data, evaluation, losses, models, training
 from jaxlab.training import Initial, LossState, Out, TrainState
 
@@ -51,7 +51,7 @@ VARIANTS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
   'one_group': ('without multi-crop', 'reference', {'groups': 1}),
 }
 SCRATCH = {'scratch': 'from scratch', 'scratch_longer': 'from scratch, as long'}
-OTHERS = {name: text for name, text in siamese_methods.TITLES.items() if name != 'dino'}
+OTHERS = siamese_methods.TITLES
 METRICS = ('instance_accuracy', 'z_std')
 
 
@@ -99,6 +99,7 @@ class Settings(fine_tuning_stages.Settings):
     instances: the first stage; images are as many classes as `data.train_size`.
     heads: of the methods that IDMM is compared with.
     target: of those with a momentum encoder, and temperatures.
+    prototypes: of DINO.
     runs: rows, of `VARIANTS`, `SCRATCH` and `OTHERS`; `'scratch_longer'` is trained in its first stage for
       the epochs of the pretraining, too.
   """
@@ -106,6 +107,7 @@ class Settings(fine_tuning_stages.Settings):
   instances: Instances = section(Instances)
   heads: Heads = section(Heads)
   target: Momentum = section(Momentum)
+  prototypes: Prototypes = section(Prototypes)
   runs: tuple[str, ...] = ('scratch', 'scratch_longer', 'idmm')
 
 
@@ -221,7 +223,7 @@ def first_stages(config: Settings) -> dict[str, Run]:
   sized = {'image_size': config.data.view[0]} if hasattr(model, 'image_size') else {}
   others = dataclasses.replace(config, model={**config.model, **sized})
   return {
-    name: siamese_methods.training(others, name, *two)
+    name: siamese_methods.training(others, name, *two, prototype=config.prototypes)
     if name in OTHERS
     else instance_training(config, name)
     for name in config.runs

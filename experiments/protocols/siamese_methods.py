@@ -326,8 +326,15 @@ def method(
   return Networks(models.Encoder(backbone, projector), predictor), targets
 
 
-def training(config: pretraining.Settings, name: str, heads: Heads, momentum: Momentum) -> Run:
-  """Returns the pretraining by a method of `TITLES` but DINO, on two views drawn alike.
+def training(
+  config: pretraining.Settings,
+  name: str,
+  heads: Heads,
+  momentum: Momentum,
+  *,
+  prototype: Prototypes = Prototypes(),
+) -> Run:
+  """Returns the pretraining by a method of `TITLES`, on two views drawn alike.
 
   The metric `z_std` is the spread of the first view's projections.
 
@@ -336,17 +343,21 @@ def training(config: pretraining.Settings, name: str, heads: Heads, momentum: Mo
     name: of the method.
     heads: over the backbone.
     momentum: of the methods that have it, and temperatures.
+    prototype: of DINO.
   """
   own = config.model, heads, momentum, pretraining.length(config)
-  nets, targets = method(name, *own)
+  nets, targets = method(name, *own, prototype=prototype)
   images = jnp.zeros((2 * config.model.get('norm_groups', 1), *config.data.view))
   drawn = ('drop_path',) * bool(config.model.get('drop_path'))
 
-  made = optimizer(name, config.recipe.optimizer, heads, pretraining.length(config))
+  made = optimizer(
+    name, config.recipe.optimizer, heads, pretraining.length(config), prototype=prototype
+  )
+  decides = {'method': name, 'heads': heads, 'target': momentum}
+  decides |= {'prototypes': prototype} if name == 'dino' else {}
   return pretraining.training(
     config, TITLES[name], siamese.init(nets, targets, images, drawn),
-    siamese.view_loss(nets, targets, drawn), after=targets.after, optimizer=made,
-    decides={'method': name, 'heads': heads, 'target': momentum},
+    siamese.view_loss(nets, targets, drawn), after=targets.after, optimizer=made, decides=decides,
   )  # fmt: skip
 
 

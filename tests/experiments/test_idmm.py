@@ -117,6 +117,17 @@ def test_mixtures_alternate_between_epochs():
   assert fine_tuning_stages.mixer('none', 0.5) is None
 
 
+def test_dino_is_a_first_stage_with_prototypes_of_its_own():
+  config = tiny_config('runs=dino', 'prototypes.count=24', 'prototypes.bottleneck=4')
+  run = idmm.first_stages(config)['dino']
+  state = jax.eval_shape(run.program.init, jax.random.key(0))
+  assert state.extra['center'].shape == (24,)
+  assert state.params['encoder']['projector']['last_layer_kernel'].shape == (4, 24)
+  assert run.title == 'DINO' and run.decides['prototypes'].count == 24
+  other = idmm.first_stages(tiny_config('runs=simclr'))['simclr']
+  assert 'prototypes' not in other.decides
+
+
 def test_a_position_code_grows_with_the_images():
   config = tiny_config()
   model = fine_tuning_stages.network(config, dataclasses.replace(config.data, image_size=32), 10)
