@@ -283,10 +283,13 @@ def test_codes_that_the_dtype_does_not_hold_are_refused():
     quantizers.quantize(quantizer, x, params, jnp.int8)
 
 
-@pytest.mark.parametrize(('rule', 'flat'), [('symmetric', 0.0), ('asymmetric', 2.0)])
-def test_ranges_without_extent_raise_if_asked_to(rule, flat):
+@pytest.mark.parametrize(
+  ('rule', 'flat', 'steps'), [('symmetric', 0.0, 7.0), ('asymmetric', 2.0, 15.0)]
+)
+def test_ranges_without_extent_raise_if_asked_to(rule, flat, steps):
   quantizer = AffineQuantizer(4, rule, 'channel')
-  x = jnp.array([[1.0, flat, -1.0], [2.0, flat, 3.0]])
+  # Extents that steps divide: traced or not, by whichever instruction, scales are the same.
+  x = jnp.array([[steps, flat, -steps], [2 * steps, flat, steps]])
   params = quantizers.calibrate(quantizer, x)
   np.testing.assert_allclose(quantizers.fake_quantize(quantizer, x, params)[:, 1], flat, rtol=1e-6)
   with pytest.raises(ValueError, match=r'1 of 3 ranges have no extent \(index \[1\]\)'):
