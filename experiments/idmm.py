@@ -38,6 +38,7 @@ from experiments.protocols import (
 )
 from experiments.protocols.siamese_methods import Heads, Momentum, Prototypes
 from jaxlab import data, evaluation, losses, models, training
+from jaxlab.parallel import interleave
 from jaxlab.training import Initial, LossState, Out, TrainState
 
 Array = jax.Array
@@ -124,7 +125,7 @@ class Resized(nn.Module):
 
 
 def draw_crops(config: Settings, own: Instances) -> Callable[[Array, Array], list[Array]]:
-  """Returns `(keys, images) -> groups`, each `[crops * batch, ...]`, crop by crop."""
+  """Returns `(keys, images) -> groups`, each `[batch * crops, ...]`, image by image."""
   normal = {'mean': config.data.mean, 'std': config.data.std}
   kinds = []
   for count, scale in list(zip(own.crops, own.scales, strict=True))[: own.groups]:
@@ -135,7 +136,7 @@ def draw_crops(config: Settings, own: Instances) -> Callable[[Array, Array], lis
     found = []
     for index, (augment, count) in enumerate(kinds):
       drawn = jax.vmap(functools.partial(jax.random.fold_in, data=index))(keys)
-      found.append(jnp.concatenate(data.draw_views(augment, drawn, images, count)))
+      found.append(interleave(data.draw_views(augment, drawn, images, count)))
     return found
 
   return draw
@@ -166,7 +167,7 @@ def instance_training(config: Settings, name: str) -> Run:
     total, hits, spread = jnp.float32(0), [], []
     for index, x in enumerate(groups):
       folded = {name: jax.random.fold_in(key, index) for name, key in keys.items()}
-      labels, partners, share = jnp.tile(ids, len(x) // len(ids)), jnp.arange(len(x)), 1.0
+      labels, partners, share = jnp.repeat(ids, len(x) // len(ids)), jnp.arange(len(x)), 1.0
       if mix is not None:
         x, partners, share = mix(folded['mix'], x, state.step)
       rngs = {name: folded[name] for name in drawn}

@@ -130,8 +130,9 @@ def method(config: Settings) -> tuple[siamese.Networks, siamese.Targets]:
   (features, _), _ = jax.eval_shape(nets.encoder.init_with_output, jax.random.key(0), images)
   share, own = config.target.schedule(length.num_steps), config.target
   return nets, siamese_methods.momentum_queue(
-    share, own.queue_size, config.heads.features, own.temperature, features.shape[-1]
-  )
+    share, own.queue_size, config.heads.features, own.temperature, features.shape[-1],
+    groups=groups(config),
+  )  # fmt: skip
 
 
 def groups(config: Settings) -> int:

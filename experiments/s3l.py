@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import costs, launcher, networks, pictures, results, runs
@@ -38,6 +37,7 @@ from experiments.protocols.resolution_stages import Stage
 from experiments.protocols.siamese_methods import Heads, Momentum
 from experiments.protocols.subsets import Subset
 from jaxlab import data, losses, models
+from jaxlab.parallel import deinterleave, interleave
 from jaxlab.training import TrainState
 
 UNTRAINED = 'untrained'
@@ -141,11 +141,11 @@ def method(config: Settings, stage: Stage) -> tuple[siamese.Networks, siamese.Ta
 
   def loss(projections: list[jax.Array], _: list[jax.Array]) -> jax.Array:
     temperatures = config.target.temperature, config.base_temperature
-    return losses.multi_view_contrastive_loss(jnp.split(projections[0], 2), *temperatures)
+    return losses.multi_view_contrastive_loss(list(deinterleave(projections[0], 2)), *temperatures)
 
   targets = siamese_methods.own_projections(loss)
   joined = lambda encoder, extra, views, *rest: targets.see(  # noqa: E731
-    encoder, extra, [jnp.concatenate(views)], *rest
+    encoder, extra, [interleave(views)], *rest
   )
   encoder = models.Encoder(network, models.moco_projector(hidden, heads.features))
   return siamese.Networks(encoder, None), targets._replace(see=joined)

@@ -23,6 +23,7 @@ from experiments.protocols import pretraining, siamese
 from experiments.protocols.pretraining import Length
 from experiments.protocols.siamese import Networks, Seen, Targets, Views, follow, target_pass
 from jaxlab import losses, models
+from jaxlab.parallel import deinterleave, interleave, over_batch
 from jaxlab.training import by_path, held, schedules
 
 Array = jax.Array
@@ -182,12 +183,15 @@ def momentum_queue(
   features: int,
   temperature: float,
   channels: int | None = None,
+  *,
+  groups: int = 1,
 ) -> Targets:
   """Returns the targets of a momentum encoder next to a queue of its past features.
 
   The online network sees the first view, the momentum encoder the second: its feature is the positive, the
   queue holds the negatives. With statistics by groups of a batch, a query and its key must not be normalized
-  in the same company: the momentum encoder sees the batch in another order.
+  in the same company: the momentum encoder sees the batch in another order. Statistics of the whole batch do
+  not depend on its order: with one group nothing is moved, which on many devices costs a gathering of images.
 
   Args:
     momentum: see `momentum_encoder`.
@@ -196,6 +200,7 @@ def momentum_queue(
     temperature: of the cross-entropy.
     channels: of the backbone's features, where another queue, `extra['feature_queue']`, holds them in the
       order of the projections; the encoder returns both (`with_features`). None: no such queue.
+    groups: of the batch with statistics of their own.
   """
   names = ('queue',) if channels is None else ('feature_queue', 'queue')
 
@@ -208,10 +213,14 @@ def momentum_queue(
 
   def see(encoder: nn.Module, extra: PyTree, views: Views, key: Array, step: Array) -> Seen:
     del step
-    order = jax.random.permutation(key, len(views[1]))
-    (z,), new = target_pass(encoder, extra, [views[1][order]])
+    images, order = views[1], jax.random.permutation(key, len(views[1]))
+    if groups > 1:
+      images = over_batch(images[order])
+    (z,), new = target_pass(encoder, extra, [images])
     found, old = (z,) if channels is None else z, [extra[name] for name in names]
-    keys = [losses.normalize(vectors)[jnp.argsort(order)] for vectors in found]
+    keys = [losses.normalize(vectors) for vectors in found]
+    if groups > 1:
+      keys = [over_batch(vectors[jnp.argsort(order)]) for vectors in keys]
     pushed, new['queue_pointer'] = losses.queues_push(old, extra['queue_pointer'], keys)
     new |= dict(zip(names, pushed, strict=True))
 
@@ -227,7 +236,8 @@ def momentum_queue(
 def prototypes(own: Prototypes, momentum: float | optax.Schedule, steps_per_epoch: int) -> Targets:
   """Returns DINO's targets: what a momentum encoder says of the first two views, centered and sharpened.
 
-  Neighboring views of one size go through the encoder as one batch, as in the official code.
+  Neighboring views of one size go through the encoder as one batch, as in the official code, here image by
+  image: so no view leaves its device.
 
   Args:
     own: temperatures and center.
@@ -241,20 +251,22 @@ def prototypes(own: Prototypes, momentum: float | optax.Schedule, steps_per_epoc
 
   def see(encoder: nn.Module, extra: PyTree, views: Views, key: Array, step: Array) -> Seen:
     del key
-    targets, new = target_pass(encoder, extra, [jnp.concatenate(views[:2])])
+    targets, new = target_pass(encoder, extra, [interleave(views[:2])])
     new['center'] = losses.dino_center_update(extra['center'], targets[0], own.center_momentum)
     temperature = losses.dino_teacher_temperature(
       step // steps_per_epoch, own.warmup_temperature, own.teacher_temperature, own.warmup_epochs
     )
 
+    sizes = [list(same) for _, same in itertools.groupby(views, lambda view: view.shape)]
+
     def loss(predictions: list[Array], targets: list[Array]) -> Array:
+      each = [deinterleave(z, len(same)) for z, same in zip(predictions, sizes, strict=True)]
       return losses.dino_loss(
-        jnp.concatenate(predictions), targets[0], extra['center'], len(views), temperature,
-        own.student_temperature,
+        jnp.concatenate(each), deinterleave(targets[0], 2), extra['center'], len(views),
+        temperature, own.student_temperature,
       )  # fmt: skip
 
-    sizes = itertools.groupby(views, lambda view: view.shape)
-    return Seen([jnp.concatenate(list(same)) for _, same in sizes], targets, loss, new)
+    return Seen([interleave(same) for same in sizes], targets, loss, new)
 
   return Targets(init, see, follow(momentum))
 
@@ -308,7 +320,8 @@ def method(
   if name == 'simclr':
     targets = own_projections(lambda z, _: losses.nt_xent(*z, momentum.temperature))
   elif name == 'moco':
-    targets = momentum_queue(share, momentum.queue_size, heads.features, momentum.temperature)
+    queue = momentum.queue_size, heads.features, momentum.temperature
+    targets = momentum_queue(share, *queue, groups=norm['norm_groups'])
   elif name == 'byol':
     targets = momentum_encoder(share)
   elif name == 'simsiam':

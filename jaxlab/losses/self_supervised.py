@@ -152,9 +152,10 @@ def dino_loss(
   averaged over the `2 (num_crops - 1)` pairs of a teacher crop i in {0, 1} and a student crop v != i.
 
   Args:
-    student_logits: `[num_crops * batch, num_prototypes]`, all of crop 0 first, then all of crop 1, ...;
-      crops 0 and 1 are the global ones.
-    teacher_logits: `[2 * batch, num_prototypes]`, in the same order; no gradient.
+    student_logits: `[num_crops * batch, num_prototypes]`, all of crop 0 first, then all of crop 1, ..., or
+      `[num_crops, batch, num_prototypes]`; crops 0 and 1 are the global ones.
+    teacher_logits: `[2 * batch, num_prototypes]` in the same order, or `[2, batch, num_prototypes]`; no
+      gradient.
     center: `[num_prototypes]` or `[1, num_prototypes]`, see `dino_center_update`.
     num_crops: crops of an image the student sees, 2 + the local ones.
     teacher_temperature: positive scalar, see `dino_teacher_temperature`.
@@ -175,28 +176,27 @@ def dino_loss(
   if num_crops < 2:
     raise ValueError(f'num_crops must be at least 2 (the two global crops), got {num_crops}.')
   student, teacher = jnp.shape(student_logits), jnp.shape(teacher_logits)
-  if len(student) != 2 or student[0] % num_crops:
+  by_crop = len(student) == 3 and student[0] == num_crops
+  if not by_crop and (len(student) != 2 or student[0] % num_crops):
     raise ValueError(
       f'student_logits must have num_crops * batch rows with num_crops = {num_crops}, got {student}.'
     )
-  batch = student[0] // num_crops
-  if teacher != (2 * batch, student[1]):
+  batch, count = student[1] if by_crop else student[0] // num_crops, student[-1]
+  if teacher not in ((2 * batch, count), (2, batch, count)):
     raise ValueError(
-      f'teacher_logits must be [2 * batch, num_prototypes] = {(2 * batch, student[1])}, got {teacher}.'
+      f'teacher_logits must be [2 * batch, num_prototypes] = {(2 * batch, count)}, got {teacher}.'
     )
-  if jnp.shape(center) not in ((student[1],), (1, student[1])):
-    raise ValueError(
-      f'center must be [{student[1]}] or [1, {student[1]}], got {jnp.shape(center)}.'
-    )
+  if jnp.shape(center) not in ((count,), (1, count)):
+    raise ValueError(f'center must be [{count}] or [1, {count}], got {jnp.shape(center)}.')
   student_logits, teacher_logits, center = accumulated(student_logits, teacher_logits, center)
   masked = teacher_logits == -jnp.inf
   centered = jnp.where(masked, -jnp.inf, teacher_logits - jnp.where(center == -jnp.inf, 0, center))
   targets = jax.nn.softmax(centered / teacher_temperature, axis=-1)
-  targets = jax.lax.stop_gradient(targets).reshape(2, batch, -1)
+  targets = jax.lax.stop_gradient(targets).reshape(2, batch, count)
   log_probs = jax.nn.log_softmax(student_logits / student_temperature, axis=-1)
   # A masked prototype's -inf times its target of 0 would be NaN.
   log_probs = jnp.maximum(log_probs, jnp.finfo(log_probs.dtype).min)
-  pairs = -jnp.einsum('ink,vnk->iv', targets, log_probs.reshape(num_crops, batch, -1)) / batch
+  pairs = -jnp.einsum('ink,vnk->iv', targets, log_probs.reshape(num_crops, batch, count)) / batch
   return jnp.sum(jnp.where(jnp.eye(2, num_crops, dtype=bool), 0, pairs)) / (2 * (num_crops - 1))
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
@@ -56,8 +56,13 @@ def make_mesh(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of a batch: axis 0 over those of `data`, `fsdp` that the mesh has."""
+  return NamedSharding(mesh, batch_spec(mesh))
+
+
+def batch_spec(mesh: Mesh | AbstractMesh) -> PartitionSpec:
+  """Returns the spec of a batch, see `batch_sharding`."""
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-  return NamedSharding(mesh, PartitionSpec(axes or None))
+  return PartitionSpec(axes or None)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

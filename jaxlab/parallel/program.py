@@ -52,10 +52,15 @@ def shard_program(program: Any, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> Sh
     state, program.frozen, mesh, program.rules, fsdp_min_size=fsdp_min_size
   )
   over_batch, whole = batch_sharding(mesh), replicated(mesh)
+
+  def step(state: PyTree, frozen: PyTree, batch: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return program.step(state, frozen, batch)
+
   return ShardedProgram(
     init=jax.jit(program.init, out_shardings=shardings),
     step=jax.jit(
-      program.step,
+      step,
       in_shardings=(shardings, frozen, over_batch),
       out_shardings=(shardings, whole),
       donate_argnums=0,

@@ -70,7 +70,7 @@ def test_the_loss_is_the_sum_of_the_groups_mixed_cross_entropies():
   for logits, partners, share in outputs(state.params, batch):
     log_p = log_softmax(np.asarray(logits, np.float64))
     rows = np.arange(len(log_p))
-    own = np.tile(np.asarray(batch['index']), len(log_p) // 16)
+    own = np.repeat(np.asarray(batch['index']), len(log_p) // 16)
     for labels, weight in ((own, float(share)), (own[np.asarray(partners)], 1 - float(share))):
       smooth = 0.9 * log_p[rows, labels] + 0.1 * log_p.mean(-1)
       expected -= weight * smooth.mean()
@@ -144,7 +144,8 @@ def test_a_position_code_grows_with_the_images():
 @pytest.mark.exhaustive
 def test_the_random_features_of_a_performer_stay():
   config = tiny_config(
-    "model={'name': 't2t_vit_7', 'width': 8, 'depth': 1, 'num_heads': 2, 'token_width': 4}"
+    "model={'name': 't2t_vit_7', 'width': 8, 'depth': 1, 'num_heads': 2, 'token_width': 4}",
+    'fan_in_scaled=()',
   )
   program = idmm.programs(config)['idmm'].program
   state = jax.jit(program.init)(jax.random.key(0))

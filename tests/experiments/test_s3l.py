@@ -119,7 +119,7 @@ def test_simclr_is_supcon_scaled_by_its_base_temperature():
   z = [np.random.default_rng(seed).normal(size=(4, 8)).astype(np.float32) for seed in range(2)]
   seen = targets.see(nets.encoder, {}, z, jax.random.key(0), 0)
   (both,) = seen.views  # one batch, so that batch norms see both views
-  np.testing.assert_array_equal(both, np.concatenate(z))
+  np.testing.assert_array_equal(both, np.stack(z, 1).reshape(8, 8))
   expected = 0.1 / 0.07 * losses.nt_xent(*z, 0.1)
   np.testing.assert_allclose(seen.loss([both], None), expected, rtol=1e-5)
   assert nets.encoder.projector.features == (8, 8) and not nets.encoder.projector.hidden_norm
