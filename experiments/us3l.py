@@ -186,7 +186,19 @@ def metric_names(config: Settings) -> list[str]:
   """Returns the names of what is measured of a row."""
   kinds = [kind.removesuffix('_fp') for kind in config.eval.metrics()]
   names = [f'{kind}_{width:g}' for kind in kinds for width in config.widths.judged]
-  return [*names, *(f'foreign_knn_{width:g}' for width in config.widths.judged), 'z_std', 'passes']
+  names += [f'foreign_knn_{width:g}' for width in config.widths.judged]
+  return [*names, *(f'{kind}_drop' for kind in kinds), 'knn_calibration', 'z_std', 'passes']
+
+
+def compared(config: Settings, metrics: Mapping[str, float]) -> dict[str, float]:
+  """Returns the metrics, with what the narrowest network lacks (`*_drop`) and its own statistics bring."""
+  narrow, whole = min(config.widths.judged), max(config.widths.judged)
+  kinds = [kind.removesuffix('_fp') for kind in config.eval.metrics()]
+  drops = {
+    f'{kind}_drop': metrics[f'{kind}_{whole:g}'] - metrics[f'{kind}_{narrow:g}'] for kind in kinds
+  }
+  gain = metrics[f'knn_{narrow:g}'] - metrics[f'foreign_knn_{narrow:g}']
+  return {**metrics, **drops, 'knn_calibration': gain}
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:
@@ -201,12 +213,13 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   judge = slimmable.evaluator(config, config.widths, sources)
   plan, rows = programs(config), []
   drawn = jax.jit(plan[config.runs[0]].program.init)(jax.random.key(config.seed))
-  rows.append(results.row('untrained', 'baseline', judge('untrained', drawn.params)))
+  untrained = compared(config, judge('untrained', drawn.params))
+  rows.append(results.row('untrained', 'baseline', untrained))
   for name, own in plan.items():
     trained = runs.train(own, sources['train'], workdir / name)
     z_std = pretraining.say_collapse(own.title, trained.history)
     passes = float(np.mean([line['passes'] for line in trained.history if 'passes' in line]))
-    metrics = judge(own.title, trained.variables['params'])
+    metrics = compared(config, judge(own.title, trained.variables['params']))
     role = 'method' if config.variants[name].teacher == 'momentum' else 'baseline'
     rows.append(results.row(own.title, role, {**metrics, 'z_std': z_std, 'passes': passes}))
   draw(config, rows, workdir / 'accuracy_over_width.png')

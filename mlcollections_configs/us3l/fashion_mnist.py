@@ -25,4 +25,23 @@ def get_config() -> ConfigDict:
   config.runs = ('us3l', 'naive', 'online', 'shared_head', 'sandwich')
   config.model.update(width=32, widths=(32, 64, 64), strides=(2, 2, 1))
   config.recipe.epochs = 40
+  config.claims = (
+    claim('a quarter of the channels: probe at least 5 points above the network as drawn',
+          'untrained', 'probe_0.25', 5.0),
+    claim('a quarter of the channels: probe not below own targets', 'own targets', 'probe_0.25'),
+    claim('a quarter of the channels loses less than with own targets', 'own targets',
+          'probe_drop', higher_is_better=False),
+    claim('no more passes than with all widths from the start', 'all widths from the start', 'passes',
+          higher_is_better=False),
+  )  # fmt: skip
   return config
+
+
+def claim(
+  statement: str, baseline: str, metric: str, margin: float = 0.0, higher_is_better: bool = True
+) -> dict:
+  """Returns the claim that US3L is better by `margin`."""
+  return dict(
+    statement=statement, metric=metric, baseline=baseline, method='US3L', margin=margin,
+    higher_is_better=higher_is_better,
+  )  # fmt: skip

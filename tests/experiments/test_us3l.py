@@ -208,6 +208,8 @@ def test_a_run_judges_every_width_with_statistics_of_its_own(tmp_path):
   assert [row['name'] for row in found['rows']] == ['untrained', 'US3L']
   metrics = found['rows'][1]['metrics']
   assert metrics['knn_1'] == metrics['foreign_knn_1']  # its own statistics
+  assert metrics['probe_drop'] == metrics['probe_1'] - metrics['probe_0.5']
+  assert metrics['knn_calibration'] == metrics['knn_0.5'] - metrics['foreign_knn_0.5']
   assert metrics['passes'] == 2.5
   assert all(0 <= metrics[f'{kind}_0.5'] <= 100 for kind in ('knn', 'probe', 'foreign_knn'))
   assert (tmp_path / 'accuracy_over_width.png').stat().st_size > 1000
