@@ -32,7 +32,7 @@ def read_metrics(workdir: epath.PathLike, last_step: int | None = None) -> list[
 
 
 class MetricWriter:
-  """Writes rows of numbers to `<workdir>/metrics.jsonl` and to TensorBoard.
+  """Writes rows of numbers to `<workdir>/metrics.jsonl`, and those that are finite to TensorBoard.
 
   A run that goes on from step `n` first drops the rows after `n`: it will write them again.
 
@@ -63,7 +63,8 @@ class MetricWriter:
         with self._path.open('a') as file:
           file.write(_line(row))
       for name, value in values.items():
-        self._board.add_scalar(name, float(value), step)
+        if math.isfinite(value):  # NaN is what a step does not measure; the board would warn of each
+          self._board.add_scalar(name, float(value), step)
     return row
 
   def flush(self) -> None:

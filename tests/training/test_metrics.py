@@ -97,6 +97,14 @@ def test_silent_progress_prints_nothing(capsys):
   assert capsys.readouterr().out == ''
 
 
+def test_what_a_step_does_not_measure_is_no_point_on_the_board(tmp_path, capsys, caplog):
+  writer = MetricWriter(tmp_path)
+  writer.write(1, {'loss': 2.0, 'loss_narrow': math.nan})
+  writer.close()
+  assert math.isnan(read_metrics(tmp_path)[0]['loss_narrow'])
+  assert not caplog.records and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize('start', [0, 2])
 def test_tensorboard_gets_the_numbers(tmp_path, start):
   writer = MetricWriter(tmp_path, start=start)
