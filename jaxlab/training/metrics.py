@@ -63,7 +63,8 @@ class MetricWriter:
         with self._path.open('a') as file:
           file.write(_line(row))
       for name, value in values.items():
-        if math.isfinite(value):  # NaN is what a step does not measure; the board would warn of each
+        # NaN is what a step does not measure; the board would warn of each.
+        if math.isfinite(value):
           self._board.add_scalar(name, float(value), step)
     return row
 
