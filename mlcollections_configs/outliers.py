@@ -43,6 +43,7 @@ def imagenet(name: str, drop_path: float, warmup_epochs: int) -> dict:
       batch_size=1024,
       precision='bfloat16',
       mixup=0.8,
+      mix_partners='flip',
       optimizer=dict(name='adamw', weight_decay=0.05, no_decay=('ndim<=1',)),
       schedule=dict(
         name='cosine', base=1e-3, end=1e-5, warmup_epochs=warmup_epochs, warmup_start=1e-6

@@ -192,6 +192,7 @@ class Recipe:
     optimizer: with its own options.
     mixup: alpha; 0: none.
     cutmix: alpha; 0: none. With both, each step takes one of them with equal chances.
+    mix_partners: of both, see `jaxlab.data.mixup`.
     microbatches: parts of a batch that gradients are accumulated over.
     precision: type of the computation; parameters stay in float32.
     partition: partition rules of parameters, pairs (pattern, axes of the mesh).
@@ -205,6 +206,7 @@ class Recipe:
   optimizer: Optimizer = section(Optimizer)
   mixup: float = 0.0
   cutmix: float = 0.0
+  mix_partners: Literal['permutation', 'flip'] = 'permutation'
   microbatches: int = 1
   precision: Literal['float32', 'bfloat16'] = 'float32'
   partition: tuple[tuple[str, tuple[str | None, ...]], ...] = free(())

@@ -256,16 +256,15 @@ def call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def mixed(key: Array, images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
   """Returns a batch that is mixed as a recipe says: images, partners and the share of the first."""
-  if not recipe.cutmix:
-    return data.mixup(key, images, recipe.mixup)
-  if not recipe.mixup:
-    return data.cutmix(key, images, recipe.cutmix)
+
+  def either(mix: Callable[..., tuple[Array, Array, Array]], alpha: float) -> Any:
+    return lambda key: mix(key, images, alpha, partners=recipe.mix_partners)
+
+  mixup, cutmix = either(data.mixup, recipe.mixup), either(data.cutmix, recipe.cutmix)
+  if not (recipe.mixup and recipe.cutmix):
+    return (cutmix if recipe.cutmix else mixup)(key)
   choice, key = jax.random.split(key)
-  return jax.lax.cond(
-    jax.random.bernoulli(choice),
-    lambda: data.cutmix(key, images, recipe.cutmix),
-    lambda: data.mixup(key, images, recipe.mixup),
-  )
+  return jax.lax.cond(jax.random.bernoulli(choice), cutmix, mixup, key)
 
 
 def _teach(

@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
       batch_size=1024,
       mixup=0.8,
       cutmix=1.0,
+      mix_partners='flip',
       precision='bfloat16',
       optimizer=dict(name='adamw', weight_decay=0.05, no_decay=('ndim<=1',)),
       schedule=dict(name='cosine', base=2e-3, warmup_epochs=5),  # 5e-4 x 1024 / 256

@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxlab.data.transforms.mixup import Partners, take_partners
+
 
 def cutmix(
-  key: jax.Array, images: ArrayLike, alpha: float = 1.0, *, own_half: bool = False
+  key: jax.Array,
+  images: ArrayLike,
+  alpha: float = 1.0,
+  *,
+  own_half: bool = False,
+  partners: Partners = 'permutation',
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Pastes a rectangle of each image's partner into it, at the same place in all images.
 
-  One share `lam ~ Beta(alpha, alpha)`, one uniform permutation and one box with a uniform center for the
+  One share `lam ~ Beta(alpha, alpha)`, one permutation and one box with a uniform center for the
   whole batch, see `cutmix_box`.
 
   Args:
@@ -22,13 +29,14 @@ def cutmix(
     images: `[batch, height, width, channels]`.
     alpha: of the Beta distribution, not negative; a Python number. With 0 the images stay, share 1.
     own_half: takes `max(lam, 1 - lam)`, so that every image keeps at least half of itself.
+    partners: see `mixup`.
 
   Returns:
     The images, the permutation int32 `[batch]`, and the share of its own area that an image kept, a float32
     scalar; `mixup_loss` takes the latter two.
 
   Raises:
-    ValueError: if `alpha` is negative, or for images of another rank.
+    ValueError: if `alpha` is negative, for images of another rank, or other partners.
 
   References:
     Yun et al., CutMix, ICCV 2019 (https://arxiv.org/abs/1905.04899); `own_half` and the rounding of the box
@@ -48,11 +56,11 @@ def cutmix(
   drawn = jax.random.beta(share_key, alpha, alpha, dtype=jnp.float32) if alpha else 1
   lam = jnp.float32(drawn)
   lam = jnp.maximum(lam, 1 - lam) if own_half else lam
-  permutation = jax.random.permutation(order_key, jnp.arange(len(images), dtype=jnp.int32))
+  others, permutation = take_partners(order_key, images, partners)
   size = images.shape[1:3]
   center = [jax.random.randint(k, (), 0, side) for k, side in zip(center_keys, size)]
   box, share = cutmix_box(lam, jnp.stack(center), size)
-  return paste_box(images, images[permutation], box), permutation, share
+  return paste_box(images, others, box), permutation, share
 
 
 def cutmix_box(

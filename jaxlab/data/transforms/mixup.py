@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+Partners = Literal['permutation', 'flip']
+
 
 def mixup(
-  key: jax.Array, images: ArrayLike, alpha: float, *, own_half: bool = False
+  key: jax.Array,
+  images: ArrayLike,
+  alpha: float,
+  *,
+  own_half: bool = False,
+  partners: Partners = 'permutation',
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Mixes each image of a batch with a partner: `lam * x + (1 - lam) * x[permutation]`.
 
-  One `lam ~ Beta(alpha, alpha)` and one uniform permutation for the whole batch.
+  One `lam ~ Beta(alpha, alpha)` and one permutation for the whole batch.
 
   Args:
     key: of the draws.
     images: floats `[batch, ...]`.
     alpha: of the Beta distribution; a Python number. alpha <= 0 leaves the images as they are, lam 1.
     own_half: takes `max(lam, 1 - lam)`, so that every image is at least half of its mixture.
+    partners: 'permutation': uniform, which gathers the batch where it is split over devices; 'flip': the
+      batch from its end, as timm has it, which devices exchange by pairs (of a shuffled batch, any other
+      image is as likely a partner).
 
   Returns:
     The mixed images in the dtype of `images`, the permutation int32 `[batch]` (the partner of row i is
     row `permutation[i]`), and `lam`, a float32 scalar in [0, 1]; `mixup_loss` takes the latter two.
 
   Raises:
-    ValueError: images of integers, or without a batch axis.
+    ValueError: images of integers, or without a batch axis; other partners.
 
   References:
     Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
@@ -40,14 +51,28 @@ def mixup(
   images = jnp.asarray(images)
   if not images.ndim:
     raise ValueError('images is a scalar, expected [batch, ...].')
+  _require_floats(images)
   if not alpha > 0:
-    _require_floats(images)
     return images, jnp.arange(len(images), dtype=jnp.int32), jnp.ones((), jnp.float32)
   key_lam, key_permutation = jax.random.split(key)
   lam = jax.random.beta(key_lam, alpha, alpha, dtype=jnp.float32)
   lam = jnp.maximum(lam, 1 - lam) if own_half else lam
-  permutation = jax.random.permutation(key_permutation, jnp.arange(len(images), dtype=jnp.int32))
-  return mix_images(images, permutation, lam), permutation, lam
+  others, permutation = take_partners(key_permutation, images, partners)
+  return _blend(images, others, lam), permutation, lam
+
+
+def take_partners(
+  key: jax.Array, images: ArrayLike, partners: Partners
+) -> tuple[jax.Array, jax.Array]:
+  """Returns each image's partner, `[batch, ...]`, and which row that is, int32 `[batch]`; see `mixup`."""
+  images = jnp.asarray(images)
+  rows = jnp.arange(len(images), dtype=jnp.int32)
+  if partners == 'flip':
+    return images[::-1], rows[::-1]
+  if partners != 'permutation':
+    raise ValueError(f"partners={partners!r}: expected 'permutation' or 'flip'.")
+  permutation = jax.random.permutation(key, rows)
+  return images[permutation], permutation
 
 
 def mix_images(images: ArrayLike, permutation: ArrayLike, lam: ArrayLike) -> jax.Array:
@@ -68,10 +93,13 @@ def mix_images(images: ArrayLike, permutation: ArrayLike, lam: ArrayLike) -> jax
       f'permutation has shape {permutation.shape}, expected {images.shape[:1]} for images '
       f'{images.shape}.'
     )
+  return _blend(images, images[permutation], lam)
+
+
+def _blend(images: jax.Array, others: jax.Array, lam: ArrayLike) -> jax.Array:
   dtype = jnp.promote_types(images.dtype, jnp.float32)
-  wide = images.astype(dtype)
   lam = jnp.asarray(lam, dtype)
-  return (lam * wide + (1 - lam) * wide[permutation]).astype(images.dtype)
+  return (lam * images.astype(dtype) + (1 - lam) * others.astype(dtype)).astype(images.dtype)
 
 
 def mixup_loss(

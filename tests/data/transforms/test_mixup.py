@@ -7,7 +7,9 @@ import optax
 import pytest
 from golden_vectors import assert_close, golden
 
+from jaxlab import data, parallel
 from jaxlab.data.transforms.mixup import mix_images, mixup, mixup_loss
+from jaxlab.parallel import aot
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
@@ -114,3 +116,35 @@ def test_an_image_can_be_at_least_half_of_its_mixture():
     np.testing.assert_array_equal(order, same)
     np.testing.assert_allclose(share, max(lam, 1 - lam), rtol=1e-6)
     np.testing.assert_allclose(mixed, mix_images(images, order, share), rtol=1e-6)
+
+
+@pytest.mark.parametrize('mix', [mixup, data.cutmix])
+def test_partners_may_be_those_of_the_mirrored_batch(mix):
+  images = jax.random.normal(jax.random.key(7), (5, 6, 6, 2))
+  found = mix(jax.random.key(0), images, 0.7, partners='flip')
+  np.testing.assert_array_equal(found[1], [4, 3, 2, 1, 0])
+  own = mix(jax.random.key(0), images, 0.7)
+  assert found[2] == own[2]  # the same share
+  if mix is mixup:
+    np.testing.assert_array_equal(found[0], mix_images(images, found[1], found[2]))
+  else:
+    changed = np.asarray(found[0] != images)
+    np.testing.assert_array_equal(found[0], np.where(changed, images[::-1], images))
+    assert changed.any()
+  with pytest.raises(ValueError, match="partners='next': expected 'permutation' or 'flip'"):
+    mix(jax.random.key(0), images, 0.7, partners='next')
+
+
+@pytest.mark.parametrize('mix', [mixup, data.cutmix])
+def test_mirrored_partners_are_exchanged_by_pairs_of_devices(mix):
+  split = parallel.batch_sharding(parallel.make_mesh(devices=jax.devices()[:8]))
+  moved = {}
+  for partners in ('permutation', 'flip'):
+    function = jax.jit(
+      functools.partial(mix, alpha=1.0, partners=partners), in_shardings=(None, split)
+    )
+    shapes = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((64, 8, 8, 3), 'f4')
+    moved[partners] = aot.collectives(function.lower(*shapes).compile().as_text())
+  assert 'all-gather' not in moved['flip']
+  assert moved['flip']['collective-permute']['bytes'] == 64 // 8 * 8 * 8 * 3 * 4
+  assert moved['permutation']['all-gather']['bytes'] >= 64 * 8 * 8 * 3 * 4
