@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments.harness import supervised
 from experiments.harness.data import Images
 from experiments.harness.runs import Call, Variables, say
-from experiments.harness.tasks import ImageTask
-from jaxlab import compression, data
+from jaxlab import compression, data, models
 
 Array = jax.Array
 
@@ -135,7 +133,7 @@ def call(own: Synthesis, images: Images, model: nn.Module) -> Call:
 
   def shapes(mesh: jax.sharding.Mesh) -> tuple[Any, tuple[Any, ...]]:
     del mesh
-    variables = supervised.abstract_variables(model, ImageTask.of(images))
+    variables = models.abstract_variables(model, images.view)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return functools.partial(made, own, images, model), (variables, key)
 
