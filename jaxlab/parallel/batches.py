@@ -4,6 +4,8 @@ A batch is split over devices along its first axis. What joins batches one behin
 another order, moves them between devices, and the compiler may then leave everything on every device.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
