@@ -12,7 +12,7 @@ from experiments.harness import launcher
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Those that change several settings, which depend on each other.
-ALWAYS = ('mir', 'practise')
+ALWAYS = ('last', 'mir', 'practise')
 
 
 def texts(paper):
