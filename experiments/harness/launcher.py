@@ -212,12 +212,13 @@ def _changed_since(file: Any, config: Any) -> list[str]:
   """Returns the entries that name a local file, or a folder with a file, newer than some results."""
   written = os.path.getmtime(file) if os.path.exists(file) else math.inf
 
-  def newest(path: str) -> float:
-    inside = os.scandir(path) if os.path.isdir(path) else ()
-    return max(map(os.path.getmtime, (path, *inside)))
+  def newer(path: str) -> bool:
+    inside = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else []
+    there = filter(os.path.exists, (path, *inside))  # a link may point nowhere
+    return max(map(os.path.getmtime, there)) > written
 
   named = (entry for entry in sections.entries(config) if os.path.exists(entry[1]))
-  return [f'{key}={path}' for key, path in named if newest(path) > written]
+  return [f'{key}={path}' for key, path in named if newer(path)]
 
 
 def run(

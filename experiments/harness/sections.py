@@ -237,6 +237,8 @@ class Recipe:
     for name in ('mixup', 'cutmix'):
       if getattr(self, name) < 0:
         yield f'{name}={getattr(self, name)}: expected alpha, or 0 for none.'
+    if self.mix_partners != 'permutation' and not (self.mixup or self.cutmix):
+      yield f'mix_partners={self.mix_partners!r} needs mixup or cutmix, both are 0.'
     if self.eval_every < 0:
       yield f'eval_every={self.eval_every}: expected a number of steps, or 0 for none.'
     if self.best_metric and not self.eval_every:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxlab.parallel.mesh import batch_spec
@@ -24,11 +25,13 @@ def over_batch(tree: PyTree) -> PyTree:
   For examples that a step takes in another order: gathered rows are on every device, and what follows would
   be computed by every device for the whole batch.
 
+  A mesh of other axes than those of `make_mesh` says nothing of a batch.
+
   Args:
     tree: arrays `[batch, ...]`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, batch_spec(mesh))
+  spec = batch_spec(jax.sharding.get_abstract_mesh())
+  return tree if spec == PartitionSpec(None) else jax.lax.with_sharding_constraint(tree, spec)
 
 
 def interleave(views: Sequence[ArrayLike]) -> jax.Array:
@@ -52,8 +55,8 @@ def interleave(views: Sequence[ArrayLike]) -> jax.Array:
   shapes = {jnp.shape(view) for view in views}
   if len(shapes) != 1:
     raise ValueError(f'views: expected one shape, got {sorted(shapes)}.')
-  (shape,) = shapes
-  return jnp.stack([jnp.asarray(view) for view in views], 1).reshape(-1, *shape[1:])
+  ((batch, *rest),) = shapes
+  return jnp.stack([jnp.asarray(view) for view in views], 1).reshape(batch * len(views), *rest)
 
 
 def deinterleave(rows: ArrayLike, count: int) -> jax.Array:
@@ -72,4 +75,4 @@ def deinterleave(rows: ArrayLike, count: int) -> jax.Array:
   rows = jnp.asarray(rows)
   if count < 1 or rows.ndim < 1 or len(rows) % count:
     raise ValueError(f'rows of shape {rows.shape} are none of count={count} views each.')
-  return jnp.moveaxis(rows.reshape(-1, count, *rows.shape[1:]), 1, 0)
+  return jnp.moveaxis(rows.reshape(len(rows) // count, count, *rows.shape[1:]), 1, 0)

@@ -62,10 +62,9 @@ class MetricWriter:
       if self._appendable:
         with self._path.open('a') as file:
           file.write(_line(row))
-      for name, value in values.items():
-        # NaN is what a step does not measure; the board would warn of each.
-        if math.isfinite(value):
-          self._board.add_scalar(name, float(value), step)
+      # NaN is what a step does not measure; the board would warn of each.
+      for name in filter(lambda name: math.isfinite(row[name]), values):
+        self._board.add_scalar(name, row[name], step)
     return row
 
   def flush(self) -> None:

@@ -155,10 +155,12 @@ STAGES = (
   [
     (
       ('target.queue_size=33', 'base_temperature=0', 'fine_tuning.recipe.mixup=-1',
-       'fine_tuning.recipe.batch_size=41', 'recipe.microbatches=2', f'variants={STAGES}', 'warm_up=none'),
+       'fine_tuning.recipe.batch_size=41', 'recipe.microbatches=2',
+       'recipe.mix_partners=flip', f'variants={STAGES}', 'warm_up=none'),
       ('target.queue_size=33: expected a multiple of recipe.batch_size=32', 'base_temperature=0.0',
        'mixup=-1.0: expected alpha', 'batch_size=41 exceeds data.train_size=40',
        'recipe.microbatches: expected 1', "from 'untrained'", "'empty' has no stages",
+       "mix_partners='flip' needs mixup or cutmix",
        "'small': images of 3 pixels are smaller than the total stride of the network, 4",
        "'short': size=8, epochs=0", "'untrained': base=-1.0",
        "warm_up: missing; it trains the attached stage of 'short'"),

@@ -85,9 +85,11 @@ def test_dino_loss_gradient_center_and_temperature_agree_with_reference(vectors,
     num_crops=vectors.param('num_crops'),
     student_temperature=vectors.param('student_temp'),
   )
-  value, grads = step(
-    student, teacher, center, teacher_temperature=temperature(vectors.param('epoch'))
-  )
+  now = temperature(vectors.param('epoch'))
+  value, grads = step(student, teacher, center, teacher_temperature=now)
+  crops = vectors.param('num_crops'), 2
+  by_crop = [x.reshape(n, -1, x.shape[-1]) for x, n in zip((student, teacher), crops, strict=True)]
+  assert_close(step(*by_crop, center, teacher_temperature=now)[0], value, rtol)
   assert_close(value, vectors['out_loss'], rtol)
   assert_close(grads[0], vectors['grad_student_logits'], rtol)
   assert not np.any(grads[1])

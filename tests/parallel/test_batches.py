@@ -30,6 +30,9 @@ def test_views_that_do_not_belong_together_are_refused():
 def test_arrays_stay_as_they_are_outside_of_a_mesh():
   x = jnp.arange(6.0)
   assert over_batch(x) is x
+  mesh = jax.sharding.AbstractMesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert over_batch(x) is x  # of whose axes nothing is known
 
 
 def reordering(constrain):

@@ -181,6 +181,7 @@ def test_results_of_files_that_changed_since_say_so(tmp_path, capsys, run, monke
   folder.mkdir()
   for path in (weights, folder / 'model.safetensors'):
     path.write_bytes(b'first')
+  (folder / 'link').symlink_to(tmp_path / 'nowhere')
   config = launcher.load('gml', 'embedded')
   entries = sections.entries
   named = (('pretrained', str(weights)), ('checkpoint', str(folder)), ('other', '/not/there'))
