@@ -124,7 +124,7 @@ def require_model(own: Answers, checkpoint: str) -> None:
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from error
   model = networks.create(own.model)
-  for name in ('num_heads', 'rope_theta', 'epsilon'):
+  for name in ('num_heads', 'rope_theta', 'rope_scaling', 'epsilon'):
     given, expected = getattr(model, name, None), getattr(told, name, None)
     if given != expected:
       raise ValueError(f'answers.model: {name}={given}, but {file} tells {expected}.')

@@ -200,6 +200,7 @@ from jaxlab.models.resnet import (
   ResNet,
 )
 from jaxlab.models.rotary import (
+  RotaryScaling,
   rotary_embedding,
 )
 from jaxlab.models.second_order import (
@@ -298,6 +299,7 @@ __all__ = [
   'PointNetHead',
   'PreActivationBlock',
   'ResNet',
+  'RotaryScaling',
   'SecondOrderHead',
   'ShakeShake',
   'ShakeShakeBlock',

@@ -12,6 +12,7 @@ from jaxlab.models.bert import Bert
 from jaxlab.models.bloom import Bloom
 from jaxlab.models.gpt2 import GPT2
 from jaxlab.models.llama import Llama
+from jaxlab.models.rotary import RotaryScaling
 
 TOKEN_MODELS = GPT2 | Bloom | Llama | Bert
 
@@ -26,6 +27,14 @@ def _qwen2_5(
   return Llama, {**sizes, 'hidden': hidden, **shared, **others}
 
 
+_LLAMA3_1 = {
+  'max_length': 131072,
+  'vocab_size': 128256,
+  'num_kv_heads': 8,
+  'rope_theta': 500000.0,
+  'rope_scaling': RotaryScaling(),
+  'epsilon': 1e-5,
+}
 _XLM_ROBERTA = {
   'vocab_size': 250002,
   'max_length': 514,
@@ -64,6 +73,14 @@ SIZES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     Llama,
     {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 14336, 'max_length': 8192}
     | {'vocab_size': 128256, 'num_kv_heads': 8, 'rope_theta': 500000.0, 'epsilon': 1e-5},
+  ),
+  'llama3_1_8b': (
+    Llama,
+    {'width': 4096, 'depth': 32, 'num_heads': 32, 'hidden': 14336, **_LLAMA3_1},
+  ),
+  'llama3_3_70b': (
+    Llama,
+    {'width': 8192, 'depth': 80, 'num_heads': 64, 'hidden': 28672, **_LLAMA3_1},
   ),
   'qwen2_5_0_5b': _qwen2_5(896, 24, 14, 2, 4864, **_QWEN2_5_TIED),
   'qwen2_5_1_5b': _qwen2_5(1536, 28, 12, 2, 8960, **_QWEN2_5_TIED),
@@ -112,6 +129,12 @@ _LLAMA_FIELDS = {
   'tie_word_embeddings': ('tied', False),
   'attention_bias': ('attention_bias', False),
   'mlp_bias': ('mlp_bias', False),
+}
+_ROPE_FIELDS = {
+  'factor': 'factor',
+  'low_freq_factor': 'low',
+  'high_freq_factor': 'high',
+  'original_max_position_embeddings': 'length',
 }
 _BERT_FIELDS = {
   'vocab_size': ('vocab_size', 30522),
@@ -167,8 +190,8 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
       the configuration is of one, or with `num_classes`.
 
   Raises:
-    ValueError: for another family, or an option that the network does not have (scaled rotary positions,
-      another activation).
+    ValueError: for another family, or an option that the network does not have (another scaling of rotary
+      positions than Llama 3.1's, another activation).
 
   >>> from_config('{"n_embd": 64, "n_layer": 3, "n_head": 4}', remat=True).depth
   3
@@ -200,7 +223,8 @@ def from_config(config: Mapping[str, Any] | str | os.PathLike, **overrides: Any)
     if family == 'qwen2':
       # Its biases are no option.
       config = {**_QWEN2, **config, 'attention_bias': 'qkv', 'mlp_bias': False}
-    fields = {**_fields(config, _LLAMA_FIELDS), 'rope_theta': _rope_theta(config)}
+    theta, scaling = _rope(config)
+    fields = {**_fields(config, _LLAMA_FIELDS), 'rope_theta': theta, 'rope_scaling': scaling}
     return Llama(**{**fields, **overrides})
   known = ', '.join(map(repr, ('gpt2', 'bloom', 'llama', 'qwen2', *_BERTS)))
   raise ValueError(
@@ -276,12 +300,19 @@ def _refuse_others(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
       raise ValueError(f'from_config: {name}={config[name]!r} is not supported, only {value!r}.')
 
 
-def _rope_theta(config: Mapping[str, Any]) -> float:
-  """Reads the rotary base from `rope_parameters` (transformers 5) or `rope_theta` (before)."""
+def _rope(config: Mapping[str, Any]) -> tuple[float, RotaryScaling | None]:
+  """Reads rotary base and scaling, of transformers 5 from `rope_parameters`."""
   rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
+  theta = float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
   kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind != 'default':
+  if kind == 'default':
+    return theta, None
+  if kind != 'llama3':
     raise ValueError(
-      f"from_config: rotary positions scaled by {kind!r} are not supported, only 'default'."
+      f"from_config: rotary positions scaled by {kind!r} are not supported, only 'llama3'."
     )
-  return float(rope.get('rope_theta', config.get('rope_theta', 10000.0)))
+  length = config.get('max_position_embeddings', _LLAMA_FIELDS['max_position_embeddings'][1])
+  given = {'original_max_position_embeddings': length, **rope}
+  if missing := [name for name in _ROPE_FIELDS if name not in given]:
+    raise ValueError(f"from_config: rotary positions scaled by 'llama3' lack {', '.join(missing)}.")
+  return theta, RotaryScaling(**{ours: given[name] for name, ours in _ROPE_FIELDS.items()})

@@ -7,6 +7,8 @@ Modules are named as in Hugging Face's transformers, `model.layers.3.self_attn.q
 `layers_3/self_attn/q_proj`.
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -23,7 +25,7 @@ from jaxlab.models.causal_attention import (
 from jaxlab.models.embedding import Embed
 from jaxlab.models.initializers import vit_normal
 from jaxlab.models.intercept import HookPoint
-from jaxlab.models.rotary import rotary_embedding
+from jaxlab.models.rotary import RotaryScaling, rotary_embedding
 from jaxlab.models.transformer_layers import flat_dot_general
 
 Array = jax.Array
@@ -43,6 +45,7 @@ class LlamaAttention(nn.Module):
   num_kv_heads: int
   head_width: int
   rope_theta: float = 10000.0
+  rope_scaling: RotaryScaling | None = None
   use_bias: AttentionBias = False
   num_key_heads: int | None = None
   cache_rotated: bool = True
@@ -60,13 +63,14 @@ class LlamaAttention(nn.Module):
 
     def read_key(key: Array) -> Array:
       key = HookPoint(name='key_read')(key)
-      return rotary_embedding(key, key_positions_of(x, context), self.rope_theta)
+      return rotated(key, key_positions_of(x, context))
 
+    rotated = functools.partial(rotary_embedding, theta=self.rope_theta, scaling=self.rope_scaling)
     positions = positions_of(x, context)
-    query = rotary_embedding(project(self.num_heads, 'q_proj'), positions, self.rope_theta)
+    query = rotated(project(self.num_heads, 'q_proj'), positions)
     key = project(self.num_key_heads or self.num_kv_heads, 'k_proj')
     if self.cache_rotated:
-      key, read_key = rotary_embedding(key, positions, self.rope_theta), None
+      key, read_key = rotated(key, positions), None
     value = project(self.num_kv_heads, 'v_proj')
     y = attend(self, query, key, value, context, read_key=read_key)
     return _dense(x.shape[-1], dtypes, 'o_proj', self.use_bias is True)(y)
@@ -98,6 +102,7 @@ class LlamaBlock(nn.Module):
   head_width: int
   hidden: int
   rope_theta: float = 10000.0
+  rope_scaling: RotaryScaling | None = None
   attention_bias: AttentionBias = False
   mlp_bias: bool = False
   epsilon: float = 1e-6
@@ -115,6 +120,7 @@ class LlamaBlock(nn.Module):
       self.num_kv_heads,
       self.head_width,
       self.rope_theta,
+      self.rope_scaling,
       self.attention_bias,
       self.num_key_heads,
       self.cache_rotated,
@@ -144,6 +150,7 @@ class Llama(nn.Module):
     hidden: channels of the MLP.
     max_length: tokens for which the network is made: the default length of a cache. Longer sequences run.
     rope_theta: base of the rotary wavelengths.
+    rope_scaling: of the rotary angles, as of Llama 3.1, or its fields by name; None: none.
     tied: the embedding is the head's kernel, too.
     attention_bias: biases of attention's four layers; `'qkv'`: of all but the output's, as in Qwen2.
     mlp_bias: biases of the MLP's three layers.
@@ -170,6 +177,7 @@ class Llama(nn.Module):
   hidden: int = 11008
   max_length: int = 2048
   rope_theta: float = 10000.0
+  rope_scaling: RotaryScaling | Mapping[str, float] | None = None
   tied: bool = False
   attention_bias: AttentionBias = False
   mlp_bias: bool = False
@@ -181,6 +189,8 @@ class Llama(nn.Module):
   remat: bool = False
 
   def __post_init__(self):
+    if isinstance(self.rope_scaling, Mapping):
+      self.rope_scaling = RotaryScaling(**self.rope_scaling)
     if self.head_width is None and self.width % self.num_heads:
       raise ValueError(
         f'Llama: width={self.width} is not divisible by num_heads={self.num_heads}; give head_width.'
@@ -242,6 +252,7 @@ class Llama(nn.Module):
         self._head_width,
         self.hidden,
         self.rope_theta,
+        self.rope_scaling,
         self.attention_bias,
         self.mlp_bias,
         self.epsilon,

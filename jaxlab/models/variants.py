@@ -215,6 +215,8 @@ _TAGS = (
   ('llama2_7b', 'meta-llama/Llama-2-7b-hf'),
   ('llama2_13b', 'meta-llama/Llama-2-13b-hf'),
   ('llama3_8b', 'meta-llama/Meta-Llama-3-8B'),
+  ('llama3_1_8b', 'meta-llama/Llama-3.1-8B'),
+  ('llama3_3_70b', 'meta-llama/Llama-3.3-70B-Instruct'),
   *(
     (f'qwen2_5_{ours}', f'Qwen/Qwen2.5-{theirs}')
     for ours, theirs in (

@@ -6,8 +6,8 @@
 line of JSON with `problem` and `answer` each. The base's embedding is its head, too, the tuned one has a
 head of its own: both are given one. Outputs are greedy, of at most 8192 tokens, in bfloat16 (the paper:
 float16); a problem counts where a box contains its answer. Other pairs are this setting with `base`,
-`tuned` and `answers.model` changed: of 7B and 14B 16384 tokens. Llama 3.1, whose rotary positions are scaled,
-cannot be asked here: its pair takes `checkpoints`. Outputs are kept in `answers/`; a killed run goes on.
+`tuned` and `answers.model` changed: of 7B and 14B 16384 tokens. Outputs are kept in `answers/`; a killed run
+goes on.
 """
 
 from ml_collections import ConfigDict

@@ -16,7 +16,7 @@ from jaxlab.models.configurations import from_config
 from jaxlab.models.gpt2 import GPT2, GPT2Block
 from jaxlab.models.intercept import Hook
 from jaxlab.models.llama import Llama, LlamaBlock
-from jaxlab.models.rotary import rotary_embedding
+from jaxlab.models.rotary import RotaryScaling, rotary_embedding
 from jaxlab.parallel import batch_sharding, make_mesh
 
 SIZE = {'vocab_size': 19, 'width': 16, 'depth': 2, 'num_heads': 4, 'max_length': 16}
@@ -332,6 +332,62 @@ def test_configurations_of_transformers_are_read(tmp_path):
   )  # fmt: skip
 
 
+def test_scaled_rotary_positions_are_those_of_llama_3_1():
+  rope = {
+    'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 8.0, 'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0, 'original_max_position_embeddings': 8192,
+  }  # fmt: skip
+  sizes = {'hidden_size': 4096, 'num_key_value_heads': 8, 'intermediate_size': 14336}
+  sizes |= {'vocab_size': 128256, 'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5}
+  model = from_config({**sizes, 'rope_parameters': rope})
+  assert model == create('llama3_1_8b') == create('llama3_8b', max_length=131072, rope_scaling={})
+  old = {'rope_theta': rope['rope_theta'], 'rope_scaling': {**rope, 'factor': 32.0, 'length': 3}}
+  assert from_config({**sizes, **old}).rope_scaling == RotaryScaling(factor=32.0)
+
+  # By wavelengths, in float64: short ones are kept, long ones 8 times as long, and between 8192 / 4 and 8192
+  # positions frequencies go over from one to the other in the number of their turns.
+  frequencies = 5e5 ** (-np.arange(64) / 64)
+  expected = []
+  for own in frequencies:
+    length = 2 * np.pi / own
+    smooth = (8192 / length - 1) / 3
+    between = (1 - smooth) * own / 8 + smooth * own
+    expected.append(own if length < 2048 else own / 8 if length > 8192 else between)
+  scaling = model.rope_scaling
+  np.testing.assert_allclose(scaling(frequencies.astype(np.float32)), expected, rtol=1e-5)
+  kinds = [frequencies == expected, frequencies / 8 == expected]
+  assert all(kind.any() for kind in (*kinds, ~(kinds[0] | kinds[1])))
+
+  # The rotation is by these angles, of queries and keys alike, and a network without scaling differs.
+  x = jnp.zeros((1, 7, 1, 128)).at[..., :64].set(1)
+  turned = rotary_embedding(x, jnp.arange(1000, 1007)[None], 5e5, scaling)[0, :, 0]
+  angles = np.arange(1000, 1007)[:, None] * np.asarray(expected)
+  np.testing.assert_allclose(turned, np.hstack([np.cos(angles), np.sin(angles)]), atol=2e-4)
+  tokens = some_tokens()
+  scaled = TINY_LLAMA.clone(rope_scaling={'length': 2, 'low': 0.01, 'high': 0.02})
+  variables = random_variables(TINY_LLAMA, tokens)
+  networks = TINY_LLAMA, scaled, scaled.clone(remat=True)
+  outputs = [jax.jit(own.apply)(variables, tokens) for own in networks]
+  assert np.abs(outputs[0] - outputs[1]).max() > 1e-3
+  np.testing.assert_allclose(outputs[1], outputs[2], atol=1e-5)
+  # Keys that are rotated when they are read end at the same place.
+  late = jax.jit(scaled.clone(cache_rotated=False).apply)(variables, tokens)
+  np.testing.assert_allclose(outputs[1], late, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'scaling, message',
+  [
+    ({'factor': 0.5}, 'factor=0.5: expected a number of at least 1'),
+    ({'low': 4.0}, 'expected 0 < low < high, got 4.0 and 4.0'),
+    ({'length': 0}, 'length=0'),
+  ],
+)
+def test_scalings_that_cannot_be_raise(scaling, message):
+  with pytest.raises(ValueError, match=message):
+    create('llama', rope_scaling=scaling)
+
+
 @pytest.mark.parametrize(
   'config, message',
   [
@@ -344,7 +400,11 @@ def test_configurations_of_transformers_are_read(tmp_path):
     ({'n_embd': 8, 'scale_attn_weights': False}, 'scale_attn_weights=False is not supported'),
     ({'hidden_size': 8, 'hidden_act': 'gelu'}, "hidden_act='gelu' is not supported"),
     ({'model_type': 'qwen2', 'use_sliding_window': True}, 'use_sliding_window=True is not'),
-    ({'hidden_size': 8, 'rope_scaling': {'rope_type': 'llama3'}}, "scaled by 'llama3'"),
+    ({'hidden_size': 8, 'rope_scaling': {'rope_type': 'yarn'}}, "scaled by 'yarn'"),
+    (
+      {'hidden_size': 8, 'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+      "scaled by 'llama3' lack low_freq_factor, high_freq_factor",
+    ),
   ],
 )
 def test_configurations_that_are_not_supported_raise(config, message):
@@ -360,6 +420,8 @@ def test_configurations_that_are_not_supported_raise(config, message):
       ('gpt2_medium', 354),
       ('llama', 6738),
       ('llama3_8b', 8030),
+      ('llama3_1_8b', 8030),
+      ('llama3_3_70b', 70553),
       ('qwen2_5_0_5b', 494),
       ('llama2_13b', 13015),
       ('qwen2_5_7b', 7615),
