@@ -20,7 +20,7 @@ import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,12 @@ from experiments.harness.runs import Run, Trained
 from experiments.harness.settings import found_by, section
 from experiments.protocols import block_penalty, outliers, pipelines
 from experiments.protocols.block_penalty import Penalty
+from experiments.protocols.colinearity import Decay, decayed, pairs_of
 from experiments.protocols.outliers import Training
 from experiments.protocols.pipelines import Pipeline
 from experiments.protocols.quantized_networks import Fitting, Method
 from jaxlab import evaluation, losses, models
 from jaxlab.quantizers import compensation
-from jaxlab.training import colinearity_decay
 
 PyTree = Any
 
@@ -53,40 +53,6 @@ COMPENSATIONS = {
   'QwT-v2': Method('reference', compensation.QwTv2(), Fitting(dtype='float32'), transitions=True),
   'NBC': Method('reference', compensation.NBC()),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Decay:
-  """Options of `jaxlab.training.colinearity_decay` and of `jaxlab.models.weight_pairs`.
-
-  Attributes:
-    lam: the coefficient; None: the default of `'product'`.
-    kind: of the regularizer.
-    power: of `'row_power'`.
-    ratio: of `'excess'`.
-    every: steps from one decay to the next.
-    pairs: which matrices of a block.
-    per_head: a pair a head; otherwise those of attention are of all heads at once.
-    fold_norm: whether the norm before the first matrix multiplies it.
-    guarded: whether steps that would be unstable are shortened; of `'product'`.
-  """
-
-  lam: float | None = None
-  kind: Literal['product', 'row_power', 'excess', 'cosine'] = 'product'
-  power: float = 4
-  ratio: float = 2
-  every: int = 1
-  pairs: tuple[Literal['mlp', 'vo', 'qk'], ...] = ('mlp', 'vo')
-  per_head: bool = True
-  fold_norm: bool = False
-  guarded: bool = True
-
-  def check(self) -> Iterator[str]:
-    """Yields what is wrong with the values."""
-    for name in ('lam', 'power', 'ratio'):
-      value = getattr(self, name)
-      if value is not None and not math.isfinite(value):
-        yield f'{name}={value}: expected a finite number.'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +105,7 @@ def table(config: Settings) -> dict[str, Training]:
       decides={'weight_decay': config.weight_decay},
     ),
     'tweo': Training(
-      'TWEO', 'reference', block_penalty.penalized(config, config.penalty, losses.tweo_loss),
+      'TWEO', 'reference', block_penalty.penalized(config.network, config.penalty, losses.tweo_loss),
       decides={'penalty': config.penalty},
     ),
     's2d': Training(
@@ -149,24 +115,9 @@ def table(config: Settings) -> dict[str, Training]:
   }  # fmt: skip
   for name, own in named.items():
     title, role = ('CD', 'method') if name == 'cd' else (name, 'reference')
-    options = {'optimizer': functools.partial(decayed, config, own)}
+    options = {'optimizer': functools.partial(decayed, config.network, own)}
     rows[name] = Training(title, role, options=options, decides={'decay': own})
   return rows
-
-
-def pairs_of(config: Settings, own: Decay) -> tuple[models.WeightPair, ...]:
-  """Returns the pairs of matrices that are decayed."""
-  return models.weight_pairs(
-    config.model, own.pairs, per_head=own.per_head, fold_norm=own.fold_norm
-  )
-
-
-def decayed(config: Settings, own: Decay, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """Returns the recipe's optimizer with Colinearity Decay beside its weight decay."""
-  options = {name: getattr(own, name) for name in ('lam', 'kind', 'power', 'ratio', 'every')}
-  guard = schedule if own.guarded and own.kind == 'product' else None
-  decay = colinearity_decay(pairs_of(config, own), **options, learning_rate=guard)
-  return config.network.recipe.optimizer.make(schedule, decoupled=decay)
 
 
 def heavier(config: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -222,7 +173,7 @@ def check(config: Settings) -> Iterator[str]:
   if not 0 <= config.weight_decay < math.inf:
     yield f'weight_decay={config.weight_decay}: expected a number of at least 0.'
   for name, own in {'decay': config.decay, **config.variants}.items():
-    yield from found_by(name, decayed, config, own, optax.constant_schedule(0.1))
+    yield from found_by(name, decayed, config.network, own, optax.constant_schedule(0.1))
   taken = table(dataclasses.replace(config, variants={}))
   taken = {*taken, *(own.title for own in taken.values())}
   for name in config.variants:
@@ -256,7 +207,7 @@ def measured(config: Settings, network: Loaded, trained: Trained) -> Mapping[str
   `gain_over_median`, the largest of a channel over the median of its pair.
   """
   del trained
-  pairs = [pair(network.variables['params']) for pair in pairs_of(config, config.decay)]
+  pairs = [pair(network.variables['params']) for pair in pairs_of(config.network, config.decay)]
   gains = [np.asarray(evaluation.channel_gains(*pair)) for pair in pairs]
   found = {
     'colinearity': float(np.mean([evaluation.colinearity_index(*pair).mean() for pair in pairs])),

@@ -15,12 +15,13 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
 from experiments.harness import launcher, networks, pictures, results
@@ -29,9 +30,11 @@ from experiments.harness.networks import feature_path, feature_vector
 from experiments.harness.results import row
 from experiments.harness.runs import Run, Variables, say
 from experiments.harness.sections import check_bits
-from experiments.harness.settings import section
+from experiments.harness.settings import found_by, section
 from experiments.harness.supervised import Loss, Seen, cross_entropy
-from experiments.protocols import quantized_scores, quantized_training
+from experiments.protocols import block_penalty, quantized_scores, quantized_training
+from experiments.protocols.block_penalty import Penalty
+from experiments.protocols.colinearity import Decay, decayed
 from experiments.protocols.feature_evaluation import Probe
 from experiments.protocols.quantized_scores import Scores
 from experiments.protocols.quantized_training import (
@@ -113,6 +116,8 @@ class Settings(quantized_training.Settings):
       the loss on features), 'float' (the float network for another epoch).
     transfer: data sets of classes that the network never saw, each with a linear probe on its features.
     probe: the classifier.
+    penalty: TWEO's term in the loss that the float network is trained with; None: none.
+    decay: Colinearity Decay in the optimizer that the float network is trained with; None: none.
   """
 
   bits: tuple[str, ...] = ('4w4a',)
@@ -126,6 +131,8 @@ class Settings(quantized_training.Settings):
   rows: tuple[Literal['direct', 'no_mimicking', 'float'], ...] = ('direct', 'no_mimicking')
   transfer: dict[str, Images] = dataclasses.field(default_factory=dict)
   probe: Probe = section(Probe)
+  penalty: Penalty | None = None
+  decay: Decay | None = None
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -135,6 +142,23 @@ class Settings(quantized_training.Settings):
       yield f'batch_size={self.batch_size}: expected a divisor of calibration={self.calibration}.'
     for name, other in self.transfer.items():
       yield from quantized_training.check_view(f'transfer.{name}', other, self.network.data.view)
+    for name in ('penalty', 'decay'):
+      if getattr(self, name) is not None and self.network.recipe is None:
+        yield f'{name}: is of the training of the float network, but network.recipe is none.'
+
+  @property
+  def float_training(self) -> Mapping[str, Any]:
+    """Options of the training of the float network: nothing, TWEO's term, Colinearity Decay, or both."""
+    own, found, decides = self.network, {}, {}
+    if self.penalty is not None:
+      blocks = models.anatomy(networks.create(own.model)).block_paths
+      loss = block_penalty.penalized(own, self.penalty, losses.tweo_loss)
+      found |= {'loss': loss, 'captured': [models.any_of(blocks)]}
+      decides['penalty'] = self.penalty
+    if self.decay is not None:
+      found['optimizer'] = functools.partial(decayed, own, self.decay)
+      decides['decay'] = self.decay
+    return {**found, 'decides': decides}
 
 
 def quantized_activations(
@@ -239,6 +263,12 @@ def check(config: Settings) -> Iterator[str]:
   yield from results.check_claims(config, list(map(re.escape, ROLES)), metrics)
   if any(problem.startswith('network.model') for problem in found):
     return
+  if config.penalty is not None:
+    yield from block_penalty.check(config.penalty, losses.tweo_loss)
+  if config.decay is not None and config.network.recipe is not None:
+    yield from found_by(
+      'decay', decayed, config.network, config.decay, optax.constant_schedule(0.1)
+    )
   blocks = models.anatomy(networks.create(config.network.model)).blocks
   if not blocks:
     yield 'network.model: the network has no blocks, which QwT compensates.'

@@ -82,9 +82,9 @@ class Settings(outliers.Settings):
 
 def trainings(config: Settings, in_8_bits: Mapping[str, Any]) -> dict[str, Training]:
   """Returns the trainings with and without TWEO, each in float and, with these options, in 8-bit floats."""
-  size = block_penalty.block_penalty(config, config.penalty, losses.tweo_loss)
+  size = block_penalty.block_penalty(config.network, config.penalty, losses.tweo_loss)
   both = {'watched': {'tweo_loss': size}}
-  tweo = {'loss': block_penalty.penalized(config, config.penalty, losses.tweo_loss)}
+  tweo = {'loss': block_penalty.penalized(config.network, config.penalty, losses.tweo_loss)}
   float8 = {'options': in_8_bits, 'judged': in_float}
   own = {'penalty': config.penalty}, {'float8': config.float8}
   kinds = {

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from experiments.harness import networks
+from experiments.harness.networks import Network
 from experiments.harness.settings import found_by
 from experiments.harness.supervised import Loss, Seen, cross_entropy
 from experiments.protocols.outlier_statistics import Watched
@@ -53,22 +55,22 @@ def check(penalty: Penalty, size: Size) -> Iterator[str]:
   yield from found_by('penalty', size, [jnp.ones(1)], **penalty.form)
 
 
-def block_penalty(config: Any, penalty: Penalty, size: Size) -> Watched:
+def block_penalty(network: Network, penalty: Penalty, size: Size) -> Watched:
   """Returns `seen -> size(outputs of all blocks)`, without its weight."""
 
   def penalty_of(seen: Seen) -> Array:
-    outputs = models.block_outputs(seen.captured, models.anatomy(config.model))
-    return size(outputs, **penalty.form)
+    parts = models.anatomy(networks.create(network.model))
+    return size(models.block_outputs(seen.captured, parts), **penalty.form)
 
   return penalty_of
 
 
-def penalized(config: Any, penalty: Penalty, size: Size) -> Loss:
+def penalized(network: Network, penalty: Penalty, size: Size) -> Loss:
   """Returns cross-entropy plus `weight size(outputs of all blocks)`."""
-  added, weight = block_penalty(config, penalty, size), schedules.constant(penalty.weight)
+  added, weight = block_penalty(network, penalty, size), schedules.constant(penalty.weight)
   if penalty.decay == 'cosine':
-    steps = config.steps_per_epoch * config.network.recipe.epochs
-    weight = schedules.cosine(penalty.weight, steps)
+    steps = network.data.train_size // network.recipe.batch_size
+    weight = schedules.cosine(penalty.weight, steps * network.recipe.epochs)
 
   def loss(outputs: Array, targets: Array, seen: Seen) -> Array:
     return cross_entropy(outputs, targets, seen) + weight(seen.step) * added(seen)

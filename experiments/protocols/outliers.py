@@ -90,11 +90,6 @@ class Settings(Experiment):
     """The network."""
     return networks.create(self.network.model)
 
-  @property
-  def steps_per_epoch(self) -> int:
-    """Optimizer steps of an epoch."""
-    return self.network.data.train_size // self.network.recipe.batch_size
-
 
 class Training(NamedTuple):
   """How a row's network is trained.

@@ -73,6 +73,11 @@ class Settings(Experiment):
       yield f'calibration={self.calibration}: expected 1 to {own.train_size}, the training images.'
     yield from check_view('network.data', own, own.view)
 
+  @property
+  def float_training(self) -> Mapping[str, Any]:
+    """Options of `networks.training` for the float network, with what `decides` about them."""
+    return {}
+
 
 def check_view(key: str, own: Images, view: tuple[int, int, int]) -> Iterator[str]:
   """Yields a problem unless test images, as they are read, are what a network sees."""
@@ -202,7 +207,9 @@ def ancestry(config: Settings, table: Table, name: str) -> dict[str, Any]:
   """Returns what decides a stage's end, what it starts and learns from, too; not seed, data, calibration."""
   if name == FLOAT:
     own = config.network
-    return identity({**networks.drawn_by(own), 'pretrained': own.pretrained, 'recipe': own.recipe})
+    further = config.float_training.get('decides', {})
+    known = {**networks.drawn_by(own), 'pretrained': own.pretrained, 'recipe': own.recipe}
+    return identity({**known, **further})
   own = table[name]
   found = {'recipe': own.recipe, **own.decides, 'start': ancestry(config, table, own.start)}
   if own.teacher:
@@ -210,11 +217,16 @@ def ancestry(config: Settings, table: Table, name: str) -> dict[str, Any]:
   return found
 
 
+def float_run(config: Settings) -> Run:
+  """Returns the training of the float network."""
+  return networks.training(config, config.network, 'in float', **config.float_training)
+
+
 def programs(config: Settings, table: Table) -> dict[str, Run]:
   """Returns the trainings by name, that of the float network first, if it is trained here."""
   found = {}
   if config.network.recipe is not None:
-    found[FLOAT] = networks.training(config, config.network, 'in float')
+    found[FLOAT] = float_run(config)
   return found | {name: run(config, table, name) for name in table}
 
 
@@ -247,11 +259,14 @@ class Trained:
 
   def __init__(self, config: Settings, table: Table, workdir: Any):
     folder = type(workdir)(config.networks_dir or workdir / 'networks')
-    name = config.network.model['name']
+    name, trained_here = config.network.model['name'], config.network.recipe is not None
     self.config, self.table, self.workdir = config, table, workdir
     self.constants: dict[str, PyTree] = {}
     self.loaded: Loaded = networks.load(
-      config, config.network, folder / f'{name}-seed{config.seed}'
+      config,
+      config.network,
+      folder / f'{name}-seed{config.seed}',
+      float_run(config) if trained_here else None,
     )
     (self.inputs,) = self.loaded.calibration(config.calibration, config.calibration)
     self._found: dict[str, Quantized] = {}

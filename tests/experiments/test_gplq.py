@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from models.random_variables import random_images, random_variables
 
-from experiments import gplq
+from experiments import colinearity_decay, gplq
 from experiments.harness import launcher, runs
 from experiments.harness.settings import SettingsError
 from experiments.harness.supervised import Seen, cross_entropy
@@ -215,6 +215,38 @@ def test_what_the_float_network_was_drawn_by_decides_every_stage_and_other_width
   assert decided('bits=4w3a')['activations_4w3a'] == plain['activations_3w3a']
 
 
+@pytest.mark.parametrize(
+  ('setting', 'row'), [('after_plain', 'plain'), ('after_tweo', 'tweo'), ('after_cd', 'cd')]
+)
+def test_float_networks_without_outliers_are_those_of_the_papers_that_train_them(setting, row):
+  narrow = [
+    'network.model.width=8', 'network.model.depth=1', 'network.model.num_heads=2',
+    'network.model.patch_size=4', 'network.recipe.schedule.warmup_epochs=0', 'timed=0',
+  ]  # fmt: skip
+  config = launcher.load('gplq', setting, narrow)
+  other = launcher.load('colinearity_decay', 'combinations', narrow)
+  rng = np.random.default_rng(0)
+  batch = {
+    'image': rng.integers(0, 255, (96, 8, 8, 1)).astype(np.uint8),
+    'label': rng.integers(0, 10, 96).astype(np.int32),
+    'index': np.arange(96, dtype=np.int32),
+  }
+  runs_of = quantized_training.float_run(config), colinearity_decay.programs(other)[row]
+  ends = []
+  for own in runs_of:
+    state = jax.jit(own.program.init)(jax.random.key(0))
+    # Larger than drawn, so that TWEO's term, a fourth power, is felt.
+    state = state.replace(params=jax.tree.map(lambda leaf: 3 * leaf, state.params))
+    ends.append(jax.jit(own.program.step)(state, None, batch)[0].params)
+  for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  # What it is trained with decides whether an earlier training can go on.
+  sections = {name: getattr(config, name) for name in ('penalty', 'decay')}
+  for name, section in sections.items():
+    assert (name in runs_of[0].decides) == (section is not None)
+    assert (name in quantized_training.ancestry(config, {}, FLOAT)) == (section is not None)
+
+
 LARGER = digits((2, 3), 43, 10, view=10)
 CONVOLUTIONS = "network.model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 'strides': (1,), 'width': 4, 'num_classes': 2}"  # noqa: E501
 
@@ -239,6 +271,8 @@ CONVOLUTIONS = "network.model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 's
     (PERCEPTRON, 'network.model: the network has no blocks'),
     (CONVOLUTIONS, r'qwt.relative=True: the network has blocks of convolutions'),
     (f'transfer={{"unseen": {LARGER}}}', r'transfer.unseen: test images are read as \(10, 10, 1\)'),
+    ('penalty={"tau": 0.0}', 'penalty: tau'),
+    ('decay={"pairs": ()}', 'decay: '),
     ('network.data.labeled=false', 'network.data.labeled: digits has no labels'),
     ('network.data.test_decode={"size": 9}', r'network.data: test images are read as \(9, 9, 1\)'),
   ],
@@ -246,6 +280,11 @@ CONVOLUTIONS = "network.model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 's
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny(change))
+
+
+def test_a_network_that_is_not_trained_here_has_no_term_in_its_loss():
+  with pytest.raises(SettingsError, match='penalty: is of the training of the float network, but'):
+    launcher.check(launcher.load('gplq', 'deit_small', ['penalty={}']))
 
 
 def test_all_that_is_wrong_is_said_at_once():

@@ -13,7 +13,8 @@ from experiments.harness.settings import assignments, plain
 PAPERS = sorted(folder.parent.name for folder in launcher.CONFIGS.glob('*/embedded.py'))
 SETTINGS = [(paper, path.stem) for paper in PAPERS for path in launcher.settings(paper)]
 SMALL = (
-  'embedded', 'canvases', 'checkpoints', 'fashion_mnist', 'boxes', 'combinations', 'localization', 'text',
+  'embedded', 'after_', 'canvases', 'checkpoints', 'fashion_mnist', 'boxes', 'combinations', 'localization',
+  'text',
 )  # fmt: skip
 # Other settings of these papers have the same programs with fewer blocks.
 DEEP = ('gpt2_xl', 'places_lt', 'coco_resnet101')
