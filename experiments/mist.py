@@ -172,6 +172,7 @@ def nominal_header(config: Settings, gather: Gather, task: str, **fields: Any) -
     network='', data='', layers='', dtype=gather.dtype, count=sent_images(config, task),
     shape=(model.num_prefix_tokens + rows * columns, model.width),
     num_classes=target.data.num_classes, num_prefix_tokens=model.num_prefix_tokens,
+    views=views_of(config, task),
   )  # fmt: skip
 
 
@@ -198,7 +199,6 @@ def edge_runs(config: Settings) -> dict[str, Run]:
       config.recipe,
       f'{row.title}, {task}',
       own.count,
-      views_of(config, task),
     )
   return found
 
@@ -270,7 +270,6 @@ def device(
       test,
       workdir / f'{name}_{task}',
       f'{row.title}, {task}',
-      views_of(config, task),
     )
     found[task] = ended.accuracy
     say(f'{row.title}, {task}: accuracy {ended.accuracy:.4g}')

@@ -200,14 +200,13 @@ def training(
   recipe: Recipe,
   title: str,
   count: int,
-  views: int = 1,
 ) -> tuple[EdgeTraining, Run]:
   """Returns the functions and the run of a training on `count` of the records that a header tells of.
 
-  With `views` records of each image the recipe's epochs have the steps of epochs over images: the budget of
+  With several views of each image the recipe's epochs have the steps of epochs over images: the budget of
   a training that draws the views anew.
   """
-  steps = count // views // recipe.batch_size
+  steps = count // header.views // recipe.batch_size
   if not steps:
     raise ValueError(f'batch_size={recipe.batch_size} exceeds the {count} records of features.')
   made = edge_training(edge, header, recipe, steps)
@@ -226,14 +225,30 @@ def train(
   test: FeatureFile,
   folder: pathlib.Path,
   title: str,
-  views: int = 1,
 ) -> Trained:
   """Trains an edge network on a file of features, from wherever `folder` was left, and judges it on another.
 
-  `views` are the records of each training image, see `training`.
-
   Raises:
-    ValueError: for files of two networks, of other layers, or of different kinds.
+    ValueError: for what `check_pair` refuses.
+  """
+  check_pair(edge, recipe, train, test)
+  pairs = edge.pairs(recipe)
+  rate, decay = pairs[0]
+  if len(pairs) > 1:
+    rate, decay = _search(
+      config, edge, recipe, train, folder.parent / f'{folder.name}_search', title
+    )
+  made, run = training(config, edge, train.header, recipe, title, len(train))
+  frozen = {'rate': jnp.float32(rate), 'decay': jnp.float32(decay)}
+  params = runs.train(run, train, folder, frozen=frozen).state.params
+  return Trained(params, accuracy(config, made, params, test), (rate, decay))
+
+
+def check_pair(edge: Edge, recipe: Recipe, train: FeatureFile, test: FeatureFile) -> None:
+  """Raises ValueError for files that an edge network cannot be trained and judged on.
+
+  Those are files of two networks, of other layers, or of different kinds; test images of several views; and
+  several views of training images where learning rates are chosen among on some of them.
   """
   for name in ('network', 'layers', 'shape', 'dtype', 'num_classes', 'num_prefix_tokens'):
     held = [getattr(own.header, name) for own in (train, test)]
@@ -241,16 +256,13 @@ def train(
       raise ValueError(
         f'{train.path} and {test.path} do not belong together: {name} {held[0]!r} and {held[1]!r}.'
       )
-  pairs = edge.pairs(recipe)
-  rate, decay = pairs[0]
-  if len(pairs) > 1:
-    rate, decay = _search(
-      config, edge, recipe, train, folder.parent / f'{folder.name}_search', title
+  if test.header.views > 1:
+    raise ValueError(f'{test.path}: {test.header.views} views of each test image; expected one.')
+  if train.header.views > 1 and len(edge.pairs(recipe)) > 1:
+    raise ValueError(
+      f'{train.path}: {train.header.views} views of each image; to choose among learning rates and weight '
+      'decays one is expected, for the held-out records would be views of images trained on.'
     )
-  made, run = training(config, edge, train.header, recipe, title, len(train), views)
-  frozen = {'rate': jnp.float32(rate), 'decay': jnp.float32(decay)}
-  params = runs.train(run, train, folder, frozen=frozen).state.params
-  return Trained(params, accuracy(config, made, params, test), (rate, decay))
 
 
 def _search(

@@ -94,6 +94,7 @@ def header(
     count=len(source) * max(reading.views, 1),
     num_classes=reading.own.num_classes,
     num_prefix_tokens=model.num_prefix_tokens,
+    views=max(reading.views, 1),
   )
 
 
@@ -121,7 +122,8 @@ def feature_file(
     say(f'{path.name}: features of {own.count} images, {own.record_bytes} bytes each')
     batches = computed(config, gather, reading, model, variables, source)
     data.write_feature_file(path, batches, own)
-  return FeatureFile(path, {'network': own.network, 'data': own.data, 'layers': own.layers})
+  expected = {name: getattr(own, name) for name in ('network', 'data', 'layers', 'views')}
+  return FeatureFile(path, expected)
 
 
 def computed(

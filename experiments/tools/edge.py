@@ -83,6 +83,8 @@ def trained(
   expected = {'network': network} if network else {}
   # All files are looked at before the first training.
   pairs = {t: edge_training.pair_of(folder, t, suffixes, **expected) for t in tasks}
+  for train, test in pairs.values():
+    edge_training.check_pair(config.edge, config.recipe, train, test)
   for name in ('network', 'layers', 'dtype'):
     held = {getattr(train.header, name): train.path for train, _ in pairs.values()}
     if len(held) > 1:

@@ -131,7 +131,7 @@ def test_files_that_cannot_be_are_named(tmp_path):
     data.FeatureFile(tmp_path / 'nothing.npz')
   with pytest.raises(ValueError, match=r'expected a file \.npz or \.array_record'):
     written(tmp_path, '.pkl')
-  for wrong in ({'dtype': 'int8'}, {'shape': ()}, {'count': 0}):
+  for wrong in ({'dtype': 'int8'}, {'shape': ()}, {'count': 0}, {'views': 2}, {'views': 0}):
     with pytest.raises(ValueError, match=next(iter(wrong))):
       dataclasses.replace(HEADER, **wrong)
 

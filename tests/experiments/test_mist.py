@@ -164,7 +164,9 @@ def test_the_cloud_serves_one_device_and_says_where(cloud, tmp_path, capsys):
   assert sent == [received]
 
 
-@pytest.mark.parametrize('broken', ['network', 'cut', 'missing', 'none', 'split', 'mixed'])
+@pytest.mark.parametrize(
+  'broken', ['network', 'cut', 'missing', 'none', 'split', 'mixed', 'views', 'tested views']
+)
 def test_features_that_do_not_fit_end_the_command_before_any_training(
   cloud, tmp_path, broken, capsys
 ):
@@ -192,6 +194,18 @@ def test_features_that_do_not_fit_end_the_command_before_any_training(
       other = dataclasses.replace(held.header, layers='0')
       data.write_feature_file(features / f'second-{split}.npz', held.batches(), other)
     message = r"expected the same layers in all tasks, got rotation-train.npz '0\+1\+2', second"
+  elif 'views' in broken:
+    # Of a second task: nothing is trained of the first one either.
+    split = 'test' if broken == 'tested views' else 'train'
+    for part in ('train', 'test'):
+      held = data.FeatureFile(features / f'rotation-{part}.npz')
+      header = dataclasses.replace(held.header, views=2 if part == split else 1)
+      data.write_feature_file(features / f'second-{part}.npz', held.batches(), header)
+    if split == 'train':
+      arguments = ['--config.edge.rates=0.1,0.2', '--config.edge.held_out=8']
+    message = (
+      '2 views of each test image' if split == 'test' else 'records would be views of images'
+    )
   else:
     held = data.FeatureFile(test)
     other = dataclasses.replace(held.header, network='other')
@@ -329,6 +343,20 @@ def test_devices_have_the_steps_of_who_sees_the_network_whatever_the_number_of_v
   runs = mist.programs(config)
   assert runs['mist_rotation'].data.train_size == 3 * 48
   assert runs['mist_rotation'].num_steps == runs['linear_rotation'].num_steps == 3 * 6
+
+
+def test_a_device_alone_is_told_how_many_views_it_has(cloud, tmp_path):
+  _, _, folder = cloud
+  features = tmp_path / 'features'
+  for part, views in (('train', 3), ('test', 1)):
+    held = data.FeatureFile(folder / 'features' / 'all_float16' / f'rotation-{part}.npz')
+    header = dataclasses.replace(held.header, views=views)
+    data.write_feature_file(features / f'rotation-{part}.npz', held.batches(), header)
+  changes = (f'--config.{own}' for own in EDGE)
+  edge_command.main([f'--features={features}', f'--workdir={tmp_path / "w"}', *changes])
+  # 48 records, three of each of 16 images, in batches of 8: two steps an epoch.
+  kept = [int(path.name) for path in (tmp_path / 'w' / 'rotation' / 'checkpoints').glob('[0-9]*')]
+  assert max(kept) == 3 * 2
 
 
 def test_a_served_address_is_looked_at():

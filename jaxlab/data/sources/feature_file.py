@@ -40,6 +40,7 @@ class FeatureHeader:
     count: records.
     num_classes: number of labels.
     num_prefix_tokens: tokens before the patches.
+    views: records of each image: all images in their order, view after view.
   """
 
   network: str
@@ -50,13 +51,16 @@ class FeatureHeader:
   count: int
   num_classes: int
   num_prefix_tokens: int = 1
+  views: int = 1
 
   def __post_init__(self):
-    shape, sizes = tuple(self.shape), (self.count, self.num_classes, self.num_prefix_tokens)
+    shape = tuple(self.shape)
+    sizes = (self.count, self.num_classes, self.num_prefix_tokens, self.views)
     if len(shape) != 2 or any(type(own) is not int for own in (*shape, *sizes)):
       raise ValueError(
         f'shape={self.shape}, count={self.count!r}, num_classes={self.num_classes!r}, '
-        f'num_prefix_tokens={self.num_prefix_tokens!r}: expected integers, and (tokens, width) as shape.'
+        f'num_prefix_tokens={self.num_prefix_tokens!r}, views={self.views!r}: expected integers, and '
+        '(tokens, width) as shape.'
       )
     object.__setattr__(self, 'shape', shape)
     if self.dtype not in DTYPES:
@@ -65,6 +69,8 @@ class FeatureHeader:
       raise ValueError(
         f'shape={self.shape}, count={self.count}, num_classes={self.num_classes}: expected at least 1.'
       )
+    if self.views < 1 or self.count % self.views:
+      raise ValueError(f'views={self.views}: expected a divisor of count={self.count}.')
     if not 0 <= self.num_prefix_tokens < shape[0]:
       raise ValueError(
         f'num_prefix_tokens={self.num_prefix_tokens}: expected 0 to {shape[0] - 1}, for patches are left.'
