@@ -99,7 +99,12 @@ def public_network(own: dict, data: dict) -> dict:
   return dict(model=dict(name=own['name']), pretrained=own['weights'], data=data)
 
 
-FEW_SHOT = dict(aircraft=100, food101=101, flowers=102, pets=37, cars=196)
+# Classes, and folders of lists and of photographs in NOAH's repository.
+FEW_SHOT = dict(
+  aircraft=(100, 'fgvc-aircraft', 'images'), food101=(101, 'food101', 'images'),
+  flowers=(102, 'oxford-flowers102', 'images'), pets=(37, 'oxford-pets', 'images'),
+  cars=(196, 'standford-cars', ''),
+)  # fmt: skip
 SHOTS = (1, 2, 4, 8, 16)
 FINE = dict(
   kind='resized_crop',
@@ -124,14 +129,16 @@ def photographs(num_classes: int, **fields) -> dict:
 def few_shot_targets() -> dict:
   """Returns five fine-grained sets with 1 to 16 images a class, by published lists (`path label`).
 
-  The lists of NOAH, in `data/few_shot/<set>/annotations`, photographs below `data/few_shot/<set>`. Those of
-  the pets hold two images a class under one shot, too.
+  Folders are those of NOAH's repository (github.com/ZhangYuanhan-AI/NOAH): lists in
+  `data/few-shot/<folder>/annotations`, photographs below `data/few-shot/<folder>/images` (cars: below the
+  folder itself). With one shot the list of the pets names the image of each class twice.
   """
 
-  def target(name: str, classes: int, shots: int) -> dict:
-    root = f'data/few_shot/{name}'
+  def target(name: str, shots: int) -> dict:
+    classes, folder, photos = FEW_SHOT[name]
+    root = f'data/few-shot/{folder}'
     lists = f'{root}/annotations'
-    options = dict(root=root, decode=False, num_classes=classes)
+    options = dict(root=f'{root}/{photos}'.rstrip('/'), decode=False, num_classes=classes)
     count = classes * (2 if name == 'pets' and shots == 1 else shots)
     return dict(
       group=f'{shots}_shot',
@@ -144,11 +151,7 @@ def few_shot_targets() -> dict:
       ),
     )  # fmt: skip
 
-  return {
-    f'{name}_{shots}': target(name, classes, shots)
-    for shots in SHOTS
-    for name, classes in FEW_SHOT.items()
-  }
+  return {f'{name}_{shots}': target(name, shots) for shots in SHOTS for name in FEW_SHOT}
 
 
 SHIFTED = dict(
