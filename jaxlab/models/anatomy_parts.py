@@ -206,3 +206,9 @@ def _paths(part: Any) -> Iterator[str]:
     for field in dataclasses.fields(part):
       if field.name not in ('kind', 'shortcut'):
         yield from _paths(getattr(part, field.name))
+
+
+def merging(path: str) -> Block:
+  """Returns the module between stages that halves the size by its layer `reduction`."""
+  layer = f'{path}/reduction'
+  return Block(path, (Branch('merge', (layer,), layer),), 'none')
