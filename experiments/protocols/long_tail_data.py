@@ -9,7 +9,8 @@ import numpy as np
 
 from experiments.harness import data as harness_data
 from experiments.harness import sources
-from experiments.harness.data import KNOWN, Augment, Images
+from experiments.harness.data import Augment, Images
+from experiments.harness.known_data import KNOWN
 from experiments.harness.settings import found_by
 from experiments.protocols.features import read_features
 from experiments.protocols.stages import Staged

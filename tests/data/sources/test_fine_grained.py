@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.harness.data import KNOWN
+from experiments.harness.known_data import KNOWN
 from jaxlab import data
 from jaxlab.data.sources.fine_grained import ANNOTATIONS, TASKS
 
