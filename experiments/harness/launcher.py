@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from experiments.harness import commands, machine, results, seeds, sources
+from experiments.harness import commands, machine, overrides, results, seeds, sources
 from experiments.harness import settings as sections
 from experiments.harness.results import Results
 from experiments.harness.runs import say
@@ -95,7 +95,7 @@ def load(
   Args:
     paper: the paper.
     setting: name or path.
-    changes: `key=text` pairs, or values by key; see `settings.override`.
+    changes: `key=text` pairs, or values by key; see `overrides.override`.
 
   Raises:
     ValueError: for a setting that does not exist, and for keys and values that do not, all at once.
@@ -134,7 +134,7 @@ def _read(
   if not hasattr(module, 'get_config'):
     raise ValueError(f'--config={setting}: {path} defines no get_config().')
   cls = importlib.import_module(f'experiments.{paper}').Settings
-  values, problems = sections.overridden(cls, module.get_config().to_dict(), changes)
+  values, problems = overrides.overridden(cls, module.get_config().to_dict(), changes)
   try:
     config = sections.fill(cls, {**values, 'paper': paper, 'setting': path.stem})
   except sections.SettingsError as error:
@@ -217,7 +217,7 @@ def _changed_since(file: Any, config: Any) -> list[str]:
     there = filter(os.path.exists, (path, *inside))  # a link may point nowhere
     return max(map(os.path.getmtime, there)) > written
 
-  named = (entry for entry in sections.entries(config) if os.path.exists(entry[1]))
+  named = (entry for entry in overrides.entries(config) if os.path.exists(entry[1]))
   return [f'{key}={path}' for key, path in named if newer(path)]
 
 
@@ -318,7 +318,7 @@ def main(paper: str, arguments: Sequence[str] | None = None) -> Results | None:
       return None
     if options.print_config:
       config = load(paper, options.config, changes)
-      own = sections.assignments(config, leave_out=('paper', 'setting'))
+      own = overrides.assignments(config, leave_out=('paper', 'setting'))
       print(
         ' \\\n  '.join([f'python -m experiments.{paper} --config={options.config}', *own]),
         flush=True,
@@ -334,7 +334,7 @@ def main(paper: str, arguments: Sequence[str] | None = None) -> Results | None:
         else:
           if any(change.startswith('seed=') for change in changes):
             raise ValueError('--seeds and --config.seed: expected one of the two.')
-          found = series(config, options.workdir, sections.parse(options.seeds, tuple[int, ...]))
+          found = series(config, options.workdir, overrides.parse(options.seeds, tuple[int, ...]))
         say(f'\n{found}')
     except SystemExit:
       print(STOPPED, file=sys.stderr)

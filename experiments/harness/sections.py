@@ -8,7 +8,8 @@ import jax
 import optax
 from jax.sharding import PartitionSpec
 
-from experiments.harness.settings import entries, found_by, free, section
+from experiments.harness.overrides import entries
+from experiments.harness.settings import found_by, free, section
 from jaxlab import parallel
 from jaxlab.training import make_optimizer, make_schedule
 from jaxlab.training.schedules import per_epoch

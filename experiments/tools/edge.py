@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.harness import results, settings
+from experiments.harness import overrides, results, settings
 from experiments.harness.runs import say
 from experiments.protocols import edge_training
 from experiments.protocols.edge_training import Settings
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
   if unknown := [text for text in rest if not text.startswith('--config.')]:
     parser.error(f'unknown arguments: {" ".join(unknown)}.')
   changes = [text.removeprefix('--config.') for text in rest]
-  config = settings.fill(Settings, settings.override(Settings, {'paper': 'edge'}, changes))
+  config = settings.fill(Settings, overrides.override(Settings, {'paper': 'edge'}, changes))
   settings.require(settings.problems(config))
   workdir = pathlib.Path(options.workdir)
   host, _, port = (options.cloud or '').rpartition(':')

@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.harness import launcher, machine, seeds
+from experiments.harness import launcher, machine, overrides, seeds
 from experiments.harness import settings as sections
 from experiments.harness.results import Results, cell, judged, lines, shown
 from experiments.tools import listing
@@ -71,11 +71,11 @@ def _command(together: Results) -> str:
   parts += [f'--seeds={",".join(map(str, together["seeds"]))}']
   try:
     loaded = launcher.load(paper, setting)
-    own = dict(sections.entries(sections.plain(loaded)))
-    decisive = {key for key, _ in sections.entries(sections.identity(loaded))}
+    own = dict(overrides.entries(sections.plain(loaded)))
+    decisive = {key for key, _ in overrides.entries(sections.identity(loaded))}
   except (ValueError, ImportError):  # a paper or setting that is not here
     own = None
-  for key, text in sections.entries(together['config']) if own is not None else ():
+  for key, text in overrides.entries(together['config']) if own is not None else ():
     if own.get(key) != text and (key in decisive or key not in own):
       parts.append(shlex.quote(f'--config.{key}={text}'))
   return ' '.join(parts)

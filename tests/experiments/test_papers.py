@@ -8,7 +8,8 @@ import pytest
 import tables
 
 from experiments.harness import launcher
-from experiments.harness.settings import assignments, plain
+from experiments.harness.overrides import assignments
+from experiments.harness.settings import plain
 
 PAPERS = sorted(folder.parent.name for folder in launcher.CONFIGS.glob('*/embedded.py'))
 SETTINGS = [(paper, path.stem) for paper in PAPERS for path in launcher.settings(paper)]

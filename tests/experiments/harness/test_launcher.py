@@ -10,8 +10,7 @@ from subprocess import PIPE
 import pytest
 
 from experiments import gml
-from experiments.harness import launcher, results
-from experiments.harness import settings as sections
+from experiments.harness import launcher, overrides, results
 from experiments.harness.settings import plain
 from jaxlab import training
 
@@ -183,9 +182,9 @@ def test_results_of_files_that_changed_since_say_so(tmp_path, capsys, run, monke
     path.write_bytes(b'first')
   (folder / 'link').symlink_to(tmp_path / 'nowhere')
   config = launcher.load('gml', 'embedded')
-  entries = sections.entries
+  entries = overrides.entries
   named = (('pretrained', str(weights)), ('checkpoint', str(folder)), ('other', '/not/there'))
-  monkeypatch.setattr(sections, 'entries', lambda config: (*entries(config), *named))
+  monkeypatch.setattr(overrides, 'entries', lambda config: (*entries(config), *named))
   launcher.launch(config, tmp_path / 'run')
   launcher.launch(config, tmp_path / 'run')
   assert 'changed since' not in capsys.readouterr().out

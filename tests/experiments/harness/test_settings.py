@@ -5,7 +5,8 @@ from typing import Any, Literal
 import pytest
 
 from experiments.harness import settings
-from experiments.harness.settings import fill, free, identity, override, parse
+from experiments.harness.overrides import override, parse
+from experiments.harness.settings import fill, free, identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +157,28 @@ def test_a_field_changed_behind_its_section_leaves_the_others_as_given():
 def test_a_wrong_override_says_what_was_expected(assignment, message):
   with pytest.raises(settings.SettingsError, match=message):
     override(Outer, {'inner': {'rate': 1.0}}, [assignment])
+
+
+def test_entries_of_a_mapping_that_holds_none_are_made_by_their_keys():
+  @dataclasses.dataclass(frozen=True)
+  class Option:
+    rate: float = 1.0
+    kind: str = 'a'
+
+  @dataclasses.dataclass(frozen=True)
+  class Whole:
+    tuning: dict[str, Option] = dataclasses.field(default_factory=dict)
+    heads: dict[str, Option] = dataclasses.field(default_factory=lambda: {'x': Option(2.0, 'b')})
+    needed: dict[str, Inner] = dataclasses.field(default_factory=dict)
+
+  found = fill(Whole, override(Whole, {}, ['tuning.y.rate=3', 'tuning.z.kind=b', 'heads.x.kind=c']))
+  assert found.tuning == {'y': Option(3.0), 'z': Option(kind='b')}
+  assert found.heads == {'x': Option(2.0, 'c')}  # what the default says stays
+  for wrong in ('heads.y.rate=3', 'tuning.y.rat=3', 'needed.y.rate=3'):
+    with pytest.raises(settings.SettingsError, match='unknown key'):
+      override(Whole, {}, [wrong])
+  with pytest.raises(settings.SettingsError, match=r'tuning\.y\.rate: unknown key'):
+    override(Whole, {'tuning': {'x': {}}}, ['tuning.y.rate=3'])
 
 
 def test_the_identity_leaves_out_what_does_not_decide():
