@@ -106,9 +106,12 @@ def show(found: dict[str, Any]) -> None:
   table.add_section()
   table.add_row('FLOPs', *(f'{program["flops"]:.4e}' for program in programs))
   table.add_section()
-  for kind in dict.fromkeys(kind for program in programs for kind in program['collectives']):
-    totals = [program['collectives'].get(kind) for program in programs]
+  moved = [program['collectives'] for program in programs]
+  for kind in dict.fromkeys(kind for own in moved for kind in own or ()):
+    totals = [own and own.get(kind) for own in moved]
     table.add_row(kind, *(f'{t["count"]} x, {size_of(t["bytes"])}' if t else '' for t in totals))
+  if None in moved:
+    table.add_row('collectives', *('unreadable' if own is None else '' for own in moved))
   table.add_row('compile time', *(f'{program["compile_seconds"]:.1f} s' for program in programs))
   console.print(table, soft_wrap=True)
 

@@ -118,7 +118,8 @@ def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
         arguments), `temporaries`, `code`; their `total` = arguments + outputs - alias + temporaries +
         code; what is `available` on the device (None if unknown) and whether it `fits`.
       `flops`: floating point operations of a step; the body of a loop (`lax.scan`) counts once.
-      `collectives`: `count` and `bytes` by kind, see `collectives`.
+      `collectives`: `count` and `bytes` by kind, see `collectives`; None where jax cannot read the program
+        that a newer compiler made.
   """
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   devices = _devices(compiled)
@@ -137,8 +138,17 @@ def report(compiled: jax.stages.Compiled) -> dict[str, Any]:
     'device_kind': devices[0].device_kind,
     'hbm': hbm,
     'flops': float(cost.get('flops', 0.0)),
-    'collectives': collectives(compiled.as_text()),
+    'collectives': _readable_collectives(compiled),
   }
+
+
+def _readable_collectives(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]] | None:
+  try:
+    return collectives(compiled.as_text())
+  except jax.errors.JaxRuntimeError as error:
+    if 'INTERNAL' not in str(error):
+      raise
+    return None
 
 
 def least_seconds(compiled: jax.stages.Compiled) -> float:

@@ -73,6 +73,10 @@ def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
   aot.show({'config': 'toy', 'topology': 'v5e:4x4', 'mesh': {'data': 16}, 'programs': programs})
   text = capsys.readouterr().out
   assert '…' not in text and text.count('502 x') == text.count('6.8631e+') == 4
+  programs['block'] = {**program, 'collectives': None}
+  aot.show({'config': 'toy', 'topology': 'v5e:4x4', 'mesh': {'data': 16}, 'programs': programs})
+  text = capsys.readouterr().out
+  assert text.count('502 x') == 3 and text.count('unreadable') == 1
 
 
 @pytest.mark.parametrize(

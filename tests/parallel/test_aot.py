@@ -59,6 +59,23 @@ def test_report_of_a_step_adds_up():
   assert found['collectives']['all-gather']['bytes'] > 0
 
 
+def test_a_program_whose_text_jax_cannot_read_has_no_collectives(monkeypatch):
+  compiled = compile_step(make_program(), make_mesh())
+
+  def unreadable(message):
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError(message)
+
+    return as_text
+
+  monkeypatch.setattr(jax.stages.Compiled, 'as_text', unreadable('INTERNAL: RET_CHECK failure'))
+  found = report(compiled)
+  assert found['collectives'] is None and found['flops'] > 0
+  monkeypatch.setattr(jax.stages.Compiled, 'as_text', unreadable('UNAVAILABLE: gone'))
+  with pytest.raises(jax.errors.JaxRuntimeError, match='gone'):
+    report(compiled)
+
+
 def test_one_device_communicates_nothing_and_computes_eight_times_as_much():
   one = report(compile_step(make_program(), make_mesh(devices=jax.devices()[:1])))
   eight = report(compile_step(make_program(), make_mesh()))
