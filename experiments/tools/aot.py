@@ -111,7 +111,7 @@ def show(found: dict[str, Any]) -> None:
     totals = [own and own.get(kind) for own in moved]
     table.add_row(kind, *(f'{t["count"]} x, {size_of(t["bytes"])}' if t else '' for t in totals))
   if None in moved:
-    table.add_row('collectives', *('unreadable' if own is None else '' for own in moved))
+    table.add_row('collectives', *('unknown' if own is None else '' for own in moved))
   table.add_row('compile time', *(f'{program["compile_seconds"]:.1f} s' for program in programs))
   console.print(table, soft_wrap=True)
 

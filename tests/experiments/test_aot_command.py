@@ -76,7 +76,7 @@ def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
   programs['block'] = {**program, 'collectives': None}
   aot.show({'config': 'toy', 'topology': 'v5e:4x4', 'mesh': {'data': 16}, 'programs': programs})
   text = capsys.readouterr().out
-  assert text.count('502 x') == 3 and text.count('unreadable') == 1
+  assert text.count('502 x') == 3 and text.count('unknown') == 1
 
 
 @pytest.mark.parametrize(
