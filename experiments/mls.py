@@ -261,7 +261,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       draw_neighbors(config, sources, *parts, workdir / f'retrieved_{name}.png')
   draw_curves(config, histories, workdir / 'curves.png')
   shown = [*multi_label_evaluation.METRICS, *CURVES]
-  return results.results(config, rows, shown, 'mAP and precisions in %')
+  return results.results(config, rows, shown, 'precisions and mAP in %')
 
 
 def ends(config: Settings, history: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -31,8 +31,6 @@ def get_config() -> ConfigDict:
     claim('a quarter of the channels: probe not below own targets', 'own targets', 'probe_0.25'),
     claim('a quarter of the channels loses less than with own targets', 'own targets',
           'probe_drop', higher_is_better=False),
-    claim('no more passes than with all widths from the start', 'all widths from the start', 'passes',
-          higher_is_better=False),
   )  # fmt: skip
   return config
 
