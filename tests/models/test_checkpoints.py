@@ -132,6 +132,11 @@ def test_densenet_agrees_with_timm(vectors):
   check_network(vectors, lambda m: 'relu5')
 
 
+@golden('models', 'timm_pvt_v2_')
+def test_pvt_agrees_with_timm(vectors):
+  check_network(vectors, lambda m: f'stages_{len(m.widths) - 1}')
+
+
 @golden('models', 'timm_vgg')
 def test_vgg_agrees_with_timm(vectors):
   check_network(vectors, lambda m: 'pool_4')
