@@ -5,9 +5,9 @@ What is trained is disentangled from the frozen network: a thin side network rea
   h <- h + (z down_i) up_i                      the side state
   z <- block_i(z) + h sigmoid(100 h)            from the middle of the network on
 
-so that no gradient flows through the first half, of which nothing is kept for the backward pass. DTL+ puts
-one depthwise convolution, shared by all blocks, behind the activation. Claim: better than LoRA and its like
-on 19 tasks of 1000 images, with a fraction of the trained numbers and of the memory.
+so that no gradient flows through the first half: of its blocks only their inputs are kept for the backward
+pass. DTL+ puts one depthwise convolution, shared by all blocks, behind the activation. Claim: better than
+LoRA and its like on 19 tasks of 1000 images, with a fraction of the trained numbers and of the memory.
 
   python -m experiments.dtl
   python -m experiments.dtl --config=vtab_vit_base --config.tasks=caltech101, --workdir=DIR

@@ -112,8 +112,8 @@ class Settings(quantized_training.Settings):
     symmetric: whether weights have no zero point.
     qwt: the linear layers behind blocks.
     batch_size: of the inputs that they are fitted on, those of the calibration.
-    rows: trained besides GPLQ: 'direct' (weights and activations together), 'no_mimicking' (GPLQ without
-      the loss on features), 'float' (the float network for another epoch).
+    rows: trained besides GPLQ: 'direct' (weights and activations together, with the same loss on features),
+      'no_mimicking' (GPLQ without that loss), 'float' (the float network for another epoch).
     transfer: data sets of classes that the network never saw, each with a linear probe on its features.
     probe: the classifier.
     penalty: TWEO's term in the loss that the float network is trained with; None: none.

@@ -75,7 +75,7 @@ def table(config: Settings) -> dict[str, Row]:
     'remat': ('LAST, rematerialized', 'method', {'remat': True}),
     'after': ('LAST, summed after', 'method', {'combine': 'after'}),
     'mlp': ('LAST of MLPs', 'baseline', {'kind': 'mlp'}),
-    'full_rank': ('LAST of full rank', 'baseline', {'rank': 0}),
+    'full_rank': ('LAST of full rank', 'baseline', {'rank': None}),
     'uncorrected': ('LAST without correction', 'baseline', {'correction': 'none'}),
   }
   variants = {

@@ -28,14 +28,15 @@ from flax import linen as nn
 from experiments.harness import launcher, networks, pictures, results, supervised
 from experiments.harness.data import Tokens
 from experiments.harness.networks import Loaded
-from experiments.harness.runs import Run, Trained, Variables
+from experiments.harness.runs import Run, Trained, Variables, say
 from experiments.harness.settings import section
 from experiments.harness.tasks import Task
 from experiments.protocols import block_penalty, outlier_statistics, outliers
 from experiments.protocols.block_penalty import Penalty
+from experiments.protocols.outlier_statistics import Outlier
 from experiments.protocols.outliers import Training
 from jaxlab import data, evaluation, losses, quantizers
-from jaxlab.evaluation import ChannelColinearity, DataIndependence
+from jaxlab.evaluation import DataIndependence
 from jaxlab.training import by_path, replace_by_gradient
 
 Array = jax.Array
@@ -199,20 +200,22 @@ class Origin(NamedTuple):
 
   Attributes:
     peaks: of every block, on training inputs, with random weights, and on noise, averaged over inputs.
-    value: the largest output of any MLP on training inputs.
-    parts: the singular directions of the MLP's first matrix that make it.
+    outlier: the largest output of any MLP on training inputs.
   """
 
   peaks: DataIndependence
-  value: float
-  parts: ChannelColinearity
+  outlier: Outlier
   PARTS = ('value', 'linear', 'top_term', 'top_share', 'top_cosine')
 
   @property
   def metrics(self) -> dict[str, float]:
     """Metrics of the network's row."""
-    parts = self.parts
-    own = {'value': abs(self.value), 'linear': abs(parts.linear), 'top_term': abs(parts.top_term)}
+    parts = self.outlier.parts
+    own = {
+      'value': abs(self.outlier.value),
+      'linear': abs(parts.linear),
+      'top_term': abs(parts.top_term),
+    }
     own |= {'top_share': parts.top_share, 'top_cosine': parts.cosines[np.abs(parts.terms).argmax()]}
     named = {f'outlier_{name}': float(value) for name, value in own.items()}
     return largest(self.peaks.trained) | named
@@ -237,7 +240,9 @@ def origin(network: Loaded) -> Origin:
   outputs = functools.partial(outlier_statistics.outputs_of_blocks, model)
   fake = noise(network, x.shape, keys[1])
   peaks = evaluation.data_independence(outputs, network.variables, drawn, x, fake)
-  return Origin(jax.device_get(peaks), *outlier_statistics.largest_outlier(network, x))
+  found = outlier_statistics.largest_outlier(network, x)
+  say(f'the largest output of an MLP: {found}')
+  return Origin(jax.device_get(peaks), found)
 
 
 def noise(network: Loaded, shape: tuple[int, ...], key: Array) -> Array:
@@ -262,8 +267,9 @@ def draw(config: Settings, found: Mapping[str, Origin], path: Any) -> None:
       axis.xaxis.get_major_locator().set_params(integer=True)
       axis.legend(frameon=False, fontsize=8)
     for title, own in found.items():
-      terms = np.sort(np.abs(own.parts.terms))[::-1]
-      axes[-1].plot(1 + np.arange(len(terms)), terms, marker='.', label=title)
+      terms = np.sort(np.abs(own.outlier.parts.terms))[::-1]
+      label = f'{title}: {own.outlier.path}, channel {own.outlier.channel}'
+      axes[-1].plot(1 + np.arange(len(terms)), terms, marker='.', label=label)
     axes[-1].set(title='largest outlier of an MLP', xlabel='singular direction', ylabel='its term')
     axes[-1].legend(frameon=False, fontsize=8)
     axes[-1].figure.suptitle(pictures.title(config))

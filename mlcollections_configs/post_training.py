@@ -117,7 +117,9 @@ def imagenet_networks() -> dict:
   )
   found = {}
   for name, (weights, normalization, resize) in PUBLIC.items():
-    decode = dict(size=224, resize=resize, interpolation='bicubic')
+    # torchvision's own recipe is bilinear, those of timm's transformers are bicubic.
+    kernel = 'bilinear' if weights.endswith('.tv_in1k') else 'bicubic'
+    decode = dict(size=224, resize=resize, interpolation=kernel)
     found[name] = dict(
       data=dict(name='imagenet2012', test_decode=decode, **normalization),
       augment=augment,

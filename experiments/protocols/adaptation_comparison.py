@@ -136,10 +136,8 @@ def sources(config: Settings, target: Target) -> Sources:
   split = target.data.train_split.format(seed=config.seed)
   train = harness_data.load(dataclasses.replace(target.data, train_split=split), 'train')
   if target.shots:
-    rng = np.random.default_rng(config.seed)
-    labels = data.source_labels(train)
-    rows = data.few_shot_split(rng, labels, target.shots, target.data.num_classes)
-    train = data.subset(train, rows)
+    drawn = data.few_shot_draws(config.seed, train, 1, target.shots, target.data.num_classes)
+    train = data.subset(train, drawn.ravel())
   judged = target.test or target.data
   validation = None
   if target.validation:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,31 @@ def alignment(network: Loaded) -> dict[str, float]:
   return found
 
 
-def largest_outlier(network: Loaded, x: Array) -> tuple[float, ChannelColinearity]:
-  """Returns the largest output of any block's MLP, and what makes it."""
+class Outlier(NamedTuple):
+  """The largest output of any MLP.
+
+  Attributes:
+    value: of it.
+    parts: the singular directions of the MLP's first matrix that make it.
+    path: of the MLP.
+    token: index of the input and of the token in it.
+    channel: of the output.
+  """
+
+  value: float
+  parts: ChannelColinearity
+  path: str
+  token: tuple[int, ...]
+  channel: int
+
+  def __str__(self) -> str:
+    """Returns a line that says which one it is."""
+    where = f'channel {self.channel} of token {self.token[-1]}'
+    return f'{self.value:.4g} in {where} of input {self.token[0]} behind {self.path}'
+
+
+def largest_outlier(network: Loaded, x: Array) -> Outlier:
+  """Returns the largest output of any block's MLP on the inputs `x`, and what makes it."""
   parts, params = models.anatomy(network.model), network.variables['params']
   mlps = [b for block in parts.blocks for b in block.branches if b.kind == 'mlp']
   norms = [n.path for mlp in mlps for n in parts.norms if mlp.layers[0] in n.readers]
@@ -113,7 +136,9 @@ def largest_outlier(network: Loaded, x: Array) -> tuple[float, ChannelColinearit
   found = evaluation.channel_colinearity(
     *kernels, captured[norm][tuple(token)], channel, activation=activation
   )
-  return float(captured[mlp.output][(*token, channel)]), jax.device_get(found)
+  value = float(captured[mlp.output][(*token, channel)])
+  place = tuple(int(index) for index in token)
+  return Outlier(value, jax.device_get(found), mlp.output, place, int(channel))
 
 
 def at(tree: Mapping[str, Any], path: str) -> Any:

@@ -24,7 +24,7 @@ def side_attention(
   images: Any,
   *,
   pool: Pool,
-  rank: int = 4,
+  rank: int | None = 4,
   gap: int = 1,
   modules: int = 4,
   combine: Literal['before', 'after'] = 'before',
@@ -40,7 +40,7 @@ def side_attention(
     model: the network without a classifier.
     images: shape of a batch.
     pool: see `Settings.pool`.
-    rank: of a module; 0: the network's width.
+    rank: of a module; None: the network's width.
     gap: blocks of the network to one of the side network.
     modules: of a block.
     combine: see `adapters.apply_attention_side_network`.
@@ -61,7 +61,7 @@ def side_attention(
       key,
       shape[-1],
       model.depth,
-      rank=rank or shape[-1],
+      rank=shape[-1] if rank is None else rank,
       gap=gap,
       modules=modules,
       init=init_module,

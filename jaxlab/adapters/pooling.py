@@ -23,7 +23,8 @@ def mean_patch_hooks(model: nn.Module) -> tuple[Hook, ...]:
     model: a `ViT`; hooks of its own, such as prompts, must have left the tokens that it knows.
 
   Raises:
-    ValueError: for another network, or one with a distillation token, whose features are two.
+    ValueError: for another network, or one with a distillation token, whose features are two; when called,
+      for another number of tokens than that of its grid, unless it takes images of any size.
   """
   if not isinstance(model, ViT) or model.distilled:
     raise ValueError(
@@ -31,8 +32,16 @@ def mean_patch_hooks(model: nn.Module) -> tuple[Hook, ...]:
       f'{type(model).__name__}.'
     )
 
+  rows, columns = model.grid
+  known = model.num_prefix_tokens + rows * columns
+
   def mean_first(site: Site, call: Any, x: Array) -> Array:
     del site
+    if x.shape[1] != known and not model.dynamic_image_size:
+      raise ValueError(
+        f'{x.shape[1]} tokens reach the norm, but the model knows {known}: {model.num_prefix_tokens} and a '
+        f'grid of {rows} x {columns}. Prompts are left out before they are averaged (keep=False).'
+      )
     pooled = call(jnp.mean(x[:, model.num_prefix_tokens :], 1, keepdims=True))
     return jnp.broadcast_to(pooled, x.shape)
 

@@ -2,8 +2,8 @@
 
 Every block's input is mapped to the side state by a product of two thin matrices; from the middle of the
 network on, the activated state is added to the blocks' outputs. Nothing is trained inside of the network, and
-blocks in front of the first addition keep nothing for the backward pass. DTL+ puts a depthwise convolution
-behind the activation.
+of blocks in front of the first addition only their input and a thin product are kept for the backward pass,
+where they are read. DTL+ puts a depthwise convolution behind the activation.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ def apply_side_network(
 
   At every block the state takes what the block's input adds (`extract_side`), then the block runs; behind
   those of `adding` the activated state (`swish`, in DTL+ then `fuse_side`) joins its output. A new stage
-  begins with a state of zeros. No gradient flows through the tokens up to the first addition, so that nothing
-  is kept of these blocks; the state's gradients are whole. The network's parameters may be differentiated,
-  too, from there on.
+  begins with a state of zeros. No gradient flows through the tokens up to the first addition, so that of
+  these blocks only what `extract_side` reads is kept; the state's gradients are whole. The network's
+  parameters may be differentiated, too, from there on.
 
   Args:
     model: of `ViT` or `Swin`, without `remat` and `scan`.

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
 
   config.network = outliers.gpt2()
   config.mesh = dict(data=1, fsdp=-1, tensor=1)
-  config.eval_batch_size = 64
+  config.eval_batch_size = 256
   config.checkpoint_every = 2000
   config.timed = 0
 
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   config.penalty = dict(weight=0.01, tau=3.0, power=4.0)
   config.bits = ('8w8a', '6w6a')
   config.schemes = ('stream', 'channel')
-  config.calibration = dict(count=128, batch_size=16)
+  config.calibration = dict(count=512, batch_size=256)
   config.runs = ('plain', 'tweo', 'cd')
   config.reported = 'Nothing with language models: the paper trains ViTs and Swin transformers.'
   return config

@@ -3,7 +3,7 @@
   python -m experiments.qfd --config=cifar100_resnet18 --workdir=gs://...
 
 400 epochs in float with SGD, 40 of the teacher (of a third party's code), 400 of each student: Adam at 1e-3
-for weights (its decay is decoupled here) and at 1e-5 for ranges. Prepare the data once: `tfds build cifar100
+for weights, its decay in the gradient, and at 1e-5 for ranges. Prepare the data once: `tfds build cifar100
 --file_format=array_record`. Of the paper, too: `--config.bits=1w1a,1w32a`; QFD on CIFAR-10 with ResNet-20:
 `--config.network.data.name=cifar10 --config.network.model.name=cifar_resnet20
 --config.network.model.num_classes=10`.
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   student = dict(
     epochs=400,
     batch_size=256,
-    optimizer=dict(name='adamw', weight_decay=1e-4),
+    optimizer=dict(name='adam', weight_decay=1e-4),
     schedule=dict(name='cosine', base=1e-3),
   )
   config.recipe = student

@@ -45,4 +45,5 @@ def network(name: str) -> dict:
   """Returns a network with public weights under random resized crops and flips."""
   found = dict(imagenet_networks()[name])
   del found['quantization']
-  return found | dict(augment=dict(kind='resized_crop'))
+  kernel = found['data']['test_decode']['interpolation']
+  return found | dict(augment=dict(kind='resized_crop', interpolation=kernel))

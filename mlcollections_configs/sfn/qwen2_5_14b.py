@@ -35,7 +35,8 @@ def get_config() -> ConfigDict:
 
   config.network = dict(
     data=data(),
-    model=dict(name='qwen2_5_14b', remat=True),
+    # The base's epsilon is 1e-5.
+    model=dict(name='qwen2_5_14b', epsilon=1e-6, remat=True),
     pretrained='qwen2_5_14b.Qwen/Qwen2.5-14B-Instruct',
   )
   config.tuning = dict(

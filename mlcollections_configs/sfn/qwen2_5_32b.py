@@ -3,7 +3,8 @@
   python -m experiments.sfn --config=qwen2_5_32b --workdir=gs://...
 
 Destruction is of blocks 5 to 29 of 64, measured as the rise of the loss of the test traces; the paper's
-network is the base, `--config.network.pretrained=qwen2_5_32b.Qwen/Qwen2.5-32B`:
+network is the base, `--config.network.pretrained=qwen2_5_32b.Qwen/Qwen2.5-32B` with
+`--config.network.model.epsilon=1e-5`:
 `--config.destroyed='[[q_proj],[k_proj],[v_proj],[o_proj],[up_proj],[gate_proj],[down_proj]]'`.
 """
 
@@ -15,7 +16,7 @@ from mlcollections_configs.sfn import qwen2_5_14b
 def get_config() -> ConfigDict:
   """Returns the settings."""
   config = qwen2_5_14b.get_config()
-  config.network.model = dict(name='qwen2_5_32b', remat=True)
+  config.network.model = dict(name='qwen2_5_32b', epsilon=1e-6, remat=True)
   config.network.pretrained = 'qwen2_5_32b.Qwen/Qwen2.5-32B-Instruct'
   config.reported = (
     'AIME 2024 / MATH-500 / GPQA and steps a second: before .167 / .836 / .485; F1 .200 / .756 / .444, .055; '

@@ -161,6 +161,30 @@ def test_deep_prompts_agree_with_reference(vectors):
   prompt_check(vectors, True)
 
 
+def test_tokens_that_a_network_does_not_know_are_not_averaged():
+  sizes = {
+    'image_size': 8,
+    'patch_size': 4,
+    'width': 8,
+    'depth': 1,
+    'num_heads': 2,
+    'num_classes': 3,
+  }
+  model, images = models.create('vit_tiny_patch16_224', **sizes), random_images((2, 8, 8, 3))
+  variables = random_variables(model, images)
+  variables = {**variables, 'prompts': {'blocks_0': {'prompts': jnp.ones((2, 8))}}}
+
+  def logits(keep):
+    prompts = adapters.prompt_hooks(['blocks_0'], 2, deep=False, keep=keep)
+    hooks = (*prompts, *adapters.mean_patch_hooks(model))
+    return models.apply(model, variables, images, hooks=hooks)
+
+  assert logits(keep=False).shape == (2, 3)
+  message = '7 tokens reach the norm, but the model knows 5: 1 and a grid of 2 x 2'
+  with pytest.raises(ValueError, match=message):
+    logits(keep=True)
+
+
 FIELDS = {
   'patch_size': 8,
   'image_size': 16,

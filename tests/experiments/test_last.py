@@ -188,6 +188,7 @@ def test_a_run_chooses_rates_and_compares(tmp_path):
   ('change', 'message'),
   [
     ('side.rank=-1', 'rank=-1'),
+    ('side.rank=0', 'rank=0'),
     ('side.gap=3', 'gap=3 does not divide the depth=2'),
     ('side.modules=0', 'depth=0'),
     ('side.combine=between', "one of 'before', 'after'"),

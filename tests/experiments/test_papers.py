@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import math
 import re
 
+import jax
 import pytest
 import tables
 
 from experiments.harness import launcher
 from experiments.harness.overrides import assignments
+from experiments.harness.sections import Mesh
 from experiments.harness.settings import plain
 
 PAPERS = sorted(folder.parent.name for folder in launcher.CONFIGS.glob('*/embedded.py'))
@@ -44,6 +47,26 @@ def test_every_setting_passes_its_checks_without_data(paper, setting, monkeypatc
   for name in ('load', 'ListedImages'):
     monkeypatch.setattr(data, name, lambda *args, **kwargs: pytest.fail('data are opened'))
   launcher.check(launcher.load(paper, setting))
+
+
+@pytest.mark.parametrize(
+  ('paper', 'setting'),
+  [
+    ('colinearity_decay', 'gpt2'), ('colinearity_decay', 'imagenet_deit_small'), ('mls', 'coco_400'),
+    ('ssl_baselines', 'imagenet_dino'), ('ssl_baselines', 'imagenet_moco'), ('tweo', 'gpt2'),
+    ('tweo', 'gpt2_xl'), ('tweo', 'imagenet_vit_base'),
+  ],
+)  # fmt: skip
+def test_settings_for_a_large_pod_divide_over_256_chips(paper, setting, monkeypatch):
+  def make(mesh):
+    sizes = mesh.data, mesh.fsdp, mesh.tensor
+    rest = 256 // math.prod(size for size in sizes if size > 0)
+    sizes = tuple(rest if size < 0 else size for size in sizes)
+    return jax.sharding.AbstractMesh(sizes, ('data', 'fsdp', 'tensor'))
+
+  config = launcher.load(paper, setting)
+  monkeypatch.setattr(Mesh, 'make', make)
+  launcher.check(config)
 
 
 @pytest.mark.parametrize(('paper', 'setting'), LARGE)

@@ -207,19 +207,21 @@ def test_impossible_settings_are_refused(change, message):
 @pytest.mark.exhaustive
 def test_the_largest_output_of_an_mlp_is_taken_apart(network):
   (x,) = network.calibration(32, 32)
-  value, parts = outlier_statistics.largest_outlier(network, x)
+  outlier = outlier_statistics.largest_outlier(network, x)
   _, found = run_capture(network.model, network.variables, ['blocks_.*/(mlp|norm2)'], x)
   sizes = {path: np.abs(y) for path, y in found.items() if path.endswith('mlp')}
   path = max(sizes, key=lambda path: sizes[path].max())
   *token, channel = np.unravel_index(sizes[path].argmax(), sizes[path].shape)
+  assert (outlier.path, outlier.token, outlier.channel) == (path, tuple(token), channel)
+  assert f'channel {channel} of token {token[1]} of input {token[0]} behind {path}' in str(outlier)
   own = network.variables['params'][path.split('/')[0]]['mlp']
   inner = np.asarray(found[path.replace('mlp', 'norm2')][tuple(token)], np.float64)
   first, second = (np.float64(own[name]['kernel']) for name in ('fc1', 'fc2'))
-  np.testing.assert_allclose(parts.linear, inner @ first @ second[:, channel], rtol=1e-3)
+  np.testing.assert_allclose(outlier.parts.linear, inner @ first @ second[:, channel], rtol=1e-3)
   hidden = inner @ first + np.float64(own['fc1']['bias'])
   hidden *= (1 + np.vectorize(math.erf)(hidden / np.sqrt(2))) / 2
   output = hidden @ second[:, channel] + np.float64(own['fc2']['bias'][channel])
-  np.testing.assert_allclose(value, output, rtol=1e-4)
+  np.testing.assert_allclose(outlier.value, output, rtol=1e-4)
 
 
 @pytest.mark.exhaustive
