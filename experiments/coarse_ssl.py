@@ -247,7 +247,7 @@ def pretrain(
     cut = boxes[kind]
     source = scenes if cut is None else data.Crops(scenes, cut, config.crop_size, read(config))
     trained = runs.train(training(config, kind), source, workdir / kind)
-    z_std = [line['z_std'] for line in trained.history if 'z_std' in line][-1]
+    z_std = pretraining.say_collapse(TITLES[kind], trained.history)
     found[kind] = {**judge(siamese.backbone_variables(trained.variables)), 'z_std': z_std}
   return found
 

@@ -253,6 +253,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     trained = runs.train(own, sources['train'], workdir / name)
     variables = siamese.backbone_variables(trained.variables)
     role = 'baseline' if name == 'moco' else 'method'
+    pretraining.say_collapse(own.title, trained.history)
     metrics = {**judge(variables), **ends(config, trained.history)}
     rows.append(results.row(own.title, role, metrics))
     histories[own.title] = trained.history

@@ -4,6 +4,7 @@ import pytest
 from experiments import coarse_ssl
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
+from experiments.protocols import pretraining
 from jaxlab import localization
 
 NET = "'stem': 'identity', 'stage_sizes': (1, 1, 1), 'widths': (2, 3, 4), 'strides': (1, 2, 2)"
@@ -64,7 +65,8 @@ def test_impossible_settings_are_named_all_at_once():
     assert message in str(caught.value)
 
 
-def test_a_run_learns_from_crops(tmp_path):
+def test_a_run_learns_from_crops(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(pretraining, 'COLLAPSED', 1.1)
   changes = (
     *('recipe.epochs=1', 'recipe.schedule.warmup_epochs=0', 'data.train_size=128', 'runs=coarse,'),
     *('eval.k=5', 'log_every=1', 'data.train_options.length=128', 'eval_batch_size=256'),
@@ -78,3 +80,4 @@ def test_a_run_learns_from_crops(tmp_path):
   crops = rows['coarse crops']
   assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1 and 0 <= crops['knn_fp'] <= 100
   assert (tmp_path / 'boxes.png').stat().st_size > 5000
+  assert 'coarse crops has collapsed' in capsys.readouterr().out

@@ -263,14 +263,17 @@ def test_impossible_settings_are_named(changes, message):
     launcher.check(tiny_config(*changes))
 
 
-def test_a_run_compares_rows_and_goes_on_with_its_dictionaries(tmp_path, monkeypatch):
+def test_a_run_compares_rows_and_goes_on_with_its_dictionaries(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(mls, 'SHOWN', 2)  # axes take seconds to draw
+  monkeypatch.setattr(pretraining, 'COLLAPSED', 1.1)
   config = tiny_config('log_every=1', 'runs=early,', 'pictured=MoCo v2,early')
   launcher.check(config)
   seen, draw = [], mls.draw_neighbors
   monkeypatch.setattr(mls, 'draw_neighbors', lambda *args: seen.append(args[3]) or draw(*args))
   found = mls.run(config, tmp_path)
   assert [row['name'] for row in found['rows']] == ['untrained', 'MoCo v2', 'early']
+  said = capsys.readouterr().out
+  assert 'MoCo v2 has collapsed' in said and 'early has collapsed' in said
   for row in found['rows']:
     assert all(0 <= row['metrics'][name] <= 100 for name in ('mAP', 'precision'))
   for name in ('retrieved_early', 'retrieved_moco', 'curves'):
