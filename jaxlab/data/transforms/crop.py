@@ -9,8 +9,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.data.transforms.image import apply_separable, check_image
+from jaxlab.tracing import is_concrete
 
 Size = int | tuple[int, int]
 Interpolation = Literal['bilinear', 'bicubic']
@@ -94,7 +96,8 @@ def crop_and_resize(
 
   Args:
     image: floats `[height, width, channels]`.
-    box: `[4]`, inside of the image; may be traced.
+    box: `[4]`, of at least a pixel, inside of the image. It may be traced: its values are not looked at then,
+      and pixels of which it holds none of the image are NaN.
     size: static output side, or (height, width).
     antialias: whether to widen the filter when the part is made smaller.
     interpolation: `'bilinear'`, or `'bicubic'`: the cubic with a = -1/2, its overshoot clipped to [0, 1],
@@ -104,7 +107,8 @@ def crop_and_resize(
     `[out_height, out_width, channels]` in the image's dtype.
 
   Raises:
-    ValueError: for another interpolation, or bicubic without antialias.
+    ValueError: for another interpolation, or bicubic without antialias; for a box that is concrete, and
+      empty or not within the image.
   """
   check_image(image)
   if interpolation not in Interpolation.__args__:
@@ -113,6 +117,7 @@ def crop_and_resize(
     )
   if interpolation == 'bicubic' and not antialias:
     raise ValueError("interpolation='bicubic' takes antialias=True.")
+  _check_box(box, image.shape)
   out_height, out_width = _pair('size', size)
   dtype = jnp.promote_types(image.dtype, jnp.float32)
   top, left, height, width = jnp.asarray(box, dtype)
@@ -280,6 +285,19 @@ def _pair(name: str, size: Size) -> tuple[int, int]:
   if height < 1 or width < 1:
     raise ValueError(f'{name} is {size}, expected positive numbers of pixels.')
   return height, width
+
+
+def _check_box(box: jax.Array, shape: tuple[int, ...]) -> None:
+  if not all(map(is_concrete, jax.tree.leaves(box))):
+    return
+  top, left, height, width = np.asarray(box).tolist()
+  rows, columns = shape[:2]
+  inside = 0 <= top <= rows - height and 0 <= left <= columns - width
+  if not (inside and height >= 1 and width >= 1):
+    raise ValueError(
+      f'box (top, left, height, width) is {top, left, height, width}: expected at least a pixel, within '
+      f'the {rows}x{columns} of the image.'
+    )
 
 
 def _check_fits(size: tuple[int, int], shape: tuple[int, ...]) -> None:

@@ -144,6 +144,32 @@ def test_resizing_that_does_not_exist_is_refused():
       data.crop_and_resize(_IMAGE, jnp.array([0, 0, 5, 5]), 4, **options)
 
 
+@pytest.mark.parametrize(
+  'box',
+  [
+    *([0, 0, 0, 5], [5, 5, 4, -2], [-1, 0, 5, 5], [0, 15, 5, 5], [19, 0, 5, 5], [30, 30, 4, 4]),
+    *([0, 0, 0.5, 5], [0, np.nan, 5, 5]),
+  ],
+)
+def test_a_concrete_box_without_area_or_beyond_the_image_is_refused(box):
+  for own in (box, np.array(box), jnp.array(box)):
+    with pytest.raises(ValueError, match='at least a pixel, within the 23x19'):
+      data.crop_and_resize(_IMAGE, own, 4)
+  with pytest.raises(ValueError, match='at least a pixel'):
+    jax.jit(lambda image: data.crop_and_resize(image, np.array(box), 4))(_IMAGE)
+
+
+def test_traced_boxes_are_not_looked_at_and_show_nan_where_there_is_no_pixel():
+  crop = jax.jit(functools.partial(data.crop_and_resize, size=4))
+  for empty in ([0, 0, 0, 5], [30, 30, 4, 4], [5, 5, 4, -2]):
+    assert np.isnan(crop(_IMAGE, jnp.array(empty))).all()
+  below = crop(_IMAGE, jnp.array([19, 0, 8, 8]))  # 4 of 8 rows lie within
+  assert np.isfinite(below[:2]).all() and np.isnan(below[3]).all()
+  both = jax.vmap(lambda box: data.crop_and_resize(_IMAGE, box, 4))
+  found = both(jnp.array([[0, 0, 0, 5], [2, 3, 5, 5]]))
+  assert np.isnan(found[0]).all() and np.isfinite(found[1]).all()
+
+
 def test_whole_image_at_its_own_size_is_unchanged():
   whole = jax.jit(functools.partial(data.crop_and_resize, size=(23, 19)))
   out = whole(_IMAGE, jnp.array([0, 0, 23, 19]))
