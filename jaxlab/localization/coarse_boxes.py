@@ -27,6 +27,7 @@ def coarse_boxes(
   max_iou: float = 0.5,
   min_side: float = 0.2,
   max_aspect: float = 2.0,
+  include_full: bool = False,
 ) -> np.ndarray:
   """Returns the boxes of the objects of one image, int64 `[boxes, 4]`, the best first [inferred].
 
@@ -35,7 +36,9 @@ def coarse_boxes(
   0.2 inside of it until it falls apart or is small enough. A component's score is the mean of the
   map inside times the root of its cells. Its tight box is enlarged, by `expand` and then to the
   aspect; of boxes that overlap the best stays, and what stays is enlarged to the least side. Equal
-  scores are ordered by y, then x. If nothing is left, it is the whole image.
+  scores are ordered by y, then x. If nothing is left, it is the whole image. Whatever enlarges a box
+  does so about its center and is clipped to the image (`expand_box`): at the border boxes may be shorter
+  than the least side, and longer than the aspect.
 
   Args:
     score: `[rows, columns]`, see `channel_sum`.
@@ -45,10 +48,11 @@ def coarse_boxes(
     expand: factor on both sides of a box, about its center; 1: tight [inferred].
     big: share of the cells above which a component is split [inferred].
     rounds: in which it is [inferred].
-    max_boxes: that are kept [inferred].
+    max_boxes: that are kept, besides the whole image [inferred].
     max_iou: of a kept box with a better one [inferred].
-    min_side: of a box, as a share of the image's short side [inferred].
-    max_aspect: of the long to the short side [inferred].
+    min_side: of a box before it is clipped, as a share of the image's short side [inferred].
+    max_aspect: of the long to the short side, likewise [inferred].
+    include_full: adds the whole image as the last box, unless it is one already [inferred].
 
   Raises:
     ValueError: for values out of their range, or a map that is not finite.
@@ -73,8 +77,9 @@ def coarse_boxes(
       found += _split(score, mask, factor, least, big, rounds)
     else:
       found.append(mask)
+  whole = np.array([[0, 0, width, height]])
   if not found:
-    return np.array([[0, 0, width, height]])
+    return whole
   values = np.array([score[mask].mean() * np.sqrt(mask.sum()) for mask in found])
   boxes = np.array([
     expand_box(mask_to_box(mask, (height, width)), expand, (height, width), max_aspect)
@@ -82,7 +87,10 @@ def coarse_boxes(
   ])  # fmt: skip
   side = min_side * min(height, width)
   kept = boxes[nms(boxes, values, max_iou)[:max_boxes]]
-  return np.array([expand_box(box, 1, (height, width), min_side=side) for box in kept])
+  grown = np.array([expand_box(box, 1, (height, width), min_side=side) for box in kept])
+  if include_full and not np.any(np.all(grown == whole, axis=1)):
+    return np.concatenate([grown, whole])
+  return grown
 
 
 def expand_box(
@@ -92,20 +100,25 @@ def expand_box(
   max_aspect: float = np.inf,
   min_side: float = 0.0,
 ) -> np.ndarray:
-  """Returns a box enlarged about its center and clipped to the image, int64 `[4]`; edges round outwards.
+  """Returns a box enlarged about its center and then clipped to the image, int64 `[4]`; edges round outwards.
+
+  All sizes are of the box before it is clipped: what would lie beyond the border is cut off and not added at
+  the other side, so that there sides are shorter than `min_side`, and the aspect may exceed `max_aspect`.
 
   Args:
     box: `[4]`, with an area, within the image.
     factor: of both sides, at least 1.
     size: height and width of the image.
     max_aspect: the short side is extended until the long one is at most as many times as long.
-    min_side: sides are extended to as many pixels.
+    min_side: shorter sides are extended to as many pixels.
 
   Raises:
     ValueError: for a smaller factor, or a box that has no area or reaches out of the image.
 
   >>> print(expand_box([4, 4, 8, 6], 1.5, (16, 16)))
   [3 3 9 7]
+  >>> print(expand_box([0, 0, 4, 4], 1, (100, 100), min_side=20))
+  [ 0  0 12 12]
   """
   height, width = size
   x0, y0, x1, y1 = box = np.asarray(box)

@@ -47,6 +47,17 @@ def test_nothing_above_the_mean_is_the_whole_image():
   np.testing.assert_array_equal(localization.coarse_boxes(dust, 32, least=0.1), [[0, 0, 32, 32]])
 
 
+def test_the_whole_image_is_added_behind_all_others_and_once():
+  plain = localization.coarse_boxes(TWO, (48, 64), max_boxes=2)
+  found = localization.coarse_boxes(TWO, (48, 64), max_boxes=2, include_full=True)
+  np.testing.assert_array_equal(found, [*plain, [0, 0, 64, 48]])
+  flat = localization.coarse_boxes(np.ones((7, 7)), (20, 30), include_full=True)
+  np.testing.assert_array_equal(flat, [[0, 0, 30, 20]])
+  large = blobs((1, 15, 1, 15, 1.0))
+  found = localization.coarse_boxes(large, 64, big=0.9, include_full=True)
+  np.testing.assert_array_equal(found, [[0, 0, 64, 64]])
+
+
 def test_at_most_as_many_boxes_are_kept():
   found = localization.coarse_boxes(TWO, 64, max_boxes=1)
   assert len(found) == 1
@@ -58,6 +69,10 @@ def test_boxes_grow_about_their_center_and_stay_in_the_image():
   )
   np.testing.assert_array_equal(localization.expand_box([0, 0, 5, 5], 1.2, (10, 10)), [0, 0, 6, 6])
   np.testing.assert_array_equal(localization.expand_box([3, 3, 8, 7], 1, (10, 10)), [3, 3, 8, 7])
+  # What would lie beyond the border is cut off behind all that enlarges.
+  for options, expected in (({'min_side': 20}, [0, 0, 12, 12]), ({'max_aspect': 1}, [0, 0, 12, 7])):
+    box = [0, 0, 4, 4] if 'min_side' in options else [0, 0, 12, 2]
+    np.testing.assert_array_equal(localization.expand_box(box, 1, (100, 100), **options), expected)
   for box in ([3, 3, 3, 7], [8, 3, 4, 7], [-1, 0, 4, 4], [5, 5, 11, 9]):
     with pytest.raises(ValueError, match='within 10x10 pixels'):
       localization.expand_box(box, 1.2, (10, 10))
