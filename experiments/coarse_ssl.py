@@ -61,6 +61,7 @@ class Boxes:
   max_iou: float = 0.5
   min_side: float = 0.2
   max_aspect: float = 2.0
+  include_full: bool = False
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -109,10 +110,13 @@ def method(config: Settings) -> tuple[siamese.Networks, siamese.Targets]:
 def training(config: Settings, kind: str) -> Run:
   """Returns the pretraining on some kind of boxes: as many steps and images a step for all."""
   nets, targets = method(config)
+  decode = {}
   if kind != 'full':
     crop = (config.crop_size,) * 2 + config.data.stored_image[2:]
     size = config.data.view[0]
-    own = dataclasses.replace(config.data, stored_image=crop, image_size=size)
+    # Scenes are decoded where they are cut: the loader gets crops as arrays.
+    own = dataclasses.replace(config.data, stored_image=crop, image_size=size, train_decode=None)
+    decode = {'decode': config.data.train_decode} if config.data.train_decode else {}
     config = dataclasses.replace(config, data=own)
   images = jnp.zeros((2 * config.model.get('norm_groups', 1), *config.data.view))
   names = ('base', 'heads', 'target', *(() if kind == 'full' else ('boxes', 'net', 'crop_size')))
@@ -122,7 +126,7 @@ def training(config: Settings, kind: str) -> Run:
     optimizer=siamese_methods.optimizer(
       config.base, config.recipe.optimizer, config.heads, pretraining.length(config)
     ),
-    decides={'kind': kind, **{name: getattr(config, name) for name in names}},
+    decides={'kind': kind, **decode, **{name: getattr(config, name) for name in names}},
   )  # fmt: skip
 
 

@@ -1,11 +1,15 @@
+import dataclasses
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import coarse_ssl
+from experiments.harness import data as harness_data
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import pretraining
-from jaxlab import localization
+from jaxlab import data, localization
 
 NET = "'stem': 'identity', 'stage_sizes': (1, 1, 1), 'widths': (2, 3, 4), 'strides': (1, 2, 2)"
 TINY = (
@@ -63,6 +67,39 @@ def test_impossible_settings_are_named_all_at_once():
     'layer9',
   ):
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize('side', [24, 224])
+def test_crops_of_files_reach_the_device_at_their_own_size(side, tmp_path):
+  folder = tmp_path / 'train' / 'all'
+  folder.mkdir(parents=True)
+  pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+  for index in range(8):  # one a device
+    Image.fromarray(pixels).save(folder / f'{index}.png')
+  changes = (
+    "model={'name': 'cifar_resnet18', 'stage_sizes': (1,), 'width': 4, 'strides': (4,)}",
+    *(f'data.train_options.root={tmp_path}', 'data.train_size=8', 'data.num_workers=0'),
+    *(f'crop_size={side}', 'recipe.batch_size=8', 'target.queue_size=8'),
+    *('heads.hidden=8', 'heads.features=8'),
+  )
+  config = launcher.load('coarse_ssl', 'coco_moco', changes)
+  scenes = harness_data.load(config.data, 'train')
+  boxes = [np.array([[0, 0, 112, 224]])] * 8
+  crops = data.Crops(scenes, boxes, side, coarse_ssl.read(config))
+  own = coarse_ssl.training(config, 'coarse')
+  loader = harness_data.loader(own.data, crops, 8, mesh=config.mesh, seed=0)
+  batch = next(loader)
+  loader.close()
+  assert batch['image'].shape == own.program.batch['image'].shape == (8, side, side, 3)
+  # Scenes are stretched to 224 before they are cut: their pixels, at their places.
+  whole = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR)
+  expected = np.asarray(
+    whole.crop((0, 0, 112, 224)).resize((side, side), Image.Resampling.BILINEAR)
+  )
+  np.testing.assert_allclose(batch['image'], [expected] * 8, atol=1)
+  other = dataclasses.replace(config.data, train_decode={'size': 224})  # cut at other places
+  other = coarse_ssl.training(dataclasses.replace(config, data=other), 'coarse')
+  assert own.identity != other.identity
 
 
 def test_a_run_learns_from_crops(tmp_path, monkeypatch, capsys):
