@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from experiments.harness import data as harness_data
 from experiments.harness import launcher, networks, pictures, results, runs
@@ -26,13 +27,16 @@ from experiments.harness.runs import Call, Run
 from experiments.harness.settings import found_by, section
 from experiments.protocols import (
   feature_evaluation,
+  masked_modeling,
+  multi_label_evaluation,
   objectness,
   pretraining,
   siamese,
   siamese_methods,
 )
+from experiments.protocols.masked_modeling import Masking
 from experiments.protocols.objectness import RandomCNN
-from experiments.protocols.siamese_methods import Heads, Momentum
+from experiments.protocols.siamese_methods import Heads, Momentum, Prototypes
 from jaxlab import data, localization
 
 Array = jax.Array
@@ -82,10 +86,14 @@ class Settings(pretraining.Settings):
     boxes: made from them.
     crop_size: side of a crop as an image of its own.
     truth: field of the true boxes (y0, x0, y1, x1), for `'true'` boxes and all boxes' quality; None: none.
-    base: the method that is pretrained.
-    heads: over the backbone.
+    base: the method that is pretrained, from two views of an image, MAE from one.
+    heads: over the backbone; of all methods but MAE.
     target: of the method.
+    prototypes: of DINO.
+    masking: of MAE.
     runs: rows, of `TITLES`.
+    scenes_eval: of frozen backbones on the test scenes, by the classes that these show; None: not judged on
+      scenes.
     pretrain: False compares the boxes alone.
   """
 
@@ -94,47 +102,50 @@ class Settings(pretraining.Settings):
   boxes: Boxes = section(Boxes)
   crop_size: int
   truth: str | None = None
-  base: Literal['simclr', 'moco', 'byol', 'simsiam', 'barlow'] = 'moco'
+  base: Literal['simclr', 'moco', 'byol', 'simsiam', 'dino', 'barlow', 'mae'] = 'moco'
   heads: Heads = section(Heads)
   target: Momentum = section(Momentum)
+  prototypes: Prototypes = section(Prototypes)
+  masking: Masking = section(Masking)
   runs: tuple[str, ...] = ('full', 'random', 'coarse')
+  scenes_eval: multi_label_evaluation.Evaluation | None = None
   pretrain: bool = True
 
 
-def method(config: Settings) -> tuple[siamese.Networks, siamese.Targets]:
-  """Returns the networks of the method, and what their predictions are compared with."""
-  own = config.heads, config.target, pretraining.length(config)
-  return siamese_methods.method(config.base, config.model, *own)
+def base_training(config: Settings) -> Run:
+  """Returns the pretraining by the method on the images of `config.data`."""
+  own = config.heads, config.target
+  if config.base != 'mae':
+    return siamese_methods.training(config, config.base, *own, prototype=config.prototypes)
+  optimizer = siamese_methods.optimizer(
+    'mae', config.recipe.optimizer, config.heads, pretraining.length(config),
+    frozen=(masked_modeling.POSITIONS,),
+  )  # fmt: skip
+  views = pretraining.two_views(config)
+  return masked_modeling.training(
+    config, config.masking, 'MAE', lambda keys, images: views(keys, images)[:1], optimizer,
+    {'method': 'mae', 'masking': config.masking},
+  )  # fmt: skip
 
 
 def training(config: Settings, kind: str) -> Run:
   """Returns the pretraining on some kind of boxes: as many steps and images a step for all."""
-  nets, targets = method(config)
-  decode = {}
+  decides, own = {'kind': kind}, config.data
   if kind != 'full':
-    crop = (config.crop_size,) * 2 + config.data.stored_image[2:]
-    size = config.data.view[0]
+    decides |= {name: getattr(config, name) for name in ('boxes', 'net', 'crop_size')}
+    decides |= {'decode': own.train_decode} if own.train_decode else {}
     # Scenes are decoded where they are cut: the loader gets crops as arrays.
-    own = dataclasses.replace(config.data, stored_image=crop, image_size=size, train_decode=None)
-    decode = {'decode': config.data.train_decode} if config.data.train_decode else {}
-    config = dataclasses.replace(config, data=own)
-  images = jnp.zeros((2 * config.model.get('norm_groups', 1), *config.data.view))
-  names = ('base', 'heads', 'target', *(() if kind == 'full' else ('boxes', 'net', 'crop_size')))
-  return pretraining.training(
-    config, TITLES[kind], siamese.init(nets, targets, images), siamese.view_loss(nets, targets),
-    after=targets.after,
-    optimizer=siamese_methods.optimizer(
-      config.base, config.recipe.optimizer, config.heads, pretraining.length(config)
-    ),
-    decides={'kind': kind, **decode, **{name: getattr(config, name) for name in names}},
-  )  # fmt: skip
+    crop, size = (config.crop_size,) * 2 + own.stored_image[2:], own.view[0]
+    own = dataclasses.replace(own, stored_image=crop, image_size=size, train_decode=None)
+  found = base_training(dataclasses.replace(config, data=own))
+  return found._replace(title=TITLES[kind], decides={**found.decides, **decides})
 
 
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
   yield from pretraining.check(config)
   yield from feature_evaluation.check(config.eval, config.judged.train_size)
-  metrics = [*QUALITY, *config.eval.metrics(), 'z_std']
+  metrics = [*QUALITY, *config.eval.metrics(), *more_metrics(config)]
   yield from results.check_claims(config, ['untrained', *TITLES.values()], metrics)
   if unknown := [name for name in config.runs if name not in TITLES]:
     yield f'runs: {unknown} are none of {", ".join(TITLES)}.'
@@ -148,12 +159,37 @@ def check(config: Settings) -> Iterator[str]:
     yield f'crop_size={config.crop_size}: expected a positive number of pixels.'
   if config.judged.view != config.data.view:
     yield f'judged: views of {config.judged.view}, of the scenes {config.data.view}: expected one size.'
-  if config.recipe.batch_size < 2 or config.recipe.microbatches > 1:
+  yield from check_base(config)
+  if config.scenes_eval:
+    yield from multi_label_evaluation.check(on_scenes(config), 'scenes_eval')
+  yield from objectness.check(config.net, config.data, localization.channel_sum, 'net')
+
+
+def check_base(config: Settings) -> Iterator[str]:
+  """Yields what is wrong with the method."""
+  recipe = config.recipe
+  if config.base == 'mae':
+    yield from found_by('model', masked_modeling.parts, config, config.masking)
+    return
+  if recipe.batch_size < 2 or recipe.microbatches > 1:
     yield 'recipe: expected a batch_size of 2 or more for batch norms, and microbatches=1.'
+  if config.base == 'dino' and recipe.optimizer.clip_global_norm and config.prototypes.held_epochs:
+    yield 'recipe.optimizer.clip_global_norm: DINO holds its last layer; clip each tensor (clip_per_tensor).'
   if config.base == 'moco' and config.target.queue_size % config.recipe.batch_size:
     yield f'target.queue_size={config.target.queue_size}: expected a multiple of recipe.batch_size.'
-  yield from found_by('model', method, config)
-  yield from objectness.check(config.net, config.data, localization.channel_sum, 'net')
+  own = config.model, config.heads, config.target, pretraining.length(config)
+  made = functools.partial(siamese_methods.method, config.base, prototype=config.prototypes)
+  yield from found_by('model', made, *own)
+
+
+def on_scenes(config: Settings) -> Settings:
+  """Returns the settings under which `multi_label_evaluation` judges on scenes."""
+  return dataclasses.replace(config, eval=config.scenes_eval)
+
+
+def more_metrics(config: Settings) -> tuple[str, ...]:
+  """Returns the names of what is measured of backbones besides the evaluation on single objects."""
+  return (*(multi_label_evaluation.METRICS if config.scenes_eval else ()), 'z_std')
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run | Call]:
@@ -230,9 +266,12 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     rows = {kind: {**rows.get(kind, {}), **own} for kind, own in learned.items()}
   roles = {'coarse': 'method', 'true': 'reference'}
   rows = [results.row(TITLES[k], roles.get(k, 'baseline'), own) for k, own in rows.items()]
-  shown = [*QUALITY, *feature_evaluation.shown(config, 'z_std')]
+  shown = [*QUALITY, *feature_evaluation.shown(config, *more_metrics(config))]
   return results.results(
-    config, [*start, *rows], shown, 'accuracies in %; recall and coverage are shares'
+    config,
+    [*start, *rows],
+    shown,
+    'accuracies, mAP and precision in %; recall and coverage are shares',
   )
 
 
@@ -240,11 +279,8 @@ def pretrain(
   config: Settings, scenes: data.Source, boxes: Mapping[str, AllBoxes | None], workdir: pathlib.Path
 ) -> dict[str, dict[str, float]]:
   """Returns what the frozen backbones are worth, by kind of boxes, and `'untrained'`."""
-  sources = {split: harness_data.load(config.judged, split) for split in ('train', 'test')}
   backbone = networks.create(config.model, num_classes=None)
-  judge = feature_evaluation.evaluator(
-    dataclasses.replace(config, data=config.judged), backbone, sources
-  )
+  judge = judging(config, backbone, scenes)
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
   found = {'untrained': judge(dict(drawn))}
   for kind in config.runs:
@@ -254,6 +290,21 @@ def pretrain(
     z_std = pretraining.say_collapse(TITLES[kind], trained.history)
     found[kind] = {**judge(siamese.backbone_variables(trained.variables)), 'z_std': z_std}
   return found
+
+
+def judging(
+  config: Settings, backbone: nn.Module, scenes: data.Source
+) -> Callable[[runs.Variables], dict[str, float]]:
+  """Returns `variables -> metrics` of frozen backbones, on single objects and, if asked for, on scenes."""
+  sources = {split: harness_data.load(config.judged, split) for split in ('train', 'test')}
+  single = dataclasses.replace(config, data=config.judged)
+  judges = [feature_evaluation.evaluator(single, backbone, sources)]
+  if config.scenes_eval:
+    sources = {'train': scenes, 'test': harness_data.load(config.data, 'test')}
+    judges.append(multi_label_evaluation.evaluator(on_scenes(config), backbone, sources))
+  return lambda variables: {
+    name: value for judge in judges for name, value in judge(variables).items()
+  }
 
 
 def draw(

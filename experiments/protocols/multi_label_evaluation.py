@@ -54,13 +54,13 @@ class Evaluation:
       yield f'l2={self.l2}: expected at least 0.'
 
 
-def check(config: Experiment) -> Iterator[str]:
-  """Yields what is wrong with data and evaluation of an experiment."""
+def check(config: Experiment, name: str = 'eval') -> Iterator[str]:
+  """Yields what is wrong with data and evaluation, the section `name`, of an experiment."""
   if not config.data.multi_label:
     yield f'data.multi_label=False: {config.data.name} is judged by several labels an image.'
   size = config.data.train_size
   if size is not None and config.eval.bank > size:
-    yield f'eval.bank={config.eval.bank}: expected at most {size}, the training images.'
+    yield f'{name}.bank={config.eval.bank}: expected at most {size}, the training images.'
 
 
 def evaluator(

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
   config.eval_batch_size = 48
   config.runs = ('grid', 'random', 'coarse', 'true')
   config.pretrain = False
+  config.scenes_eval = None
   coarse, true = dict(method='coarse crops'), dict(baseline='true boxes, enlarged')
   config.claims = (
     dict(

@@ -8,7 +8,7 @@ from experiments import coarse_ssl
 from experiments.harness import data as harness_data
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
-from experiments.protocols import pretraining
+from experiments.protocols import pretraining, siamese_methods
 from jaxlab import data, localization
 
 NET = "'stem': 'identity', 'stage_sizes': (1, 1, 1), 'widths': (2, 3, 4), 'strides': (1, 2, 2)"
@@ -102,19 +102,61 @@ def test_crops_of_files_reach_the_device_at_their_own_size(side, tmp_path):
   assert own.identity != other.identity
 
 
-def test_a_run_learns_from_crops(tmp_path, monkeypatch, capsys):
+VIT = (
+  "model={'name': 'vit_tiny_patch16_224', 'patch_size': 7, 'image_size': 28, 'width': 8, 'depth': 1, "
+  "'num_heads': 2}",
+  "masking={'ratio': 0.5, 'width': 8, 'depth': 1, 'num_heads': 2}",
+)
+
+
+@pytest.mark.parametrize('base', [*siamese_methods.TITLES, 'mae'])
+def test_any_method_learns_from_crops(base):
+  changes = VIT * (base == 'mae') + ("prototypes={'count': 12, 'bottleneck': 4}", 'crop_size=40')
+  config = tiny_config(f'base={base}', 'runs=full,coarse', *changes)
+  launcher.check(config)
+  found = coarse_ssl.programs(config)
+  for kind, side in (('full', 64), ('coarse', 40)):
+    found[kind].trace()
+    assert found[kind].program.batch['image'].shape == (128, side, side, 1)
+    assert found[kind].title == coarse_ssl.TITLES[kind]
+  assert found['full'].identity['method'] == base
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (('base=mae',), 'MAE takes a ViT'),
+    (('base=dino', 'recipe.optimizer.clip_global_norm=1.0'), 'clip_per_tensor'),
+    (('base=moco', 'recipe.microbatches=2'), 'microbatches=1'),
+    (('scenes_eval.bank=2001',), 'scenes_eval.bank=2001: expected at most 2000'),
+    (('data.multi_label=False',), 'data.multi_label=False'),
+  ],
+)
+def test_settings_of_method_and_evaluation_are_checked(changes, message):
+  with pytest.raises(SettingsError, match=message):
+    launcher.check(tiny_config(*changes))
+
+
+@pytest.mark.parametrize('base', ['moco', 'mae'])
+def test_a_run_learns_from_crops(base, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(pretraining, 'COLLAPSED', 1.1)
+  scenes = "'canvas': 64, 'num_objects': 2, 'side': (18, 24)"
   changes = (
     *('recipe.epochs=1', 'recipe.schedule.warmup_epochs=0', 'data.train_size=128', 'runs=coarse,'),
     *('eval.k=5', 'log_every=1', 'data.train_options.length=128', 'eval_batch_size=256'),
     'judged.test_options={"canvas": 28, "side": 20, "pastes": 1}',
+    f"data.test_options={{'length': 40, {scenes}}}",
+    "scenes_eval={'k': 5, 'bank': 128, 'steps': 5}",
+    *(VIT * (base == 'mae')),
   )
-  config = tiny_config(*changes)
+  config = tiny_config(f'base={base}', *changes)
   launcher.check(config)
   found = coarse_ssl.run(config, tmp_path)
   rows = {row['name']: row['metrics'] for row in found['rows']}
   assert list(rows) == ['untrained', 'coarse crops']
+  for own in rows.values():
+    assert all(0 <= own[name] <= 100 for name in ('knn_fp', 'mAP', 'precision'))
   crops = rows['coarse crops']
-  assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1 and 0 <= crops['knn_fp'] <= 100
+  assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1
   assert (tmp_path / 'boxes.png').stat().st_size > 5000
   assert 'coarse crops has collapsed' in capsys.readouterr().out
