@@ -1,12 +1,13 @@
 """Coarse crops: self-supervised learning with uncurated images (Zhu et al. 2023).
 
 Images of scenes show several objects, and two random views of one need not show the same. So first
-coarse boxes of what looks like an object are made, from the features of a network that may never have
+coarse boxes of what looks like an object are made, from the features of a network that need not have
 been trained; then any method learns from the crops as from images. How the boxes are made is inferred:
 see `localization.coarse_boxes`.
 
   python -m experiments.coarse_ssl
   python -m experiments.coarse_ssl --config.runs=full,coarse --config.boxes.expand=1.2
+  python -m experiments.coarse_ssl --config.objectness=ssl --config.net.features=layer3_0
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from experiments.harness import data as harness_data
 from experiments.harness import launcher, networks, pictures, results, runs
 from experiments.harness.data import Images
 from experiments.harness.runs import Call, Run
-from experiments.harness.settings import found_by, section
+from experiments.harness.settings import found_by, free, section
 from experiments.protocols import (
   feature_evaluation,
   masked_modeling,
@@ -37,7 +38,7 @@ from experiments.protocols import (
 from experiments.protocols.masked_modeling import Masking
 from experiments.protocols.objectness import RandomCNN
 from experiments.protocols.siamese_methods import Heads, Momentum, Prototypes
-from jaxlab import data, localization
+from jaxlab import data, localization, models
 
 Array = jax.Array
 AllBoxes = list[np.ndarray]
@@ -82,7 +83,12 @@ class Settings(pretraining.Settings):
 
   Attributes:
     judged: images of single objects, on which frozen backbones are judged.
-    net: whose features say where objects are.
+    objectness: whose features say where objects are: 'random': those of `net` as drawn; 'ssl': of the
+      backbone that 'full' ended with, `model` in place of `net.model`; 'pretrained': of `net` with public
+      weights.
+    net: a network and the module that the features are of.
+    pretrained: name of the public weights (`jaxlab.models.load_pretrained`).
+    weights: file with the public weights; empty: they are downloaded.
     boxes: made from them.
     crop_size: side of a crop as an image of its own.
     truth: field of the true boxes (y0, x0, y1, x1), for `'true'` boxes and all boxes' quality; None: none.
@@ -98,7 +104,10 @@ class Settings(pretraining.Settings):
   """
 
   judged: Images
+  objectness: Literal['random', 'ssl', 'pretrained'] = 'random'
   net: RandomCNN
+  pretrained: str = ''
+  weights: str = free('')
   boxes: Boxes = section(Boxes)
   crop_size: int
   truth: str | None = None
@@ -132,13 +141,43 @@ def training(config: Settings, kind: str) -> Run:
   """Returns the pretraining on some kind of boxes: as many steps and images a step for all."""
   decides, own = {'kind': kind}, config.data
   if kind != 'full':
-    decides |= {name: getattr(config, name) for name in ('boxes', 'net', 'crop_size')}
+    decides |= {'boxes': config.boxes, 'crop_size': config.crop_size, **features(config)}
     decides |= {'decode': own.train_decode} if own.train_decode else {}
     # Scenes are decoded where they are cut: the loader gets crops as arrays.
     crop, size = (config.crop_size,) * 2 + own.stored_image[2:], own.view[0]
     own = dataclasses.replace(own, stored_image=crop, image_size=size, train_decode=None)
   found = base_training(dataclasses.replace(config, data=own))
   return found._replace(title=TITLES[kind], decides={**found.decides, **decides})
+
+
+def net(config: Settings) -> RandomCNN:
+  """Returns the network whose features say where objects are."""
+  if config.objectness == 'ssl':
+    return dataclasses.replace(config.net, model=config.model)
+  return config.net
+
+
+def features(config: Settings) -> dict[str, Any]:
+  """Returns what decides the features that say where objects are."""
+  start = {'pretrained': config.pretrained}
+  if config.objectness == 'ssl':
+    start = {'start': training(config, 'full').identity}
+  return {'net': net(config), **(start if config.objectness != 'random' else {})}
+
+
+def beginning(
+  config: Settings, scenes: data.Source, workdir: pathlib.Path
+) -> Array | runs.Variables:
+  """Returns the variables of the network whose features say where objects are, or the key that draws them."""
+  if config.objectness == 'ssl':
+    trained = runs.train(training(config, 'full'), scenes, workdir / 'full')
+    return siamese.backbone_variables(trained.variables)
+  if config.objectness == 'pretrained':
+    fields = {name: value for name, value in config.net.model.items() if name != 'name'}
+    file = {'file': networks.sources.file(config.weights)} if config.weights else {}
+    _, public = models.load_pretrained(config.pretrained, **{**fields, **file, 'num_classes': None})
+    return networks.over_mesh(public, config.mesh.make())
+  return jax.random.key(config.seed)
 
 
 def check(config: Settings) -> Iterator[str]:
@@ -162,7 +201,23 @@ def check(config: Settings) -> Iterator[str]:
   yield from check_base(config)
   if config.scenes_eval:
     yield from multi_label_evaluation.check(on_scenes(config), 'scenes_eval')
-  yield from objectness.check(config.net, config.data, localization.channel_sum, 'net')
+  yield from check_objectness(config)
+
+
+def check_objectness(config: Settings) -> Iterator[str]:
+  """Yields what is wrong with the network whose features say where objects are."""
+  if config.objectness == 'ssl' and not (config.pretrain and 'full' in config.runs):
+    yield "objectness='ssl': the features are of the backbone that 'full' ends with; expected it among runs."
+  if config.objectness == 'ssl' and config.base == 'mae':
+    yield "objectness='ssl': boxes are from the maps of a CNN; MAE trains a ViT."
+    return
+  wanted = config.net.model.get('name') if config.objectness == 'pretrained' else ''
+  if config.pretrained.partition('.')[0] != wanted:
+    expected = f'weights of {wanted}' if wanted else "none without objectness='pretrained'"
+    yield f'pretrained={config.pretrained!r}: expected {expected}.'
+  if config.weights and not config.pretrained:
+    yield f'weights={config.weights!r}: give the name of the weights, pretrained, too.'
+  yield from objectness.check(net(config), config.data, localization.channel_sum, 'net')
 
 
 def check_base(config: Settings) -> Iterator[str]:
@@ -196,7 +251,7 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run | Call]:
   """Returns the trainings by the names of `runs`, and the maps of objectness."""
   del facts
   found = {kind: training(config, kind) for kind in config.runs if config.pretrain}
-  maps = objectness.program(config, config.net, config.data, localization.channel_sum)
+  maps = objectness.program(config, net(config), config.data, localization.channel_sum)
   return {**found, 'maps': maps}
 
 
@@ -248,8 +303,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Makes boxes, pretrains on each kind of crops for as many steps, and judges the frozen backbones."""
   scenes = harness_data.load(config.data, 'train')
   scenes = data.in_memory(scenes) if config.truth else scenes
-  maps = objectness.mapper(config, config.net, config.data, localization.channel_sum)
-  scores = maps(jax.random.key(config.seed), scenes, 'train')
+  maps = objectness.mapper(config, net(config), config.data, localization.channel_sum)
+  scores = maps(beginning(config, scenes, workdir), scenes, 'train')
   truth = true_boxes(config, scenes)
   boxes = find_boxes(config, scores, truth)
   draw(config, scenes, scores, boxes, workdir / 'boxes.png')

@@ -1,4 +1,4 @@
-"""Where networks as they were drawn see objects: their features, and maps of them over a data set."""
+"""Where networks see objects, as drawn or trained: their features, and maps of them over a data set."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -46,10 +46,11 @@ INITIALIZERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomCNN:
-  """A network that is not trained.
+  """A network that is not trained, unless it is given other variables.
 
   Attributes:
-    model: name and fields of `jaxlab.models.create`; evaluated with the statistics that it begins with.
+    model: name and fields of `jaxlab.models.create`; as drawn it is evaluated with the statistics that it
+      begins with.
     features: path of the module whose output is the map.
     init: of its convolutions, see `INITIALIZERS`.
     size: side to which images are resized; None: their own.
@@ -90,10 +91,10 @@ def forward(own: RandomCNN, images: Images) -> Callable[[Variables, Array], Arra
 
 def mapper(
   config: Experiment, own: RandomCNN, images: Images, reduce: Reduce
-) -> Callable[[Array, data.Source, str], Any]:
-  """Returns `(key, records, split) -> maps`: what `reduce` makes of the features, of all records on the host.
+) -> Callable[[Array | Variables, data.Source, str], Any]:
+  """Returns `(begin, records, split) -> maps`: what `reduce` makes of the features, of all records on host.
 
-  The key draws the network; all calls share their compilations.
+  `begin` is a key, which draws the network, or the network's variables; all calls share their compilations.
 
   Args:
     config: the experiment.
@@ -103,8 +104,8 @@ def mapper(
   """
   start, function = jax.jit(_init(own, images)), jax.jit(_reduced(own, images, reduce))
 
-  def maps(key: Array, source: data.Source, split: str) -> Any:
-    variables = start(key)
+  def maps(begin: Array | Variables, source: data.Source, split: str) -> Any:
+    variables = begin if isinstance(begin, Mapping) else start(begin)
     return map_batches(
       lambda batch: function(variables, batch['image']),
       source,

@@ -1,15 +1,17 @@
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import coarse_ssl
 from experiments.harness import data as harness_data
-from experiments.harness import launcher
+from experiments.harness import launcher, runs
 from experiments.harness.settings import SettingsError
-from experiments.protocols import pretraining, siamese_methods
-from jaxlab import data, localization
+from experiments.protocols import pretraining, siamese, siamese_methods
+from jaxlab import data, localization, models
 
 NET = "'stem': 'identity', 'stage_sizes': (1, 1, 1), 'widths': (2, 3, 4), 'strides': (1, 2, 2)"
 TINY = (
@@ -130,6 +132,13 @@ def test_any_method_learns_from_crops(base):
     (('base=moco', 'recipe.microbatches=2'), 'microbatches=1'),
     (('scenes_eval.bank=2001',), 'scenes_eval.bank=2001: expected at most 2000'),
     (('data.multi_label=False',), 'data.multi_label=False'),
+    (('objectness=ssl', 'runs=coarse,'), "objectness='ssl': the features are of .* 'full'"),
+    (('objectness=ssl', 'net.features=layer3_0'), 'net: .*layer3_0'),  # the backbone has one stage
+    (('objectness=ssl', 'base=mae', *VIT), 'maps of a CNN; MAE trains a ViT'),
+    (('objectness=pretrained',), "pretrained='': expected weights of cifar_resnet18"),
+    (('objectness=pretrained', 'pretrained=resnet50.tv_in1k'), 'weights of cifar_resnet18'),
+    (('pretrained=resnet50.tv_in1k',), "expected none without objectness='pretrained'"),
+    (('weights=file.safetensors',), "weights='file.safetensors': give the name"),
   ],
 )
 def test_settings_of_method_and_evaluation_are_checked(changes, message):
@@ -137,19 +146,19 @@ def test_settings_of_method_and_evaluation_are_checked(changes, message):
     launcher.check(tiny_config(*changes))
 
 
+SHORT = (
+  *('recipe.epochs=1', 'recipe.schedule.warmup_epochs=0', 'data.train_size=128', 'eval.k=5'),
+  *('log_every=1', 'data.train_options.length=128', 'eval_batch_size=256'),
+  'judged.test_options={"canvas": 28, "side": 20, "pastes": 1}',
+  "data.test_options={'length': 40, 'canvas': 64, 'num_objects': 2, 'side': (18, 24)}",
+  "scenes_eval={'k': 5, 'bank': 128, 'steps': 5}",
+)
+
+
 @pytest.mark.parametrize('base', ['moco', 'mae'])
 def test_a_run_learns_from_crops(base, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(pretraining, 'COLLAPSED', 1.1)
-  scenes = "'canvas': 64, 'num_objects': 2, 'side': (18, 24)"
-  changes = (
-    *('recipe.epochs=1', 'recipe.schedule.warmup_epochs=0', 'data.train_size=128', 'runs=coarse,'),
-    *('eval.k=5', 'log_every=1', 'data.train_options.length=128', 'eval_batch_size=256'),
-    'judged.test_options={"canvas": 28, "side": 20, "pastes": 1}',
-    f"data.test_options={{'length': 40, {scenes}}}",
-    "scenes_eval={'k': 5, 'bank': 128, 'steps': 5}",
-    *(VIT * (base == 'mae')),
-  )
-  config = tiny_config(f'base={base}', *changes)
+  config = tiny_config(f'base={base}', 'runs=coarse,', *SHORT, *(VIT * (base == 'mae')))
   launcher.check(config)
   found = coarse_ssl.run(config, tmp_path)
   rows = {row['name']: row['metrics'] for row in found['rows']}
@@ -160,3 +169,47 @@ def test_a_run_learns_from_crops(base, tmp_path, monkeypatch, capsys):
   assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1
   assert (tmp_path / 'boxes.png').stat().st_size > 5000
   assert 'coarse crops has collapsed' in capsys.readouterr().out
+
+
+def test_boxes_come_from_the_backbone_that_whole_scenes_taught(tmp_path, monkeypatch):
+  changes = ('objectness=ssl', 'net.features=layer1_0', 'runs=full,coarse', 'scenes_eval=None')
+  config = tiny_config(*SHORT, *changes)
+  launcher.check(config)
+  seen = []
+  monkeypatch.setattr(coarse_ssl, 'draw', lambda *args: seen.append(args[2]))
+  found = coarse_ssl.run(config, tmp_path)
+  assert [row['name'] for row in found['rows']] == ['untrained', 'whole scenes', 'coarse crops']
+  # The maps again, of the variables that the folder of whole scenes holds.
+  scenes = data.in_memory(harness_data.load(config.data, 'train'))
+  full = runs.train(coarse_ssl.training(config, 'full'), scenes, tmp_path / 'full')
+  variables = siamese.backbone_variables(full.variables)
+  x = (scenes.arrays['image'] / 255 - config.data.mean) / config.data.std
+  model = models.create(**config.model, num_classes=None)
+  captured = models.capture(
+    model, variables, ['layer1_0'], jnp.asarray(x, jnp.float32), train=False
+  )
+  np.testing.assert_allclose(seen[0], captured[1]['layer1_0'].sum(-1), rtol=1e-3, atol=1e-4)
+  # Crops are refused a folder of boxes from other features.
+  identities = [coarse_ssl.training(config, 'coarse').identity]
+  for other in ('objectness=random', 'recipe.epochs=2', 'heads.hidden=4'):
+    identities.append(coarse_ssl.training(tiny_config(*SHORT, *changes, other), 'coarse').identity)
+  assert all(own['start'] != identities[0]['start'] for own in identities[2:])
+  assert 'start' not in identities[1]
+
+
+def test_boxes_come_from_public_weights(monkeypatch):
+  changes = ('objectness=pretrained', 'pretrained=cifar_resnet18.some', 'data.train_size=128')
+  config = tiny_config(*changes, 'data.train_options.length=128', 'scenes_eval=None')
+  launcher.check(config)
+
+  def load_pretrained(name, **fields):
+    assert name == 'cifar_resnet18.some' and fields['num_classes'] is None
+    assert fields['widths'] == (2, 3, 4)
+    model = models.create('cifar_resnet18', **fields)
+    return model, jax.tree.map(lambda leaf: np.ones(leaf.shape), models.abstract_variables(model))
+
+  monkeypatch.setattr(models, 'load_pretrained', load_pretrained)
+  found = coarse_ssl.beginning(config, None, None)
+  assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(found))
+  assert coarse_ssl.training(config, 'coarse').identity['pretrained'] == 'cifar_resnet18.some'
+  assert 'pretrained' not in coarse_ssl.training(config, 'full').identity
