@@ -1,7 +1,8 @@
 """The backbones of `fashion_mnist` and the network as drawn, trained on with the labels of 1000 images.
 
 All start from the same fresh classifier and take the same 40 epochs; without pretraining it is training from
-scratch.
+scratch. Margins are some half of what seed 10 gained; there BYOL and SimSiam, which learn little in so few
+steps, gained nothing.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +22,16 @@ def get_config() -> ConfigDict:
     ),
     augment=dict(kind='resized_crop', scale=(0.6, 1.0), flip_probability=0.0),
   )
-  config.claims = ()
+  config.claims = (claim('SimCLR', 1.0), claim('MoCo v2', 0.5))
   return config
+
+
+def claim(title: str, margin: float) -> dict:
+  """Returns the claim that a pretrained backbone ends above the network as drawn."""
+  return dict(
+    statement=f'{title}: fine-tuned at least {margin:g} points above training from scratch',
+    metric='fine_tuned',
+    baseline='untrained',
+    method=title,
+    margin=margin,
+  )
