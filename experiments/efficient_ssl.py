@@ -16,6 +16,7 @@ the cost of a step, features as good as those of two-view methods, and better on
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -107,6 +108,26 @@ class Projector:
   layers: int = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class TwoViews:
+  """Learning rates of the two-view methods, where they are not the recipe's.
+
+  Attributes:
+    base: of the schedule; None: the recipe's.
+    predictor_rate: of SimSiam's predictor, constant; None: that of all.
+  """
+
+  base: float | None = None
+  predictor_rate: float | None = None
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    for name in ('base', 'predictor_rate'):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < math.inf:
+        yield f'{name}={value}: expected a positive number, or None.'
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(pretraining.Settings):
   """Settings of single-branch learning.
@@ -116,6 +137,7 @@ class Settings(pretraining.Settings):
     head: over the backbone; `features` is the length of the bank's rows.
     heads: of the two-view methods.
     target: of those with a momentum encoder, and temperatures.
+    two_views: learning rates of the two-view methods.
     runs: rows, of `VARIANTS` and `TWO_VIEWS`; costs are compared with the first of the latter.
     timed: repeats of the measurement of a step's time; 0: costs are not measured.
   """
@@ -124,6 +146,7 @@ class Settings(pretraining.Settings):
   head: Projector = section(Projector)
   heads: Heads = section(Heads)
   target: Momentum = section(Momentum)
+  two_views: TwoViews = section(TwoViews)
   runs: tuple[str, ...] = ('npid', 'calibrated', 'single_branch', 'simsiam')
   timed: int = 5
 
@@ -274,11 +297,26 @@ def check(config: Settings) -> Iterator[str]:
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:
   """Returns the trainings by the names of `config.runs`."""
   del facts
-  two = config.heads, config.target
   return {
-    name: training(config, name) if name in VARIANTS else siamese_methods.training(config, name, *two)
+    name: training(config, name) if name in VARIANTS else two_view_training(config, name)
     for name in config.runs
-  }  # fmt: skip
+  }
+
+
+def two_view_training(config: Settings, name: str) -> Run:
+  """Returns the pretraining by a two-view method, at its own learning rates."""
+  own, recipe = config.two_views, config.recipe
+  if own.base is not None:
+    recipe = dataclasses.replace(
+      recipe, schedule=dataclasses.replace(recipe.schedule, base=own.base)
+    )
+  return siamese_methods.training(
+    dataclasses.replace(config, recipe=recipe),
+    name,
+    config.heads,
+    config.target,
+    predictor_rate=own.predictor_rate,
+  )
 
 
 def relative_costs(config: Settings, plan: Mapping[str, Run]) -> dict[str, dict[str, float]]:

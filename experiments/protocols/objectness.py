@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from experiments.harness import data as harness_data
@@ -101,18 +102,25 @@ def mapper(
     own: the network.
     images: the section of the data.
     reduce: `features -> map`.
+
+  `maps` raises ValueError for features that are NaN.
   """
   start, function = jax.jit(_init(own, images)), jax.jit(_reduced(own, images, reduce))
 
   def maps(begin: Array | Variables, source: data.Source, split: str) -> Any:
     variables = begin if isinstance(begin, Mapping) else start(begin)
-    return map_batches(
+    found = map_batches(
       lambda batch: function(variables, batch['image']),
       source,
       batch_size=config.eval_batch_size,
       mesh=config.mesh.make(),
       **harness_data.reading(images, split),
     )
+    if any(np.isnan(leaf).any() for leaf in jax.tree.leaves(found)):
+      raise ValueError(
+        f'Features of the {split} images are NaN: are images and variables free of NaN?'
+      )
+    return found
 
   return maps
 

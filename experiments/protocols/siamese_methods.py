@@ -346,6 +346,7 @@ def training(
   momentum: Momentum,
   *,
   prototype: Prototypes = Prototypes(),
+  predictor_rate: float | None = None,
 ) -> Run:
   """Returns the pretraining by a method of `TITLES`, on two views drawn alike.
 
@@ -357,6 +358,7 @@ def training(
     heads: over the backbone.
     momentum: of the methods that have it, and temperatures.
     prototype: of DINO.
+    predictor_rate: of SimSiam, see `optimizer`.
   """
   own = config.model, heads, momentum, pretraining.length(config)
   nets, targets = method(name, *own, prototype=prototype)
@@ -364,9 +366,11 @@ def training(
   drawn = ('drop_path',) * bool(config.model.get('drop_path'))
 
   made = optimizer(
-    name, config.recipe.optimizer, heads, pretraining.length(config), prototype=prototype
-  )
+    name, config.recipe.optimizer, heads, pretraining.length(config), prototype=prototype,
+    predictor_rate=predictor_rate,
+  )  # fmt: skip
   decides = {'method': name, 'heads': heads, 'target': momentum}
+  decides |= {} if predictor_rate is None else {'predictor_rate': predictor_rate}
   decides |= {'prototypes': prototype} if name == 'dino' else {}
   return pretraining.training(
     config, TITLES[name], siamese.init(nets, targets, images, drawn),

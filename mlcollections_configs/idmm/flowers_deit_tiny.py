@@ -80,5 +80,8 @@ def augment() -> dict:
     kind='resized_crop',
     scale=(0.08, 1.0),
     interpolation='bicubic',
+    jitter=(0.4, 0.4, 0.4, 0.1),
+    jitter_probability=0.4,
+    grayscale_probability=0.2,
     rand_augment=dict(magnitude=9.0, num_ops=2),
   )

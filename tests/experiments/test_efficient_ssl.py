@@ -177,6 +177,27 @@ def test_a_step_costs_half_of_one_on_two_views():
   assert found['single_branch']['milliseconds'] > 0
 
 
+def test_two_view_methods_have_rates_of_their_own():
+  def moved(*changes):
+    _, _, init, step = compiled('simsiam', *changes)
+    state = init(jax.random.key(0))
+    new, metrics = step(state, None, random_batch())
+    change = jax.tree.map(lambda a, b: np.asarray(a - b), new.params, state.params)
+    return float(metrics['learning_rate']), change
+
+  constant = (
+    'recipe.schedule.name=constant',
+    'recipe.optimizer.weight_decay=0',
+    'recipe.schedule.base=0.5',
+  )
+  rate, plain = moved(*constant)
+  own_rate, own = moved(*constant, 'two_views.base=0.1', 'two_views.predictor_rate=0.25')
+  assert (rate, own_rate) == pytest.approx((0.5, 0.1))
+  for name, share in (('encoder', 0.2), ('predictor', 0.5)):
+    for a, b in zip(*(jax.tree.leaves(parts[name]) for parts in (own, plain)), strict=True):
+      np.testing.assert_allclose(a, share * b, rtol=1e-4, atol=1e-7)
+
+
 def test_a_data_set_larger_than_the_bank_is_refused(tmp_path):
   config = tiny_config('data.train_size=100', 'runs=single_branch,')
   with pytest.raises(ValueError, match='train_size=100, but 1297 records'):
@@ -201,6 +222,7 @@ def test_a_collapse_is_said(capsys):
     (('recipe.microbatches=2',), 'recipe.microbatches: expected 1'),
     (('bank.negatives=2000',), 'bank.negatives=2000: expected at most data.train_size=1297'),
     (('bank.negatives=0',), 'bank.negatives=0: expected at least 1'),
+    (('two_views.base=0',), 'two_views.base=0.0: expected a positive number'),
     (('bank.momentum=1.5',), 'bank.momentum=1.5'),
     (('bank.temperature=0',), 'bank.temperature=0'),
     (('bank.power=0',), 'bank.power=0'),

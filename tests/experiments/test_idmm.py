@@ -170,6 +170,11 @@ def test_the_random_features_of_a_performer_stay():
     (('instances.label_smoothing=2',), 'instances.label_smoothing=2'),
     (('instances.mix=cutmux',), 'instances.mix'),
     (('stages.labels.alpha=-1',), 'stages.labels.alpha=-1'),
+    (('runs=moco', 'target.queue_size=33'), 'target.queue_size=33: expected a multiple'),
+    (
+      ('runs=dino', 'recipe.optimizer.clip_global_norm=1.0', 'prototypes.held_epochs=1'),
+      'clip_global_norm: DINO',
+    ),
     (('stages.labels.recipe.mixup=0.2',), 'stages.labels.recipe.mixup=0.2'),
     (('stages.labels.recipe.batch_size=48',), 'exceeds data.train_size=40'),
     (("stages.labels.data={'image_sise': 8}",), 'image_sise'),

@@ -81,6 +81,9 @@ def test_maps_are_channel_sums_of_a_network_with_the_statistics_it_begins_with()
   x = jax.image.resize(jnp.asarray(x, jnp.float32), (5, 16, 16, 1), 'bilinear')
   _, features = models.capture(model, variables, ['layer3_0'], x, train=False)
   np.testing.assert_allclose(found, np.sum(features['layer3_0'], -1), rtol=1e-4, atol=1e-5)
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
+  with pytest.raises(ValueError, match='Features of the test images are NaN'):
+    maps(broken, scenes, 'test')
 
 
 def test_variants_change_the_network_or_its_map():

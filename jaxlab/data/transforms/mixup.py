@@ -27,7 +27,7 @@ def mixup(
   Args:
     key: of the draws.
     images: floats `[batch, ...]`.
-    alpha: of the Beta distribution; a Python number. alpha <= 0 leaves the images as they are, lam 1.
+    alpha: of the Beta distribution; a Python number of at least 0. With 0 the images stay as they are, lam 1.
     own_half: takes `max(lam, 1 - lam)`, so that every image is at least half of its mixture.
     partners: 'permutation': uniform, which gathers the batch where it is split over devices; 'flip': the
       batch from its end, as timm has it, which devices exchange by pairs (of a shuffled batch, any other
@@ -38,7 +38,7 @@ def mixup(
     row `permutation[i]`), and `lam`, a float32 scalar in [0, 1]; `mixup_loss` takes the latter two.
 
   Raises:
-    ValueError: images of integers, or without a batch axis; other partners.
+    ValueError: images of integers, or without a batch axis; alpha < 0; other partners.
 
   References:
     Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018, https://arxiv.org/abs/1710.09412.
@@ -52,7 +52,9 @@ def mixup(
   if not images.ndim:
     raise ValueError('images is a scalar, expected [batch, ...].')
   _require_floats(images)
-  if not alpha > 0:
+  if not alpha >= 0:
+    raise ValueError(f'alpha={alpha}: expected a number of at least 0.')
+  if alpha == 0:
     return images, jnp.arange(len(images), dtype=jnp.int32), jnp.ones((), jnp.float32)
   key_lam, key_permutation = jax.random.split(key)
   lam = jax.random.beta(key_lam, alpha, alpha, dtype=jnp.float32)

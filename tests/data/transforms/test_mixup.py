@@ -70,10 +70,15 @@ def test_coefficient_and_partners_follow_their_law(alpha):
   assert_close(mixed, expected, 1e-6)
 
 
-@pytest.mark.parametrize('alpha', [0, -1.0])
-def test_without_alpha_the_images_stay(alpha):
+@pytest.mark.parametrize('alpha', [-1.0, float('nan')])
+def test_a_negative_alpha_is_refused(alpha):
+  with pytest.raises(ValueError, match=f'alpha={alpha}: expected a number of at least 0'):
+    mixup(jax.random.key(0), jnp.ones((2, 1)), alpha)
+
+
+def test_without_alpha_the_images_stay():
   images = jnp.asarray([[jnp.inf], [1.0], [2.0]])
-  mixed, permutation, lam = mixup(jax.random.key(0), images, alpha)
+  mixed, permutation, lam = mixup(jax.random.key(0), images, 0)
   np.testing.assert_array_equal(mixed, images)
   assert permutation.tolist() == [0, 1, 2] and float(lam) == 1 and lam.dtype == jnp.float32
 
