@@ -337,13 +337,15 @@ def pretrain(
   backbone = networks.create(config.model, num_classes=None)
   judge = judging(config, backbone, scenes)
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
-  found = {'untrained': judge(dict(drawn))}
+  found, histories = {'untrained': judge(dict(drawn))}, {}
   for kind in config.runs:
     cut = boxes[kind]
     source = scenes if cut is None else data.Crops(scenes, cut, config.crop_size, read(config))
     trained = runs.train(training(config, kind), source, workdir / kind)
     z_std = pretraining.say_collapse(TITLES[kind], trained.history)
+    histories[TITLES[kind]] = trained.history
     found[kind] = {**judge(siamese.backbone_variables(trained.variables)), 'z_std': z_std}
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   return found
 
 

@@ -350,7 +350,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     return judge(siamese.backbone_variables(variables))
 
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
-  rows, curves = [results.row('untrained', 'reference', judge(dict(drawn)))], {}
+  rows, curves, histories = [results.row('untrained', 'reference', judge(dict(drawn)))], {}, {}
   for name, own in plan.items():
     begin = None
     if name in VARIANTS:
@@ -363,8 +363,9 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     metrics = {**scores, 'knn_early': curve[0]['knn_fp'], 'z_std': z_std, **costly.get(name, {})}
     role = VARIANTS[name][1] if name in VARIANTS else 'baseline'
     rows.append(results.row(own.title, role, metrics))
-    curves[own.title] = curve
+    curves[own.title], histories[own.title] = curve, trained.history
   draw(config, rows, curves, workdir / 'neighbors_and_costs.png')
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   shown = feature_evaluation.shown(config, *METRICS)
   return results.results(config, rows, shown, 'accuracies in %')
 

@@ -258,7 +258,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
   params = fine_tuning_stages.drawn(config, drawn['params'])
-  rows = [results.row('untrained', 'reference', judged(params))]
+  rows, histories = [results.row('untrained', 'reference', judged(params))], {}
   first = first_stages(config)
   for name in config.runs:
     title, role, _ = VARIANTS.get(name, ({**OTHERS, **SCRATCH}.get(name), 'baseline', {}))
@@ -270,6 +270,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       )  # fmt: skip
       metrics = judged(variables['params'])
       metrics['z_std'] = pretraining.say_collapse(title, trained.history)
+      histories[title] = trained.history
       if name in VARIANTS:
         metrics['instance_accuracy'] = 100 * trained.history[-1]['instance_accuracy']
     for stage in config.stage_names:
@@ -288,6 +289,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
       metrics[f'accuracy_{stage}'] = metrics['accuracy']
     rows.append(results.row(title, role, metrics))
   draw(rows, workdir / 'accuracy_and_neighbors.png')
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   each = [f'accuracy_{stage}' for stage in config.stage_names if len(config.stages) > 1]
   shown = ['accuracy', *each, *feature_evaluation.shown(config, *METRICS)]
   return results.results(config, rows, shown, 'accuracies in %')

@@ -260,7 +260,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     if not config.pictured or own.title in config.pictured:
       parts = (backbone, variables), trained.state.extra
       draw_neighbors(config, sources, *parts, workdir / f'retrieved_{name}.png')
-  draw_curves(config, histories, workdir / 'curves.png')
+  labels = {'info_nce': 'InfoNCE', 'queue_precision': 'shares a class', 'feature_std': 'spread'}
+  pictures.curves(workdir / 'curves.png', config, histories, labels)
   shown = [*multi_label_evaluation.METRICS, *CURVES]
   return results.results(config, rows, shown, 'precisions and mAP in %')
 
@@ -299,25 +300,6 @@ def draw_neighbors(
   _, nearest = jax.lax.top_k(features(queries) @ queue, min(SHOWN, config.eval.k))
   places = origin['index'][0][np.asarray(nearest)]
   multi_label_evaluation.draw_retrieved(config, sources, queries, places, picture)
-
-
-def draw_curves(
-  config: Settings, histories: Mapping[str, Sequence[Mapping[str, float]]], picture: pathlib.Path
-) -> None:
-  """Draws loss, precision of what is retrieved, and spread of the features over the steps."""
-  kinds = {'info_nce': 'InfoNCE', 'queue_precision': 'shares a class (%)', 'feature_std': 'spread'}
-  with pictures.drawn(picture, 1, 3, size=(13, 4)) as axes:
-    for axis, (metric, label) in zip(axes, kinds.items(), strict=True):
-      for title, history in histories.items():
-        lines = [line for line in history if metric in line]
-        scale = 100 if metric == 'queue_precision' else 1
-        axis.plot(
-          [line['step'] for line in lines], [scale * line[metric] for line in lines], label=title
-        )
-      axis.set_xlabel('step')
-      axis.set_ylabel(label)
-    axes[1].set_title(pictures.title(config))
-    axes[0].legend(frameon=False)
 
 
 if __name__ == '__main__':

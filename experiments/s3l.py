@@ -316,6 +316,8 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     metrics['z_std'] = pretraining.say_collapse(own.name, last.history)
     rows.append(results.row(own.name, own.role, metrics))
   draw(config, rows, workdir / 'accuracy_over_cost.png')
+  histories = {plan[name].title: own.history for name, own in done.items()}
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   title = "accuracy in %; operations and time of the pretraining over the first row's"
   return results.results(config, rows, METRICS, title)
 

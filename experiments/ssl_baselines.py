@@ -248,6 +248,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     found = siamese.backbone_variables(trained.variables)
     rows.append(row(name, 'method', found, z_std=z_std))
   draw(config, rows, histories, workdir / 'accuracy_and_spread.png')
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   metrics = feature_evaluation.shown(config, *extra_metrics(config))
   return results.results(config, rows, metrics, 'accuracies in %')
 

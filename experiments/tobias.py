@@ -219,15 +219,17 @@ def pretrain(config: Settings, workdir: pathlib.Path) -> list[dict[str, Any]]:
   backbone = networks.create(config.model, num_classes=None)
   judge = feature_evaluation.evaluator(config, backbone, sources)
   drawn = jax.jit(backbone.init)(jax.random.key(config.seed), jnp.zeros((2, *config.data.view)))
-  rows = [results.row('untrained', 'reference', judge(dict(drawn)))]
+  rows, histories = [results.row('untrained', 'reference', judge(dict(drawn)))], {}
   for kind, own in programs(config).items():
     if not isinstance(own, Run):
       continue
     source = scored(config, sources['train']) if kind == 'tobias' else sources['train']
     trained = runs.train(own, source, workdir / kind)
     z_std = pretraining.say_collapse(own.title, trained.history)
+    histories[own.title] = trained.history
     metrics = {**judge(siamese.backbone_variables(trained.variables)), 'z_std': z_std}
     rows.append(results.row(own.title, 'method' if kind == 'tobias' else 'baseline', metrics))
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   return rows
 
 

@@ -99,6 +99,37 @@ def retrieved(
     axes[0, 1].set_title('retrieved', fontsize=8)
 
 
+def curves(
+  path: Any,
+  config: Experiment,
+  histories: Mapping[str, Sequence[Mapping[str, float]]],
+  labels: Mapping[str, str],
+) -> None:
+  """Draws metrics over the steps of trainings, a panel a metric and a line a training.
+
+  Metrics that no training has are left out; where there is none, nothing is drawn.
+
+  Args:
+    path: of the picture.
+    config: the experiment.
+    histories: rows of metrics with their `step`, by the title of the training.
+    labels: of the vertical axes, by metric.
+  """
+  lines = [line for history in histories.values() for line in history]
+  shown = [metric for metric in labels if any(metric in line for line in lines)]
+  if not shown:
+    return
+  with drawn(path, 1, len(shown), size=(4.3 * len(shown), 4), squeeze=False) as ((*axes,),):
+    for axis, metric in zip(axes, shown, strict=True):
+      for name, history in histories.items():
+        points = [(line['step'], line[metric]) for line in history if metric in line]
+        if points:
+          axis.plot(*zip(*points, strict=True), label=name)
+      axis.set(xlabel='step', ylabel=labels[metric])
+    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].figure.suptitle(title(config))
+
+
 def title(config: Experiment) -> str:
   """Returns what stands above an experiment's tables and pictures."""
   return f'{config.paper}, {config.setting}, seed {config.seed}'

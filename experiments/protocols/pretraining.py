@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.harness import pictures
 from experiments.harness.data import Augment, Images
 from experiments.harness.runs import Run, say
 from experiments.harness.sections import Experiment, Recipe, check_batch
@@ -73,6 +74,14 @@ def say_collapse(title: str, history: Sequence[Mapping[str, Any]]) -> float:
   if z_std < COLLAPSED:
     say(f'WARNING: {title} has collapsed: z_std={z_std:.3f}, all images have one feature.')
   return z_std
+
+
+def draw_curves(
+  config: Settings, histories: Mapping[str, Sequence[Mapping[str, Any]]], picture: Any
+) -> None:
+  """Draws loss, nearest neighbors (where they were judged on the way) and spread of pretrainings by title."""
+  labels = {'loss': 'loss', 'knn_fp': 'nearest neighbors (%)', 'z_std': 'spread of projections'}
+  pictures.curves(picture, config, histories, labels)
 
 
 def training(

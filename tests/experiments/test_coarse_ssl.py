@@ -168,6 +168,7 @@ def test_a_run_learns_from_crops(base, tmp_path, monkeypatch, capsys):
   crops = rows['coarse crops']
   assert 1 <= crops['boxes'] <= 5 and 0 < crops['coverage'] <= 1
   assert (tmp_path / 'boxes.png').stat().st_size > 5000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000
   assert 'coarse crops has collapsed' in capsys.readouterr().out
 
 

@@ -261,6 +261,7 @@ def test_a_run_compares_one_view_with_two(tmp_path):
   assert [row['name'] for row in found['rows']] == ['untrained', 'single branch', 'SimSiam']
   assert all(0 <= row['metrics']['knn_early'] <= 100 for row in found['rows'][1:])
   assert (tmp_path / 'neighbors_and_costs.png').stat().st_size > 1000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000
   again = dataclasses.replace(config, bank=dataclasses.replace(config.bank, momentum=0.6))
   with pytest.raises(ValueError, match=r'bank\.momentum'):
     efficient_ssl.run(again, tmp_path)

@@ -214,3 +214,4 @@ def test_a_run_compares_stages_with_labels_alone(tmp_path):
   assert 'accuracy' not in untrained and 'knn_fp' not in scratch
   assert 0 <= own['accuracy'] <= 100 and 0 <= own['knn_fp'] <= 100
   assert (tmp_path / 'accuracy_and_neighbors.png').stat().st_size > 1000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000

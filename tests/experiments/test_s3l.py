@@ -209,3 +209,4 @@ def test_a_run_compares_ways_to_pretrain(tmp_path):
   assert {'8px', '8px_16px', 'cut_8px', '8_px__cut_warm_up'} <= trained
   assert len([name for name in trained if name.endswith('fine_tuned')]) == 4
   assert (tmp_path / 'accuracy_over_cost.png').stat().st_size > 1000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000

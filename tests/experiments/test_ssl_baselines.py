@@ -378,4 +378,5 @@ def test_a_run_compares_methods_with_the_network_as_drawn(tmp_path, capsys, monk
   for row in found['rows']:
     assert all(0 <= row['metrics'][name] <= 100 for name in ('knn_fp', 'fine_tuned'))
   assert (tmp_path / 'accuracy_and_spread.png').stat().st_size > 1000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000
   assert 'SimCLR has collapsed' in capsys.readouterr().out

@@ -183,3 +183,4 @@ def test_a_run_boxes_objects_and_pretrains_with_scores_of_every_image(tmp_path):
   np.testing.assert_allclose(rows['center box']['iou'], iou.mean(), rtol=1e-5)
   np.testing.assert_allclose(rows['center box']['corloc'], 100 * np.mean(iou > 0.5))
   assert (tmp_path / 'localization.png').stat().st_size > 10000
+  assert (tmp_path / 'curves.png').stat().st_size > 1000
