@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxlab.models.channels import make_divisible
+from jaxlab.models.mobilenetv2 import MobileNetV2, scale_channels
 from jaxlab.models.resnet import ResNet
 from jaxlab.models.siamese import Encoder
 from jaxlab.models.vit import ViT
@@ -33,8 +34,10 @@ PyTree = Any
 def narrow(model: nn.Module, width: float) -> nn.Module:
   """Returns the network with `make_divisible(channels * width)` in place of each number of channels.
 
-  Knows `ResNet`, `ViT` and an `Encoder` around them, whose projector keeps its width. A ViT keeps its heads:
-  each is narrower. A network of your own has a method `narrowed(width)` that returns the narrow one.
+  Knows `ResNet`, `MobileNetV2` (and `EfficientNet`), `ViT` and an `Encoder` around them, whose projector
+  keeps its width. A ViT keeps its heads: each is narrower. A MobileNetV2 keeps the channels of its last 1x1
+  convolution, so that its features are as many at each width. A network of your own has a method
+  `narrowed(width)` that returns the narrow one.
 
   Args:
     model: the whole network.
@@ -42,8 +45,9 @@ def narrow(model: nn.Module, width: float) -> nn.Module:
 
   Raises:
     ValueError: for another width, a network that is not known, or one whose narrow form would not be the
-      leading channels: grouped convolutions, padded shortcuts, SwiGLU, a bottleneck or a deep stem of which
-      this width rounds inner and outer channels apart.
+      leading channels: grouped convolutions (other than depthwise ones), padded shortcuts, SwiGLU, a
+      bottleneck or a deep stem of which this width rounds inner and outer channels apart, fewer than eight
+      channels that this width rounds up to more.
 
   References:
     Yu & Huang, Universally Slimmable Networks, ICCV 2019 (https://arxiv.org/abs/1903.05134); rounding as in
@@ -60,8 +64,15 @@ def _narrow(model: nn.Module, width: float) -> nn.Module:
   if hasattr(model, 'narrowed'):
     return model.narrowed(width)
   raise ValueError(
-    f'{type(model).__name__} is no slimmable network: known are ResNet, ViT, Encoder.'
+    f'{type(model).__name__} is no slimmable network: known are ResNet, MobileNetV2, ViT, Encoder.'
   )
+
+
+def _fewer(channels: int, width: float) -> int:
+  """Returns `make_divisible(channels * width)`; raises ValueError where that is more than there are."""
+  if (found := make_divisible(channels * width)) > channels:
+    raise ValueError(f'width={width}: {channels} channels round to {found}, more than there are.')
+  return found
 
 
 @_narrow.register
@@ -77,7 +88,7 @@ def _(model: ResNet, width: float) -> ResNet:
       "a ResNet is slimmable without groups, base widths and widths of its own, and shortcut='pad'."
     )
   whole = model.widths or [model.width * 2**stage for stage in range(len(model.stage_sizes))]
-  own, stem = [make_divisible(c * width) for c in whole], make_divisible(model.width * width)
+  own, stem = [_fewer(c, width) for c in whole], _fewer(model.width, width)
   apart = model.stem == 'deep' and make_divisible(model.width // 2 * width) != stem // 2
   if model.block != 'basic':
     apart |= any(make_divisible(4 * c * width) != 4 * n for c, n in zip(whole, own, strict=True))
@@ -87,6 +98,26 @@ def _(model: ResNet, width: float) -> ResNet:
       f'of {8 / math.gcd(*whole, model.width // (2 if model.stem == "deep" else 1)):g}.'
     )
   return model.clone(width=stem, widths=tuple(own))
+
+
+@_narrow.register
+def _(model: MobileNetV2, width: float) -> MobileNetV2:
+  widths = model.widths[: len(model.stage_sizes)]
+  inputs = [model.stem_width, *widths[:-1]]
+  inner = model.inner_widths or [
+    scale_channels(before if index == 0 else after, model.expansion)
+    for before, after, size in zip(inputs, widths, model.stage_sizes, strict=True)
+    for index in range(size)
+  ]
+  # Rounding makes channels equal that are not in the whole network: there still is no shortcut.
+  given = model.shortcuts or [True] * len(widths)
+  shortcuts = [own and a == b for own, a, b in zip(given, inputs, widths, strict=True)]
+  return model.clone(
+    stem_width=_fewer(model.stem_width, width),
+    widths=tuple(_fewer(c, width) for c in widths),
+    inner_widths=tuple(_fewer(c, width) for c in inner),
+    shortcuts=tuple(shortcuts),
+  )
 
 
 @_narrow.register

@@ -190,7 +190,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices():
     (('recipe.microbatches=2',), 'microbatches: expected 1'),
     (('recipe.optimizer.weight_decay=0.1',), 'group_decay: it takes the place'),
     (('momentum=2',), r'momentum=2'),
-    (("model={'name': 'mobilenetv2_100'}",), 'no slimmable network'),
+    (("model={'name': 'vgg11'}",), 'no slimmable network'),
   ],
 )
 def test_bad_settings_are_refused(changes, message):

@@ -3,13 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_vectors import assert_close, golden
-from models.random_variables import random_images, random_variables
+from models.random_variables import random_images, random_variables, run
 
 from jaxlab import models
-from jaxlab.models import BasicBlock, Encoder, MLPHead, ResNet, ViT
+from jaxlab.models import BasicBlock, Encoder, MLPHead, MobileNetV2, ResNet, ViT
 
 RESNET = ResNet((1, 1), width=16, widths=(16, 32), stem='cifar')
 VIT = ViT(4, 8, 32, 2, 2)
+MOBILE = MobileNetV2((1, 2), (16, 24), (1, 2), stem_width=32, head_width=40, stem='cifar')
 
 
 @golden('us3l', 'make_divisible')
@@ -38,12 +39,12 @@ def test_a_slimmable_block_agrees_with_the_official_one_at_each_width(vectors):
     block = BasicBlock(models.make_divisible(features * width), vectors.param('stride'))
     shapes = jax.eval_shape(block.init, jax.random.key(0), x)['params']
 
-    def run(params, x, block=block, shapes=shapes):
+    def squares(params, x, block=block, shapes=shapes):
       own = {'params': models.slice_params(params, shapes)}
       y, _ = block.apply(own, x, True, mutable=['batch_stats'])
       return jnp.sum(y * y), y
 
-    gradient = jax.jit(jax.value_and_grad(run, (0, 1), has_aux=True))
+    gradient = jax.jit(jax.value_and_grad(squares, (0, 1), has_aux=True))
     (_, y), (by_params, by_x) = gradient(whole, x)
     assert_close(y, vectors[f'out_y{index}_nchw'].transpose(0, 2, 3, 1), 5e-6)
     assert_close(by_x, vectors[f'grad_x{index}'].transpose(0, 2, 3, 1), 2e-5)
@@ -88,6 +89,55 @@ def test_a_narrow_vit_has_the_leading_channels_of_every_head():
   assert np.isfinite(jax.jit(small.apply)({'params': own}, x)).all()
 
 
+@pytest.mark.parametrize(
+  ('width', 'stem', 'widths', 'inner'),
+  [
+    (0.25, 8, (8, 8), (48, 24, 40)),
+    (0.5, 16, (8, 16), (96, 48, 72)),
+    (0.75, 24, (16, 24), (144, 72, 112)),
+  ],
+)
+def test_a_narrow_mobilenet_is_the_ordinary_narrower_network(width, stem, widths, inner):
+  x = random_images((2, 8, 8, 3))
+  params = random_variables(MOBILE, x)['params']
+  small, own = models.at_width(MOBILE, params, width, x)
+  ordinary = MobileNetV2(
+    (1, 2), widths, (1, 2), stem_width=stem, head_width=40, stem='cifar', inner_widths=inner,
+    shortcuts=(False, False),
+  )  # fmt: skip
+  shapes = jax.eval_shape(ordinary.init, jax.random.key(0), x)['params']
+  lead = lambda leaf, shape: leaf[tuple(map(slice, shape.shape))]  # noqa: E731
+  expected = jax.tree.map(lead, params, shapes)
+  jax.tree.map(np.testing.assert_array_equal, own, expected)
+  assert own['blocks_1_1']['conv_dw']['kernel'].shape == (3, 3, 1, inner[-1])
+  assert own['conv_head']['kernel'].shape == (1, 1, widths[-1], 40)
+  y, _ = run(small, {'params': own}, x, train=True)
+  expected_y, _ = run(ordinary, {'params': expected}, x, train=True)
+  assert y.shape == (2, 40)
+  np.testing.assert_array_equal(y, expected_y)
+
+
+def test_a_narrow_efficientnet_has_leading_gates():
+  model = models.EfficientNet((1, 1), (16, 24), (1, 2), stem_width=16, head_width=24, stem='cifar')
+  x = random_images((2, 8, 8, 3))
+  params = random_variables(model, x)['params']
+  small, own = models.at_width(model, params, 0.5, x)
+  assert own['blocks_1_0']['se']['conv_reduce']['kernel'].shape == (1, 1, 48, 2)
+  y, _ = run(small, {'params': own}, x, train=True)
+  assert np.isfinite(y).all()
+
+
+def test_a_shortcut_is_where_the_whole_network_has_one():
+  x = random_images((2, 8, 8, 3))
+  assert models.narrow(MOBILE.clone(widths=(32, 32), strides=(1, 1)), 0.5).shortcuts == (True, True)
+  assert not models.narrow(MOBILE.clone(shortcuts=(True, False)), 0.5).shortcuts[0]
+  small, own = models.at_width(MOBILE, random_variables(MOBILE, x)['params'], 0.25, x)
+  y, other = (
+    run(net, {'params': own}, x, train=True)[0] for net in (small, small.clone(shortcuts=None))
+  )
+  assert np.any(y != other)
+
+
 def test_a_narrow_network_without_statistics_of_its_own_says_so():
   x = random_images((2, 8, 8, 3))
   small, own = models.at_width(RESNET, random_variables(RESNET, x)['params'], 0.5, x)
@@ -110,7 +160,8 @@ def test_the_whole_network_is_itself():
     (RESNET.clone(shortcut='pad'), 0.5, "shortcut='pad'"),
     (VIT.clone(activation='swiglu'), 0.5, 'swiglu'),
     (models.create('resnet50', num_classes=None), 0.3, 'a multiple of 0.125'),
-    (models.create('mobilenetv2_100', num_classes=None), 0.5, 'known are ResNet, ViT, Encoder'),
+    (RESNET.clone(width=4), 0.75, 'width=0.75: 4 channels round to 9, more than there are'),
+    (models.create('vgg11', num_classes=None), 0.5, 'known are ResNet, MobileNetV2, ViT, Encoder'),
   ],
 )
 def test_what_cannot_be_narrow_is_refused(model, width, message):
