@@ -42,16 +42,44 @@ class Heads:
   features: int = 2048
   predictor: int = 2048
 
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    for name, value in dataclasses.asdict(self).items():
+      if value < 1:
+        yield f'{name}={value}: expected at least 1 channel.'
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupDecay:
-  """Weight decay by groups of channels, in place of the optimizer's: see `training.group_regularizer`."""
+  """Weight decay by groups of channels, in place of the optimizer's: see `training.group_regularizer`.
+
+  Attributes:
+    decay: of the first group.
+    alpha: slope over the groups, from the middle of the training on: see `training.group_decays`.
+    bins: groups.
+    kind: how decay falls over the groups.
+    warmup_epochs: in which all groups decay alike.
+  """
 
   decay: float = 2.5e-4
   alpha: float = 0.05
   bins: int = 8
   kind: Literal['linear', 'exp'] = 'linear'
   warmup_epochs: int = 0
+
+  def check(self) -> Iterator[str]:
+    """Yields what is wrong with the values."""
+    if self.decay < 0:
+      yield f'decay={self.decay}: expected at least 0.'
+    if self.bins < 1:
+      yield f'bins={self.bins}: expected at least 1 group.'
+    elif self.kind == 'linear' and not 0 <= self.alpha * (self.bins - 1) <= 1:
+      top = f'1 / (bins - 1) = {1 / (self.bins - 1):.3g}'
+      yield f'alpha={self.alpha}: expected 0 to {top}; no decay is negative.'
+    if self.kind == 'exp' and not 0 <= self.alpha <= 1:
+      yield f'alpha={self.alpha}: expected a factor in [0, 1].'
+    if self.warmup_epochs < 0:
+      yield f'warmup_epochs={self.warmup_epochs}: expected at least 0.'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +202,8 @@ def check(config: Settings) -> Iterator[str]:
   if not 0 <= config.momentum <= 1 or config.temperature <= 0:
     own = f'momentum={config.momentum}, temperature={config.temperature}'
     yield f'{own}: expected a share and a positive number.'
+  if config.final_momentum is not None and not 0 <= config.final_momentum <= 1:
+    yield f'final_momentum={config.final_momentum}: expected a share in [0, 1], or None.'
   if config.group_decay and config.recipe.optimizer.weight_decay:
     yield 'group_decay: it takes the place of recipe.optimizer.weight_decay; set that to 0.'
   backbone = networks.create(config.model, num_classes=None)

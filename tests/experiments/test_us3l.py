@@ -190,6 +190,17 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices():
     (('recipe.microbatches=2',), 'microbatches: expected 1'),
     (('recipe.optimizer.weight_decay=0.1',), 'group_decay: it takes the place'),
     (('momentum=2',), r'momentum=2'),
+    (('final_momentum=3.0',), r'final_momentum=3\.0: expected a share'),
+    (('heads.features=0',), r'heads\.features=0: expected at least 1'),
+    (('heads.predictor=-2',), r'heads\.predictor=-2: expected at least 1'),
+    (('group_decay.bins=0',), r'group_decay\.bins=0: expected at least 1 group'),
+    (('group_decay.decay=-1.0',), r'group_decay\.decay=-1\.0: expected at least 0'),
+    (('group_decay.alpha=0.2',), r'group_decay\.alpha=0\.2: expected 0 to .* = 0\.143'),
+    (
+      ('group_decay.kind=exp', 'group_decay.alpha=2.0'),
+      r'group_decay\.alpha=2\.0: expected a factor',
+    ),
+    (('group_decay.warmup_epochs=-1',), r'group_decay\.warmup_epochs=-1: expected at least 0'),
     (("model={'name': 'vgg11'}",), 'no slimmable network'),
   ],
 )
