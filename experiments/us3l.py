@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.harness import costs, launcher, networks, pictures, results, runs
 from experiments.harness import data as harness_data
-from experiments.harness import launcher, networks, pictures, results, runs
-from experiments.harness.runs import Run
-from experiments.harness.settings import found_by, section
+from experiments.harness.runs import Run, say
+from experiments.harness.settings import found_by, free, section
 from experiments.protocols import feature_evaluation, pretraining, slimmable
 from experiments.protocols.slimmable import Guidance, Networks, Step, Widths
 from jaxlab import evaluation, models, training
@@ -32,6 +32,7 @@ from jaxlab.training import Program, TrainState, schedules
 
 Array = jax.Array
 PyTree = Any
+COSTS = ('gigaflops', 'milliseconds', 'relative_flops', 'relative_time', 'megabytes')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Settings(pretraining.Settings):
     group_decay: None: the optimizer's weight decay alone.
     variants: what networks learn from, by the name of the run.
     runs: rows, of `variants`.
+    timed: repeats of the measurement of a step's cost (see `relative_costs`); 0: none.
   """
 
   widths: Widths = section(Widths)
@@ -107,6 +109,7 @@ class Settings(pretraining.Settings):
   group_decay: GroupDecay | None = None
   variants: Mapping[str, Guidance]
   runs: tuple[str, ...]
+  timed: int = free(0)
 
 
 def make_networks(config: Settings, own: Guidance) -> Networks:
@@ -119,8 +122,14 @@ def make_networks(config: Settings, own: Guidance) -> Networks:
   return Networks(encoder, head() if own.predictor else None, head() if own.own_head else None)
 
 
-def training_of(config: Settings, name: str) -> Run:
-  """Returns the pretraining of a variant."""
+def training_of(config: Settings, name: str, fixed: Sequence[float] | None = None) -> Run:
+  """Returns the pretraining of a variant.
+
+  Args:
+    config: the settings.
+    name: of the variant.
+    fixed: narrow widths that every step trains, in place of those that it draws.
+  """
   own, recipe = config.variants[name], config.recipe
   nets, length = make_networks(config, own), pretraining.length(config)
   rate = recipe.schedule.make(recipe.epochs, length.steps_per_epoch)
@@ -145,8 +154,12 @@ def training_of(config: Settings, name: str) -> Run:
     keys, epoch = training.step_keys(state), state.step // length.steps_per_epoch
     each = jax.vmap(lambda index: jax.random.fold_in(keys['views'], index))(batch['index'])
     seen = training.cast_floating(views(each, batch['image']), dtype)
-    drawn = slimmable.draw_widths(keys['widths'], epoch, recipe.epochs, config.widths, own.growing)
-    narrow = epoch >= recipe.epochs // 4 if own.growing else jnp.bool_(True)
+    if fixed is None:
+      ranges = recipe.epochs, config.widths, own.growing
+      drawn = slimmable.draw_widths(keys['widths'], epoch, *ranges)
+      narrow = epoch >= recipe.epochs // 4 if own.growing else jnp.bool_(True)
+    else:
+      drawn, narrow = jnp.arange(len(fixed)), jnp.bool_(len(fixed) > 0)
 
     def penalty(params: PyTree, skip: Sequence[str]) -> Array:
       if (group := config.group_decay) is None:
@@ -158,7 +171,8 @@ def training_of(config: Settings, name: str) -> Run:
     share = config.momentum
     if config.final_momentum is not None:
       share = schedules.cosine(share, length.num_steps, config.final_momentum)(state.step)
-    plan = Step(nets, own, config.widths.drawn, optimizer, share, config.temperature, penalty)
+    widths = config.widths.drawn if fixed is None else fixed
+    plan = Step(nets, own, widths, optimizer, share, config.temperature, penalty)
     teacher, current = state.extra.get('teacher'), rate(state.step)
     found = slimmable.iterate(
       plan, state.params, state.opt_state, teacher, seen, current, drawn, narrow
@@ -204,6 +218,8 @@ def check(config: Settings) -> Iterator[str]:
     yield f'{own}: expected a share and a positive number.'
   if config.final_momentum is not None and not 0 <= config.final_momentum <= 1:
     yield f'final_momentum={config.final_momentum}: expected a share in [0, 1], or None.'
+  if config.timed < 0:
+    yield f'timed={config.timed}: expected a number of repeats, or 0 for none.'
   if config.group_decay and config.recipe.optimizer.weight_decay:
     yield 'group_decay: it takes the place of recipe.optimizer.weight_decay; set that to 0.'
   backbone = networks.create(config.model, num_classes=None)
@@ -213,11 +229,15 @@ def check(config: Settings) -> Iterator[str]:
 
 
 def metric_names(config: Settings) -> list[str]:
-  """Returns the names of what is measured of a row."""
+  """Returns the names of what is measured of a row.
+
+  `compiled_widths` is the number of widths that the one compiled step holds.
+  """
   kinds = [kind.removesuffix('_fp') for kind in config.eval.metrics()]
   names = [f'{kind}_{width:g}' for kind in kinds for width in config.widths.judged]
   names += [f'foreign_knn_{width:g}' for width in config.widths.judged]
-  return [*names, *(f'{kind}_drop' for kind in kinds), 'knn_calibration', 'z_std', 'passes']
+  names += [*(f'{kind}_drop' for kind in kinds), 'knn_calibration', 'z_std', 'passes']
+  return [*names, 'compiled_widths', *(COSTS if config.timed else ())]
 
 
 def compared(config: Settings, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -237,11 +257,52 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run]:
   return {name: training_of(config, name) for name in config.runs}
 
 
+def relative_costs(config: Settings) -> dict[str, dict[str, float]]:
+  """Returns what a step costs by name of `config.runs`, the mean over the training; nothing if `timed` is 0.
+
+  XLA counts of the branches of a program the largest, once, whichever are run. So steps with fixed widths are
+  compiled, of the whole network alone and with one narrow network of each width, and what that adds is
+  weighted by how often it is drawn (`slimmable.narrow_passes`).
+
+  Returns:
+    `gigaflops` on one device and `milliseconds`; `relative_flops` and `relative_time`, these over the same
+    with all widths from the start; `megabytes` on one device of the step that is trained, which holds all
+    branches however widths are drawn. See `costs.measure`.
+  """
+  if not config.timed:
+    return {}
+  say('costs of a step')
+  fixed = [(), *((width,) for width in config.widths.drawn)]
+  # Variants that differ in the range of widths alone have the same steps.
+  alike = {
+    name: dataclasses.replace(config.variants[name], title='', growing=True) for name in config.runs
+  }
+  sides = {
+    f'{own} {widths}': costs.Side(training_of(config, name, widths).program)
+    for name, own in alike.items()
+    for widths in (None, *fixed)
+  }
+  steps = costs.measure(sides, config.mesh.make(), config.timed)
+
+  def mean(name: str, kind: str, growing: bool) -> float:
+    alone, *added = (steps[f'{alike[name]} {widths}'][kind] for widths in fixed)
+    passes = slimmable.narrow_passes(config.recipe.epochs, config.widths, growing)
+    return alone + float(passes @ (np.asarray(added) - alone))
+
+  found = {}
+  for name, own in alike.items():
+    found[name] = {'megabytes': steps[f'{own} None']['megabytes']}
+    for kind, ratio in (('gigaflops', 'relative_flops'), ('milliseconds', 'relative_time')):
+      found[name][kind] = mean(name, kind, config.variants[name].growing)
+      found[name][ratio] = found[name][kind] / mean(name, kind, False)
+  return found
+
+
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Pretrains every variant, and judges its backbone at several widths, each with statistics of its own."""
   sources = {split: harness_data.load(config.data, split) for split in ('train', 'test')}
   judge = slimmable.evaluator(config, config.widths, sources)
-  plan, rows = programs(config), []
+  plan, rows, costly = programs(config), [], relative_costs(config)
   drawn = jax.jit(plan[config.runs[0]].program.init)(jax.random.key(config.seed))
   untrained = compared(config, judge('untrained', drawn.params))
   rows.append(results.row('untrained', 'baseline', untrained))
@@ -250,8 +311,10 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     z_std = pretraining.say_collapse(own.title, trained.history)
     passes = float(np.mean([line['passes'] for line in trained.history if 'passes' in line]))
     metrics = compared(config, judge(own.title, trained.variables['params']))
+    metrics |= {'z_std': z_std, 'passes': passes, **costly.get(name, {})}
+    metrics['compiled_widths'] = len({1.0, *config.widths.drawn})
     role = 'method' if config.variants[name].teacher == 'momentum' else 'baseline'
-    rows.append(results.row(own.title, role, {**metrics, 'z_std': z_std, 'passes': passes}))
+    rows.append(results.row(own.title, role, metrics))
   draw(config, rows, workdir / 'accuracy_over_width.png')
   return results.results(config, rows, metric_names(config), 'accuracies in %')
 

@@ -131,7 +131,8 @@ class Step(NamedTuple):
   Attributes:
     nets: the modules.
     own: what they learn from.
-    widths: that narrow networks may have, the branches of the iteration.
+    widths: that narrow networks may have, the branches of the iteration; without, the whole network learns
+      alone.
     optimizer: with a learning rate of 1.
     momentum: share of the teacher that is kept; may be traced.
     temperature: of InfoNCE.
@@ -233,7 +234,9 @@ def iterate(
   def none_below(params: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree, Array]:
     return params, opt_state, jnp.zeros(len(drawn), value.dtype)
 
-  params, opt_state, values = jax.lax.cond(narrow, all_below, none_below, params, opt_state)
+  values = []
+  if branches:
+    params, opt_state, values = jax.lax.cond(narrow, all_below, none_below, params, opt_state)
   return Iterated(params, opt_state, teacher, jnp.stack([value, *values]), z, targets)
 
 
@@ -248,6 +251,25 @@ def draw_widths(key: Array, epoch: Array, epochs: int, own: Widths, growing: boo
     floor = models.width_floor(epoch, epochs, own.low, own.high)
   drawn = jax.random.uniform(key, (), minval=floor, maxval=own.high)
   return jnp.round((jnp.stack([drawn, jnp.asarray(floor)]) - own.low) / own.step).astype(jnp.int32)
+
+
+def narrow_passes(epochs: int, own: Widths, growing: bool) -> np.ndarray:
+  """Returns how many networks of each of `own.drawn` a step trains behind the whole one, on average.
+
+  The mean over the training's epochs of what `draw_widths` is expected to draw; a growing range has none in
+  its first quarter.
+
+  Returns:
+    `[len(own.drawn)]`; the sum is 2, or 2 less the first quarter's share of the epochs.
+  """
+  centers, half = np.asarray(own.drawn), own.step / 2
+  found = np.zeros(len(centers))
+  for epoch in range(epochs // 4 if growing else 0, epochs):
+    floor = float(models.width_floor(epoch, epochs, own.low, own.high)) if growing else own.low
+    reach = np.minimum(centers + half, own.high) - np.maximum(centers - half, floor)
+    found += np.maximum(reach, 0) / (own.high - floor)
+    found[round((floor - own.low) / own.step)] += 1
+  return found / epochs
 
 
 def evaluator(

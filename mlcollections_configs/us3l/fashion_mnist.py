@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
   config.runs = ('us3l', 'naive', 'online', 'shared_head', 'sandwich')
   config.model.update(width=32, widths=(32, 64, 64), strides=(2, 2, 1))
   config.recipe.epochs = 40
+  config.timed = 3
   config.claims = (
     claim('a quarter of the channels: probe at least 5 points above the network as drawn',
           'untrained', 'probe_0.25', 5.0),

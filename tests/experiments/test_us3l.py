@@ -141,6 +141,74 @@ def test_narrow_widths_lie_between_the_floor_and_the_whole():
   assert set(np.asarray(whole)[:, 1]) == {0} and len(set(np.asarray(whole)[:, 0].tolist())) == 7
 
 
+@pytest.mark.parametrize('growing', [True, False])
+def test_narrow_passes_are_those_that_are_drawn(growing):
+  own, epochs, keys = Widths(), 10, jax.random.split(jax.random.key(0), 4000)
+  draw = jax.jit(
+    lambda epoch: jax.vmap(lambda key: slimmable.draw_widths(key, epoch, epochs, own, growing))(
+      keys
+    )
+  )
+  expected = np.zeros(len(own.drawn))
+  for epoch in range(2 if growing else 0, epochs):  # a quarter of 10 epochs are 2
+    expected += np.bincount(np.ravel(draw(epoch)), minlength=len(own.drawn)) / len(keys) / epochs
+  found = slimmable.narrow_passes(epochs, own, growing)
+  np.testing.assert_allclose(found, expected, atol=0.01)
+  np.testing.assert_allclose(found.sum(), 1.6 if growing else 2)
+
+
+def test_costs_are_weighted_by_what_is_drawn(monkeypatch):
+  prices = {'()': 10.0, '(0.25,)': 11.0, '(0.5,)': 12.0, '(0.75,)': 14.0, '(1.0,)': 20.0}
+  measured = []
+
+  def measure(sides, mesh, repeats):
+    del mesh
+    measured.append((len(sides), repeats))
+    price = {name: prices.get(name.split(') ')[1], 0.0) for name in sides}
+    return {
+      name: {'gigaflops': cost, 'milliseconds': 2 * cost + 1, 'megabytes': 7.0}
+      for name, cost in price.items()
+    }
+
+  monkeypatch.setattr(us3l.costs, 'measure', measure)
+  assert us3l.relative_costs(tiny_config()) == {} and not measured
+  found = us3l.relative_costs(tiny_config('runs=us3l,sandwich,naive', 'timed=2'))
+  assert measured == [(12, 2)]  # the first two differ in what they draw alone
+  # Floors 0.75, 0.5 and 0.25 a quarter each. Above these: 0.75 and 1 a half each; 0.5 and 1 a quarter each,
+  # 0.75 a half; 0.25 and 1 a sixth each, 0.5 and 0.75 a third each.
+  floors = (1 + 2 + 4) / 4
+  above = ((4 + 10) / 2 + (2 + 10) / 4 + 4 / 2 + (1 + 10) / 6 + (2 + 4) / 3) / 4
+  growing, whole = 10 + floors + above, 10 + 1 + (1 + 10) / 6 + (2 + 4) / 3
+  assert found['us3l']['gigaflops'] == pytest.approx(growing)
+  assert found['us3l']['milliseconds'] == pytest.approx(2 * growing + 1)
+  assert found['us3l']['relative_flops'] == pytest.approx(growing / whole)
+  assert found['us3l']['relative_time'] == pytest.approx((2 * growing + 1) / (2 * whole + 1))
+  assert found['sandwich']['gigaflops'] == pytest.approx(whole)
+  assert found['sandwich']['relative_flops'] == 1 and found['naive'] == found['us3l']
+  assert found['us3l']['megabytes'] == 7
+
+
+def branch_counts(jaxpr):
+  """Yields the number of branches of each conditional in a program."""
+  for equation in jaxpr.eqns:
+    yield len(equation.params.get('branches', ()))
+    for part in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda a: hasattr(a, 'eqns')
+    ):
+      inner = getattr(part, 'jaxpr', part)
+      if hasattr(inner, 'eqns'):
+        yield from branch_counts(inner)
+
+
+def test_a_step_holds_a_branch_for_each_width():
+  config = tiny_config('runs=us3l,')
+  for fixed, most in ((None, len(config.widths.drawn)), ((0.5,), 2), ((), 0)):
+    program = us3l.training_of(config, 'us3l', fixed).program
+    state = jax.eval_shape(program.init, jax.random.key(0))
+    traced = jax.make_jaxpr(program.step)(state, {}, program.batch)
+    assert max(branch_counts(traced.jaxpr)) == most  # 2: whether there are narrow networks at all
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize('name', tables.few(['us3l', 'naive', 'online'], 'us3l'))
 def test_the_first_quarter_trains_the_whole_network_alone(name):
@@ -201,6 +269,7 @@ def test_a_step_is_the_same_on_one_and_on_eight_devices():
       r'group_decay\.alpha=2\.0: expected a factor',
     ),
     (('group_decay.warmup_epochs=-1',), r'group_decay\.warmup_epochs=-1: expected at least 0'),
+    (('timed=-1',), r'timed=-1: expected a number of repeats'),
     (("model={'name': 'vgg11'}",), 'no slimmable network'),
   ],
 )
@@ -221,6 +290,7 @@ def test_a_run_judges_every_width_with_statistics_of_its_own(tmp_path):
   assert metrics['knn_1'] == metrics['foreign_knn_1']  # its own statistics
   assert metrics['probe_drop'] == metrics['probe_1'] - metrics['probe_0.5']
   assert metrics['knn_calibration'] == metrics['knn_0.5'] - metrics['foreign_knn_0.5']
-  assert metrics['passes'] == 2.5
+  assert metrics['passes'] == 2.5 and metrics['compiled_widths'] == 4
+  assert 'gigaflops' not in metrics  # of a step: not measured
   assert all(0 <= metrics[f'{kind}_0.5'] <= 100 for kind in ('knn', 'probe', 'foreign_knn'))
   assert (tmp_path / 'accuracy_over_width.png').stat().st_size > 1000
