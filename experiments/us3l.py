@@ -302,13 +302,14 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Pretrains every variant, and judges its backbone at several widths, each with statistics of its own."""
   sources = {split: harness_data.load(config.data, split) for split in ('train', 'test')}
   judge = slimmable.evaluator(config, config.widths, sources)
-  plan, rows, costly = programs(config), [], relative_costs(config)
+  plan, rows, histories, costly = programs(config), [], {}, relative_costs(config)
   drawn = jax.jit(plan[config.runs[0]].program.init)(jax.random.key(config.seed))
   untrained = compared(config, judge('untrained', drawn.params))
   rows.append(results.row('untrained', 'baseline', untrained))
   for name, own in plan.items():
     trained = runs.train(own, sources['train'], workdir / name)
     z_std = pretraining.say_collapse(own.title, trained.history)
+    histories[own.title] = trained.history
     passes = float(np.mean([line['passes'] for line in trained.history if 'passes' in line]))
     metrics = compared(config, judge(own.title, trained.variables['params']))
     metrics |= {'z_std': z_std, 'passes': passes, **costly.get(name, {})}
@@ -316,6 +317,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
     role = 'method' if config.variants[name].teacher == 'momentum' else 'baseline'
     rows.append(results.row(own.title, role, metrics))
   draw(config, rows, workdir / 'accuracy_over_width.png')
+  pretraining.draw_curves(config, histories, workdir / 'curves.png')
   return results.results(config, rows, metric_names(config), 'accuracies in %')
 
 
