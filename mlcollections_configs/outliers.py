@@ -28,7 +28,7 @@ def digits_vit(base: float) -> dict:
 def imagenet(name: str, drop_path: float, warmup_epochs: int) -> dict:
   """Returns a transformer on ImageNet: the recipe of DeiT and Swin, 300 epochs at batch 1024.
 
-  Without CutMix, random erasing and label smoothing.
+  Without random erasing and label smoothing.
   """
   return dict(
     data=dict(name='imagenet2012'),
@@ -43,6 +43,7 @@ def imagenet(name: str, drop_path: float, warmup_epochs: int) -> dict:
       batch_size=1024,
       precision='bfloat16',
       mixup=0.8,
+      cutmix=1.0,
       mix_partners='flip',
       optimizer=dict(name='adamw', weight_decay=0.05, no_decay=('ndim<=1',)),
       schedule=dict(

@@ -3,7 +3,7 @@
   python -m experiments.tweo --config=imagenet_vit_base --workdir=gs://...
 
 The paper names the networks and its own constants (tau 3, p 4, weight 0.01); the recipe is that of DeiT and
-Swin at batch 1024, without CutMix, random erasing and label smoothing. Prepare the data once:
+Swin at batch 1024, without random erasing and label smoothing. Prepare the data once:
 `tfds build imagenet2012 --file_format=array_record`.
 """
 
