@@ -2,7 +2,7 @@
 
   python -m experiments.colinearity_decay --config=imagenet_deit_small --workdir=gs://...
 
-The recipe is DeiT's without CutMix, random erasing and label smoothing; the paper's is not known. DeiT-B:
+The recipe is DeiT's without random erasing and label smoothing; the paper's is not known. DeiT-B:
 `--config.network.model.name=deit_base_patch16_224`. Prepare the data once:
 `tfds build imagenet2012 --file_format=array_record`.
 """
