@@ -1,10 +1,11 @@
-"""TWEO with GPT-2 XL (1.5B) in 8-bit floats, its weights split over groups of 16 chips.
+"""TWEO with GPT-2 XL (1.5B) in 8-bit floats, its weights split over all chips.
 
   python -m experiments.tweo --config=gpt2_xl --workdir=gs://...
 
 Data and recipe as for `gpt2`; the learning rate is that of GPT-3's network of this size. All rows:
 `--config.runs=plain,tweo,plain_float8,tweo_float8`. Its width, 1600, and its table divide by 16 and not by
-256: over more chips (`--config.mesh.fsdp`) most weights would stay whole on each.
+256: on more than 16 chips split them over groups, `--config.mesh.data=-1 --config.mesh.fsdp=16`, or most
+weights are whole on each chip.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ def get_config() -> ConfigDict:
   config = gpt2.get_config()
   config.network.model = dict(name='gpt2_xl', vocab_size=50304, remat=True)
   config.network.recipe.schedule.update(base=2e-4, end=2e-5)
-  config.mesh = dict(data=-1, fsdp=16, tensor=1)
+  config.mesh = dict(data=1, fsdp=-1, tensor=1)
   config.runs = ('tweo_float8',)
   config.claims = ()
   config.reported = (
