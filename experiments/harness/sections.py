@@ -1,5 +1,7 @@
 """Sections that settings are made of: what every experiment has, and the recipe of a training."""
 
+import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -24,8 +26,23 @@ class Mesh:
   tensor: int = 1
 
   def make(self) -> jax.sharding.Mesh:
-    """Returns the mesh over all devices."""
-    return parallel.make_mesh(self.data, self.fsdp, self.tensor)
+    """Returns the mesh over all devices, see `meshes_over`."""
+    return parallel.make_mesh(self.data, self.fsdp, self.tensor, _DEVICES.get())
+
+
+_DEVICES: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar(
+  'devices', default=None
+)
+
+
+@contextlib.contextmanager
+def meshes_over(devices: Sequence[jax.Device]) -> Iterator[None]:
+  """Within it `Mesh.make` lays meshes over these devices: settings are checked for a machine elsewhere."""
+  token = _DEVICES.set(devices)
+  try:
+    yield
+  finally:
+    _DEVICES.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,19 +64,17 @@ def load(text: str, changes: list[str]) -> Any:
   return launcher.load_checked(paper, setting or 'embedded', changes)
 
 
-def mesh_sizes(text: str, config: Any) -> dict[str, int]:
-  """Returns the axes' sizes from `data=-1,fsdp=4`, else from `config.mesh`.
+def mesh_changes(text: str) -> list[str]:
+  """Returns the changes of settings that `data=-1,fsdp=4` stands for.
 
-  >>> mesh_sizes('data=-1,fsdp=4', None)
-  {'data': -1, 'fsdp': 4}
+  >>> mesh_changes('data=-1,fsdp=4')
+  ['mesh.data=-1', 'mesh.fsdp=4']
   """
-  if not text:
-    return dataclasses.asdict(config.mesh)
-  sizes = dict(part.partition('=')[::2] for part in text.split(','))
+  sizes = dict(part.partition('=')[::2] for part in text.split(',')) if text else {}
   for name, size in sizes.items():
     if name not in ('data', 'fsdp', 'tensor') or not size.lstrip('-').isdigit():
       raise ValueError(f'--mesh={text}: expected data=N,fsdp=N,tensor=N.')
-  return {name: int(size) for name, size in sizes.items()}
+  return [f'mesh.{name}={size}' for name, size in sizes.items()]
 
 
 def show(found: dict[str, Any]) -> None:
@@ -119,10 +117,14 @@ def show(found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
   """Compiles, prints, and returns the report."""
   options = parse(arguments)
+  from experiments.harness.sections import meshes_over
   from jaxlab.parallel import aot
 
-  config = load(options.config, options.overrides)
-  mesh = aot.tpu_topology_mesh(options.topology, **mesh_sizes(options.mesh, config))
+  changes = [*options.overrides, *mesh_changes(options.mesh)]
+  devices = aot.tpu_topology_mesh(options.topology).devices.flatten().tolist()
+  with meshes_over(devices):
+    config = load(options.config, changes)
+  mesh = aot.tpu_topology_mesh(options.topology, **dataclasses.asdict(config.mesh))
   programs = {}
   for name, lowered in lower(config, mesh).items():
     began = time.perf_counter()

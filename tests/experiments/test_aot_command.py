@@ -3,6 +3,7 @@ import json
 import sys
 import types
 
+import jax
 import pytest
 from small_program import make_program
 
@@ -61,6 +62,21 @@ def test_report_is_printed_and_written(config, tmp_path, capsys):
   assert named['programs']['step [a]']['flops'] == found['programs']['step [a]']['flops']
 
 
+def test_the_mesh_of_a_setting_is_one_of_the_chips_it_is_compiled_for(config, monkeypatch):
+  # Of eight chips; this machine has one.
+  devices = jax.devices()
+  monkeypatch.setattr(jax, 'devices', lambda *args: devices[:1])
+  monkeypatch.setattr(
+    library, 'tpu_topology_mesh', lambda topology, **axes: make_mesh(**axes, devices=devices)
+  )
+  found = aot.main([f'--config={config}', '--config.mesh.fsdp=4'])
+  assert found['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  found = aot.main([f'--config={config}', '--mesh=data=-1,fsdp=8'])
+  assert found['mesh'] == {'data': 1, 'fsdp': 8, 'tensor': 1}
+  with pytest.raises(ValueError, match='does not fit 1 device'):
+    launcher.load_checked('toy', 'embedded', ['mesh.fsdp=4'])
+
+
 def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
   monkeypatch.setenv('COLUMNS', '60')
   program = {
@@ -85,6 +101,7 @@ def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
     (['--config.bath=8'], 'bath.*batch'),
     (['--config.batch=12'], 'batch_size=12'),
     (['--mesh=data=3'], 'data=3'),
+    (['--config.mesh.fsdp=3'], 'fsdp=3'),
     (['--mesh=model=2'], r'--mesh=model=2: expected data=N'),
   ],
 )
