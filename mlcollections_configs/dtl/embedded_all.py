@@ -1,8 +1,8 @@
-"""Every way to adapt a frozen network on every derived task: eleven rows, six tasks, half an hour a seed.
+"""Every way to adapt a frozen network on every derived task: eleven rows, six tasks.
 
   python -m experiments.dtl --config=embedded_all
 
-Network, recipe and learning rate are those of `embedded`, for all rows.
+Network, recipe and learning rate are those of `embedded`, for all rows: 66 trainings where that has 10.
 """
 
 from ml_collections import ConfigDict
