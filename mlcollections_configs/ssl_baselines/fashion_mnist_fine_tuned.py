@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 def claim(title: str, margin: float) -> dict:
   """Returns the claim that a pretrained backbone ends above the network as drawn."""
   return dict(
-    statement=f'{title}: fine-tuned at least {margin:g} points above training from scratch',
+    statement=f'{title}: fine-tuned above training from scratch by at least {margin:g}',
     metric='fine_tuned',
     baseline='untrained',
     method=title,
