@@ -49,19 +49,13 @@ def lower(config: Any, mesh: Any) -> dict[str, Any]:
   return {name: item.lower(mesh) for name, item in module.programs(config).items()}
 
 
-def load(text: str, changes: list[str]) -> Any:
-  """Returns the settings of `<paper>/<setting>`, or of a file in a paper's folder.
-
-  Raises:
-    ValueError: if there are none, or they cannot be.
-  """
-  from experiments.harness import launcher
-
+def place(text: str) -> tuple[str, str | pathlib.Path]:
+  """Returns paper and setting of `<paper>/<setting>`, or of a file in a paper's folder."""
   path = pathlib.Path(text)
   if path.suffix == '.py':
-    return launcher.load_checked(path.resolve().parent.name, path, changes)
+    return path.resolve().parent.name, path
   paper, _, setting = text.partition('/')
-  return launcher.load_checked(paper, setting or 'embedded', changes)
+  return paper, setting or 'embedded'
 
 
 def mesh_changes(text: str) -> list[str]:
@@ -117,13 +111,15 @@ def show(found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
   """Compiles, prints, and returns the report."""
   options = parse(arguments)
+  from experiments.harness import launcher
   from experiments.harness.sections import meshes_over
   from jaxlab.parallel import aot
 
-  changes = [*options.overrides, *mesh_changes(options.mesh)]
+  given = *place(options.config), [*options.overrides, *mesh_changes(options.mesh)]
+  launcher.load(*given)  # what does not exist is said without a compiler, too
   devices = aot.tpu_topology_mesh(options.topology).devices.flatten().tolist()
   with meshes_over(devices):
-    config = load(options.config, changes)
+    config = launcher.load_checked(*given)
   mesh = aot.tpu_topology_mesh(options.topology, **dataclasses.asdict(config.mesh))
   programs = {}
   for name, lowered in lower(config, mesh).items():
