@@ -228,10 +228,7 @@ def check_base(config: Settings) -> Iterator[str]:
     return
   if recipe.batch_size < 2 or recipe.microbatches > 1:
     yield 'recipe: expected a batch_size of 2 or more for batch norms, and microbatches=1.'
-  if config.base == 'dino' and recipe.optimizer.clip_global_norm and config.prototypes.held_epochs:
-    yield 'recipe.optimizer.clip_global_norm: DINO holds its last layer; clip each tensor (clip_per_tensor).'
-  if config.base == 'moco' and config.target.queue_size % config.recipe.batch_size:
-    yield f'target.queue_size={config.target.queue_size}: expected a multiple of recipe.batch_size.'
+  yield from siamese_methods.check((config.base,), recipe, config.target, config.prototypes)
   own = config.model, config.heads, config.target, pretraining.length(config)
   made = functools.partial(siamese_methods.method, config.base, prototype=config.prototypes)
   yield from found_by('model', made, *own)

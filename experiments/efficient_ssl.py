@@ -285,8 +285,7 @@ def check(config: Settings) -> Iterator[str]:
     yield 'recipe.microbatches: expected 1; bank, statistics and negatives are of the whole batch.'
   if size and (config.bank.negatives or 0) > size:
     yield f'bank.negatives={config.bank.negatives}: expected at most data.train_size={size}.'
-  if 'moco' in config.runs and config.target.queue_size % recipe.batch_size:
-    yield f'target.queue_size={config.target.queue_size}: expected a multiple of recipe.batch_size.'
+  yield from siamese_methods.check(config.runs, recipe, config.target)
   if config.head.layers < 1:
     yield f'head.layers={config.head.layers}: expected at least 1.'
   if config.timed < 0:

@@ -215,12 +215,7 @@ def check(config: Settings) -> Iterator[str]:
     yield f'recipe.batch_size={config.recipe.batch_size}: expected at least 2, for batch norms.'
   if config.fan_in_scaled and {*config.runs} & {*OTHERS}:
     yield f'fan_in_scaled: runs of {", ".join(OTHERS)} draw kernels of their own; leave it empty.'
-  queue = config.target.queue_size
-  if 'moco' in config.runs and queue % config.recipe.batch_size:
-    yield f'target.queue_size={queue}: expected a multiple of recipe.batch_size={config.recipe.batch_size}.'
-  optimizer = config.recipe.optimizer
-  if 'dino' in config.runs and optimizer.clip_global_norm and config.prototypes.held_epochs:
-    yield 'recipe.optimizer.clip_global_norm: DINO holds its last layer; clip each tensor (clip_per_tensor).'
+  yield from siamese_methods.check(config.runs, config.recipe, config.target, config.prototypes)
   yield from found_by('model', first_stages, config)
 
 

@@ -205,8 +205,7 @@ def check(config: Settings) -> Iterator[str]:
     yield 'data.train_size, labels.train_size: missing; schedules are made for it.'
     return
   own, recipe = config.target, config.recipe
-  if config.ssl == 'moco' and own.queue_size % recipe.batch_size:
-    yield f'target.queue_size={own.queue_size}: expected a multiple of recipe.batch_size={recipe.batch_size}.'
+  yield from siamese_methods.check((config.ssl,), recipe, own)
   if recipe.batch_size < 2:
     yield f'recipe.batch_size={recipe.batch_size}: expected at least 2, for batch norms and negatives.'
   if recipe.microbatches > 1:

@@ -160,9 +160,8 @@ def check(config: Settings) -> Iterator[str]:
   if not config.methods:
     yield f'methods is empty; methods: {", ".join(TITLES)}.'
   yield from check_views(config)
-  queue, recipe = config.target.queue_size, config.recipe
-  if 'moco' in config.methods and queue % recipe.batch_size:
-    yield f'target.queue_size={queue}: expected a multiple of recipe.batch_size={recipe.batch_size}.'
+  recipe = config.recipe
+  yield from siamese_methods.check(config.methods, recipe, config.target, config.prototypes)
   if recipe.batch_size < 2:
     yield f'recipe.batch_size={recipe.batch_size}: expected at least 2, for batch norms and negatives.'
   if recipe.microbatches > 1 and {*config.methods} - {'mae'}:
@@ -170,10 +169,6 @@ def check(config: Settings) -> Iterator[str]:
   for name in ('redundancy_weight', 'final_weight_decay', 'predictor_rate'):
     if (value := getattr(config, name)) is not None and value < 0:
       yield f'{name}={value}: expected at least 0.'
-  if (
-    'dino' in config.methods and recipe.optimizer.clip_global_norm and config.prototypes.held_epochs
-  ):
-    yield 'recipe.optimizer.clip_global_norm: DINO holds its last layer; clip each tensor (clip_per_tensor).'
   for name in {*config.methods} & {*TITLES}:
     if name == 'mae':
       yield from found_by('model', masked_modeling.parts, config, config.masking)

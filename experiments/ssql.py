@@ -231,8 +231,7 @@ def check(config: Settings) -> Iterator[str]:
     yield 'heads.style, target.final: SSQL and its base have the heads and the constant share of the paper.'
   if config.base == 'moco' and 'reverse' in str(config.runs):
     yield "runs: 'reverse' is defined for base 'simsiam' and 'byol', not for 'moco'."
-  if config.base == 'moco' and config.target.queue_size % config.recipe.batch_size:
-    yield f'target.queue_size={config.target.queue_size}: expected a multiple of recipe.batch_size.'
+  yield from siamese_methods.check((config.base,), config.recipe, config.target)
   for item in config.runs:
     yield from settings.found_by('runs', plan, item)
   yield from settings.found_by('model', base_method, config)

@@ -160,8 +160,7 @@ def check(config: Settings) -> Iterator[str]:
     yield 'runs is empty and there is no localization: nothing is done.'
   if config.recipe.batch_size < 2 or config.recipe.microbatches > 1:
     yield 'recipe: expected a batch_size of 2 or more for batch norms, and microbatches=1.'
-  if config.base == 'moco' and config.target.queue_size % config.recipe.batch_size:
-    yield f'target.queue_size={config.target.queue_size}: expected a multiple of recipe.batch_size.'
+  yield from siamese_methods.check((config.base,), config.recipe, config.target)
   yield from found_by('model', method, config)
   own = config.merging
   yield from objectness.check(own.net, config.data, own.reduce, 'merging')

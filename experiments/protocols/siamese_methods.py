@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from experiments.harness import networks
 from experiments.harness.runs import Run, Variables
-from experiments.harness.sections import Optimizer
+from experiments.harness.sections import Optimizer, Recipe
 from experiments.protocols import pretraining, siamese
 from experiments.protocols.pretraining import Length
 from experiments.protocols.siamese import Networks, Seen, Targets, Views, follow, target_pass
@@ -337,6 +337,17 @@ def method(
   predictor = mlp(heads.predictor, heads.features) if name in ('byol', 'simsiam') else None
   backbone = networks.create(model, num_classes=None)
   return Networks(models.Encoder(backbone, projector), predictor), targets
+
+
+def check(
+  names: Sequence[str], recipe: Recipe, momentum: Momentum, prototype: Prototypes = Prototypes()
+) -> Iterator[str]:
+  """Yields what methods cannot be trained with: queues that do not divide, norms over what is held."""
+  queue, batch = momentum.queue_size, recipe.batch_size
+  if 'moco' in names and queue % batch:
+    yield f'target.queue_size={queue}: expected a multiple of recipe.batch_size={batch}.'
+  if 'dino' in names and recipe.optimizer.clip_global_norm and prototype.held_epochs:
+    yield 'recipe.optimizer.clip_global_norm: DINO holds its last layer; clip each tensor (clip_per_tensor).'
 
 
 def training(
