@@ -47,7 +47,11 @@ def overridden(
     if not separator:
       problems.append(f'--config.{change}: expected --config.key=value.')
     elif kind is None:
-      close = difflib.get_close_matches(key, keys, 3, 0.4)
+      section, _, _ = key.rpartition('.')
+      inner = _type_at(cls, given, section.split('.'), new=True)
+      inner = hints_of(inner) if dataclasses.is_dataclass(inner) else ()
+      near = [*keys, *(f'{section}.{name}' for name in inner)]
+      close = difflib.get_close_matches(key, dict.fromkeys(near), 3, 0.4)
       hint = f'Did you mean {", ".join(close)}?' if close else f'Keys: {", ".join(keys)}.'
       problems.append(f'--config.{key}: unknown key. {hint}')
     else:

@@ -7,6 +7,7 @@ Modules are named as in Hugging Face's transformers, `model.layers.3.self_attn.q
 `layers_3/self_attn/q_proj`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -190,6 +191,12 @@ class Llama(nn.Module):
 
   def __post_init__(self):
     if isinstance(self.rope_scaling, Mapping):
+      known = [field.name for field in dataclasses.fields(RotaryScaling)]
+      if unknown := [name for name in self.rope_scaling if name not in known]:
+        raise ValueError(
+          f'Llama: rope_scaling has {", ".join(unknown)}; expected some of {", ".join(known)} '
+          "(from_config reads transformers' names)."
+        )
       self.rope_scaling = RotaryScaling(**self.rope_scaling)
     if self.head_width is None and self.width % self.num_heads:
       raise ValueError(

@@ -381,6 +381,7 @@ def test_scaled_rotary_positions_are_those_of_llama_3_1():
     ({'factor': 0.5}, 'factor=0.5: expected a number of at least 1'),
     ({'low': 4.0}, 'expected 0 < low < high, got 4.0 and 4.0'),
     ({'length': 0}, 'length=0'),
+    ({'rope_type': 'llama3'}, 'rope_scaling has rope_type; expected some of factor, low'),
   ],
 )
 def test_scalings_that_cannot_be_raise(scaling, message):

@@ -177,6 +177,8 @@ def test_entries_of_a_mapping_that_holds_none_are_made_by_their_keys():
   for wrong in ('heads.y.rate=3', 'tuning.y.rat=3', 'needed.y.rate=3'):
     with pytest.raises(settings.SettingsError, match='unknown key'):
       override(Whole, {}, [wrong])
+  with pytest.raises(settings.SettingsError, match=r'Did you mean tuning\.y\.rate'):
+    override(Whole, {}, ['tuning.y.rat=3'])
   with pytest.raises(settings.SettingsError, match=r'tuning\.y\.rate: unknown key'):
     override(Whole, {'tuning': {'x': {}}}, ['tuning.y.rate=3'])
 
