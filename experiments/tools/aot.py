@@ -1,10 +1,12 @@
 """Compiles an experiment's programs, such as its train step, for a TPU pod, on a machine without one.
 
   python -m experiments aot --config=gml/imagenet_lt --topology=v5e:4x4
+  python -m experiments aot --config=kv_heads/llama2_7b --topology=v5e:4x4 --programs=calibrate,decode
 
 prints HBM and FLOPs per chip, the collectives with the bytes of their results on one chip, and whether the
 step fits. The mesh is that of the config (`config.mesh`, `data=-1` takes the remaining chips) unless `--mesh`
-says otherwise. Needs the TPU compiler: pip install libtpu.
+says otherwise. Large networks take minutes a program: each is said when it is done, and written to the
+file of `--json` at once. Needs the TPU compiler: pip install libtpu.
 """
 
 import argparse
@@ -34,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     '--topology', default='v5e:4x4', help='v5e:16x16, v6e:4x4, v5p:4x4x4, ...; default: %(default)s'
   )
   parser.add_argument('--mesh', default='', help='such as data=-1,fsdp=4,tensor=1')
+  parser.add_argument(
+    '--programs', default='', metavar='NAME,...', help='these alone; default: all'
+  )
   parser.add_argument('--json', metavar='FILE', help='write the report to this file as well')
   options, rest = parser.parse_known_args(arguments)
   unknown = [text for text in rest if not text.startswith('--config.')]
@@ -43,10 +48,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   return options
 
 
-def lower(config: Any, mesh: Any) -> dict[str, Any]:
-  """Returns the lowered programs of `experiments.<paper>` by name, for nominal facts."""
+def programs_of(config: Any, names: str = '') -> dict[str, Any]:
+  """Returns the programs of `experiments.<paper>` by name, for nominal facts.
+
+  Args:
+    config: of the paper.
+    names: of those that are wanted, with commas between; empty: all.
+
+  Raises:
+    ValueError: for a name that none has.
+  """
+  from experiments.harness import launcher
+
   module = importlib.import_module(f'experiments.{config.paper}')
-  return {name: item.lower(mesh) for name, item in module.programs(config).items()}
+  known = module.programs(config)
+  chosen = [name.strip() for name in names.split(',')] if names else [*known]
+  for name in chosen:
+    if name not in known:
+      raise ValueError(f'--programs={names}: no {name!r}. {launcher.closest(name, [*known])}')
+  return {name: known[name] for name in chosen}
+
+
+def compiled(program: Any, mesh: Any) -> dict[str, Any]:
+  """Returns what `aot.report` says of a program, and the seconds that tracing and compiling it took."""
+  from jaxlab.parallel import aot
+
+  began = time.perf_counter()
+  lowered = program.lower(mesh)
+  traced = time.perf_counter()
+  found = aot.compile_lowered(lowered)
+  seconds = time.perf_counter() - traced
+  return {'trace_seconds': traced - began, 'compile_seconds': seconds, **aot.report(found)}
 
 
 def place(text: str) -> tuple[str, str | pathlib.Path]:
@@ -121,21 +153,19 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
   with meshes_over(devices):
     config = launcher.load_checked(*given)
   mesh = aot.tpu_topology_mesh(options.topology, **dataclasses.asdict(config.mesh))
-  programs = {}
-  for name, lowered in lower(config, mesh).items():
-    began = time.perf_counter()
-    compiled = aot.compile_lowered(lowered)
-    seconds = time.perf_counter() - began
-    programs[name] = {'compile_seconds': seconds, **aot.report(compiled)}
   found = {
     'config': options.config,
     'topology': options.topology,
     'mesh': dict(mesh.shape),
-    'programs': programs,
+    'programs': {},
   }
+  for name, program in programs_of(config, options.programs).items():
+    found['programs'][name] = own = compiled(program, mesh)
+    seconds = own['trace_seconds'], own['compile_seconds']
+    print('{}: traced in {:.0f} s, compiled in {:.0f} s'.format(name, *seconds), file=sys.stderr)
+    if options.json:
+      pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
   show(found)
-  if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
   return found
 
 

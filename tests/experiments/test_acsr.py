@@ -13,7 +13,6 @@ from experiments import acsr
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import episode_results, episodes, few_shot_data
-from experiments.tools import aot
 from jaxlab import data, parallel
 from jaxlab.losses.stability import acsr_loss
 
@@ -42,7 +41,8 @@ def test_resnet18_traces_with_its_last_stage_trained():
 @pytest.mark.exhaustive
 def test_the_programs_lower_for_a_mesh_of_all_devices():
   config = tiny(mesh__fsdp=2)
-  lowered = aot.lower(config, config.mesh.make())
+  mesh = config.mesh.make()
+  lowered = {name: own.lower(mesh) for name, own in acsr.programs(config).items()}
   assert set(lowered) == {'backbone', 'plain', 'SR'}
   assert lowered['SR'].out_info['probabilities'].shape == (8, 6, 3)
   assert set(acsr.programs(tiny(checkpoint='weights.npz'))) == {'plain', 'SR'}

@@ -31,7 +31,7 @@ def programs(config):
   def lower(mesh):
     return library.lower_step(make_program(batch=config.batch), mesh)
 
-  return {'step [a]': types.SimpleNamespace(lower=lower)}
+  return {name: types.SimpleNamespace(lower=lower) for name in ('step [a]', 'again')}
 
 
 @pytest.fixture
@@ -58,8 +58,25 @@ def test_report_is_printed_and_written(config, tmp_path, capsys):
   text = capsys.readouterr().out
   assert 'HBM temporaries' in text and 'all-reduce' in text and 'v5e:4x4' in text
   assert 'step [a]' in text
-  named = aot.main(['--config=toy/embedded', '--topology=v5e:4x4'])
+  named = aot.main(['--config=toy/embedded', '--topology=v5e:4x4', '--programs=step [a]'])
+  assert [*found['programs']] == ['step [a]', 'again'] and [*named['programs']] == ['step [a]']
   assert named['programs']['step [a]']['flops'] == found['programs']['step [a]']['flops']
+
+
+def test_what_was_compiled_before_one_failed_is_written(config, tmp_path, monkeypatch, capsys):
+  out, report, calls = tmp_path / 'report.json', library.report, []
+
+  def fails_once_more(compiled):
+    calls.append(compiled)
+    if len(calls) == 2:
+      raise MemoryError('too large')
+    return report(compiled)
+
+  monkeypatch.setattr(library, 'report', fails_once_more)
+  with pytest.raises(MemoryError):
+    aot.main([f'--config={config}', f'--json={out}'])
+  assert list(json.loads(out.read_text())['programs']) == ['step [a]']
+  assert 'step [a]: traced in' in capsys.readouterr().err
 
 
 def test_the_mesh_of_a_setting_is_one_of_the_chips_it_is_compiled_for(config, monkeypatch):
@@ -101,6 +118,7 @@ def test_a_narrow_terminal_cuts_nothing_off(monkeypatch, capsys):
     (['--config.bath=8'], 'bath.*batch'),
     (['--config.batch=12'], 'batch_size=12'),
     (['--mesh=data=3'], 'data=3'),
+    (['--programs=again,agian'], r"no 'agian'\. Did you mean again"),
     (['--config.mesh.fsdp=3'], 'fsdp=3'),
     (['--mesh=model=2'], r'--mesh=model=2: expected data=N'),
   ],
