@@ -51,3 +51,17 @@ def test_a_page_names_functions_and_settings_that_exist(page):
   settings = re.search(r'^- Settings: (.*)$', text, re.MULTILINE)[1]
   found = {path.stem for path in page.parent.glob('[!_]*.py')}
   assert found == set(re.findall(r'`(\w+)`', settings))
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.parent.name)
+def test_a_page_ends_with_the_entry_of_its_paper(page):
+  if page.parent.name == 'ssl_baselines':
+    return  # papers of others
+  text = page.read_text()
+  key, authors, number = re.search(
+    r'@misc\{(\w+),\n  title=.*\n  author=\{(.*)\},\n  note=.*\n  eprint=\{(.*)\},\n.*\n\}\n```\n\Z',
+    text,
+  ).groups()
+  header = ' '.join(text.partition('```')[0].split())
+  assert key == page.parent.name and f'arxiv.org/abs/{number}' in header
+  assert authors.replace(' and ', ', ') in header

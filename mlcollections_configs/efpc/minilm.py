@@ -1,4 +1,4 @@
-"""EFPC with MiniLM's public weights and tokenizer on the embedded documents; half an hour a seed on a CPU.
+"""EFPC with MiniLM's public weights and tokenizer on the embedded documents; ten minutes a seed on a CPU.
 
 python -m experiments list efpc                      # how the weights are brought, once
 python -m experiments.efpc --config=minilm
