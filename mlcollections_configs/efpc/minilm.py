@@ -1,4 +1,4 @@
-"""EFPC with MiniLM's public weights and tokenizer on the embedded documents; ten minutes a seed on a CPU.
+"""EFPC with MiniLM's public weights and tokenizer on the embedded documents; twenty minutes a seed on a CPU.
 
 python -m experiments list efpc                      # how the weights are brought, once
 python -m experiments.efpc --config=minilm
@@ -26,5 +26,4 @@ def get_config() -> ConfigDict:
     optimizer=dict(name='adam'),
     schedule=dict(name='cosine', base=2e-4, warmup_epochs=0.1),
   )
-  config.added = (0.0, 0.1)
   return config
