@@ -21,11 +21,15 @@ class Blocks(nn.Module):
   depth: int
   num_heads: int
   mlp_ratio: float
+  qkv_bias: bool
+  epsilon: float
 
   @nn.compact
   def __call__(self, x):
     for index in range(self.depth):
-      x = Block(self.num_heads, self.mlp_ratio, name=f'blocks_{index}')(x)
+      x = Block(
+        self.num_heads, self.mlp_ratio, self.qkv_bias, epsilon=self.epsilon, name=f'blocks_{index}'
+      )(x)
     return x
 
 
@@ -41,9 +45,12 @@ def frozen(vectors, x):
     for i in range(depth)
     for layer in layers
     for kind in ('weight', 'bias')
+    if f'block{i}_{layer}_{kind}' in own
   }
-  hidden = len(own['block0_mlp_fc1_bias'])
-  model = Blocks(depth, vectors.param('num_heads'), hidden / x.shape[-1])
+  model = Blocks(
+    depth, vectors.param('num_heads'), len(own['block0_mlp_fc1_bias']) / x.shape[-1],
+    'block0_attn_qkv_bias' in own, vectors.param('layer_norm_eps'),
+  )  # fmt: skip
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, x.dtype),
     jax.eval_shape(model.init, jax.random.key(0), x),

@@ -10,7 +10,8 @@ from golden_vectors import assert_close, golden
 from models.random_variables import random_images, random_variables
 
 from jaxlab import adapters, losses, models
-from jaxlab.models import ViT, from_torch, to_torch
+from jaxlab.models import Hook, ViT, from_torch, to_torch
+from jaxlab.models.intercept import intercepting
 
 
 @golden('dtl', 'swish_beta')
@@ -55,6 +56,7 @@ def test_a_vit_with_its_gradients_agrees_with_official_code(vectors):
     patch_size=1, image_size=grid, width=width, depth=depth, num_heads=vectors.param('num_heads'),
     mlp_ratio=len(vectors['param_block0_mlp_fc1_bias']) / width,
     num_classes=len(vectors['param_head_bias']), epsilon=vectors.param('layer_norm_eps'),
+    qkv_bias='param_block0_attn_qkv_bias' in vectors,
   )  # fmt: skip
   # Patches of a pixel, projected by the identity, are the patch embeddings of the file.
   images = jnp.asarray(patches.reshape(batch, grid, grid, width), jnp.float32)
@@ -84,9 +86,20 @@ def test_a_vit_with_its_gradients_agrees_with_official_code(vectors):
   )
   assert_close(logits, vectors['out_logits'], 1e-5)
   assert_close(loss, vectors['out_loss'], 1e-5)
-  for i in range(depth):
-    assert_close(grads['blocks'][f'blocks_{i}']['down'].T, vectors[f'grad_csn{i}_down'], 1e-5)
-    assert_close(grads['blocks'][f'blocks_{i}']['up'].T, vectors[f'grad_csn{i}_up'], 1e-5)
+  seen = {}
+  look = Hook(r'blocks_\d+', input=lambda site, x: seen.setdefault(site.path, x))
+  with intercepting([look]):
+    adapters.apply_side_network(
+      model, variables, side, images, adding=adding, beta=vectors.param('beta')
+    )
+  for path, x in seen.items():
+    expected = vectors[path.replace('blocks_', 'out_block_input_')]
+    assert_close(x[:, : expected.shape[1]], expected, 1e-5)
+  assert len(seen) == depth
+  for name, own in grads['blocks'].items():
+    key = name.replace('blocks_', 'grad_csn')
+    assert_close(own['down'].T, vectors[f'{key}_down'], 1e-5)
+    assert_close(own['up'].T, vectors[f'{key}_up'], 1e-5)
   assert_close(head['kernel'].T, vectors['grad_head_weight'], 1e-5)
   assert_close(head['bias'], vectors['grad_head_bias'], 1e-5)
   if 'fusion' in side:
@@ -94,13 +107,15 @@ def test_a_vit_with_its_gradients_agrees_with_official_code(vectors):
     assert_close(gradient, vectors['grad_fusion_kernel'], 1e-5)
 
 
-@golden('dtl', 'swin_dtl_plus')
+@golden('dtl', 'swin_dtl')
 def test_a_swin_with_its_gradients_agrees_with_official_code(vectors):
   images = jnp.asarray(vectors['in_image_nchw'].transpose(0, 2, 3, 1))
-  depths = tuple(vectors.param('depths'))
+  depths, width = tuple(vectors.param('depths')), vectors.param('embed_dim')
   model = models.create(
-    'swin_tiny_patch4_window7_224', image_size=images.shape[1], width=vectors.param('embed_dim'),
+    'swin_tiny_patch4_window7_224', image_size=images.shape[1:3], width=width,
+    patch_size=vectors['param_patch_embed_proj_weight'].shape[-1],
     depths=depths, num_heads=tuple(vectors.param('num_heads')),
+    mlp_ratio=len(vectors['param_layers_0_blocks_0_mlp_fc1_bias']) / width,
     window_size=vectors.param('window_size'), num_classes=len(vectors['param_head_bias']),
   )  # fmt: skip
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -115,16 +130,15 @@ def test_a_swin_with_its_gradients_agrees_with_official_code(vectors):
   variables = from_torch(shapes, {name: vectors[of_file(name)] for name in to_torch(blank)})
   paths = models.anatomy(model).block_paths
   found = kernels(vectors, 'param_lora_dict_{}_lora_A', 'param_lora_dict_{}_lora_B')
-  side = {
-    'blocks': {paths[i]: own for i, own in found.items()},
-    'fusion': {
+  side = {'blocks': {paths[i]: own for i, own in found.items()}}
+  if vectors.param('fusion_size'):
+    side['fusion'] = {
       f'layers_{i}': vectors[f'param_lora_fusions_{i}_weight'].transpose(2, 3, 1, 0)
       for i in range(len(depths))
-    },
-  }
+    }
   side = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), side)
-  # The file adds behind all blocks but the first.
-  labels, adding = jnp.asarray(vectors['in_labels']), paths[1:]
+  labels = jnp.asarray(vectors['in_labels'])
+  adding = [paths[i] for i in vectors.param('add_blocks')]
   (loss, logits), (grads, head) = loss_and_gradients(
     model, variables, side, images, labels, adding, vectors.param('beta')
   )
@@ -134,9 +148,11 @@ def test_a_swin_with_its_gradients_agrees_with_official_code(vectors):
     own = grads['blocks'][paths[i]]
     assert_close(own['down'].T, vectors[f'grad_lora_dict_{i}_lora_A'], 1e-5)
     assert_close(own['up'].T, vectors[f'grad_lora_dict_{i}_lora_B'], 1e-5)
-  for i in range(len(depths)):
-    gradient = grads['fusion'][f'layers_{i}'].transpose(3, 2, 0, 1)
-    assert_close(gradient, vectors[f'grad_lora_fusions_{i}_weight'], 1e-5)
+  for name, kernel in grads.get('fusion', {}).items():
+    gradient, key = kernel.transpose(3, 2, 0, 1), name.replace('layers', 'grad_lora_fusions')
+    # Of a stage behind which nothing is added, the official kernel has no gradient.
+    expected = vectors.get(f'{key}_weight', np.zeros_like(gradient))
+    assert_close(gradient, expected, 1e-5)
   assert_close(head['fc']['kernel'].T, vectors['grad_head_weight'], 1e-5)
   assert_close(head['fc']['bias'], vectors['grad_head_bias'], 1e-5)
 

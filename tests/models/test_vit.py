@@ -64,7 +64,10 @@ def test_block_and_its_gradient_agree_with_reference(vectors, dtype, rtol):
       .replace('_bias', '.bias'): v
       for k, v in arrays.items()
     }
-    block = Block(vectors.param('num_heads'), len(arrays['mlp_fc1_bias']) / x.shape[-1])
+    block = Block(
+      vectors.param('num_heads'), len(arrays['mlp_fc1_bias']) / x.shape[-1],
+      'attn_qkv_bias' in arrays, epsilon=vectors.param('layer_norm_eps'),
+    )  # fmt: skip
     renames = ((r'^attention\.', 'attn.'),)
     variables = from_torch(abstract64(block, x), dotted, renames=renames)
     cosines = np.cos(np.arange(x.size)).reshape(x.shape)
