@@ -247,6 +247,11 @@ def check(config: Settings) -> Iterator[str]:
     longest = getattr(config.model, 'max_length', None)
     if isinstance(config.model, models.GPT2) and config.decoding.length > longest:
       yield f'decoding.length={config.decoding.length} exceeds the {longest} positions of the network.'
+  if not problems and config.decoding.partition:
+    weights, mesh = whole_shapes(config).variables, config.mesh.make()
+    yield from found_by(
+      'decoding.partition', decoding.weight_shardings, config.decoding, weights, mesh
+    )
   rows = [WHOLE, EQUAL, *map(re.escape, TITLES.values())]
   metrics = [f't{size}_{name}' for size in config.group_sizes for name in METRICS]
   yield from results.check_claims(config, rows, metrics)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.harness import costs, networks
 from experiments.harness.runs import Call, Variables, say
@@ -25,11 +26,13 @@ class Decoding:
     batch_size: sequences.
     length: tokens of the cache.
     repeats: of the measurement; 0: none.
+    partition: rules of the compiled step's weights, pairs (pattern, axes of the mesh), as of a recipe.
   """
 
   batch_size: int = 8
   length: int = 512
   repeats: int = 5
+  partition: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
@@ -43,7 +46,8 @@ class Decoding:
 def program(sizes: Decoding, make: Callable[[], GroupedHeads]) -> Call:
   """Returns a step of decoding, of variables, a cache that it overwrites, and tokens.
 
-  Weights are split over the mesh by the rule for parameters, the cache by sequences.
+  Weights are split over the mesh by `partition` and the rule for parameters, the cache by sequences, and over
+  `tensor` by heads, where they divide.
 
   Args:
     sizes: of batch and cache.
@@ -57,13 +61,26 @@ def _arguments(
 ) -> tuple[Any, tuple[Any, ...]]:
   own, sharding = make(), networks.calibration_sharding(mesh, sizes.batch_size)
   cache = jax.eval_shape(lambda: own.model.init_cache(sizes.batch_size, sizes.length))
-  over_batch = jax.tree.map(
-    lambda leaf: sharding if leaf.ndim else parallel.replicated(mesh), cache
-  )
-  variables = parallel.abstract(own.variables, parallel.fsdp_shardings(own.variables, mesh))
+
+  def place(leaf: Any) -> NamedSharding:
+    if leaf.ndim == 4 and leaf.shape[2] % mesh.shape['tensor'] == 0:
+      return NamedSharding(mesh, PartitionSpec(*(sharding.spec or [None]), None, 'tensor'))
+    return sharding if leaf.ndim else parallel.replicated(mesh)
+
+  variables = parallel.abstract(own.variables, weight_shardings(sizes, own.variables, mesh))
   tokens = jax.ShapeDtypeStruct((sizes.batch_size, 1), jnp.int32, sharding=sharding)
   step = functools.partial(decode, model=own.model, hooks=own.hooks)
-  return step, (variables, parallel.abstract(cache, over_batch), tokens)
+  return step, (variables, parallel.abstract(cache, jax.tree.map(place, cache)), tokens)
+
+
+def weight_shardings(sizes: Decoding, variables: Variables, mesh: jax.sharding.Mesh) -> Any:
+  """Returns how the weights of the compiled step lie on a mesh.
+
+  Raises:
+    ValueError: for a rule of `partition` that matches nothing, or does not fit what it matches.
+  """
+  rules = [(pattern, PartitionSpec(*axes)) for pattern, axes in sizes.partition]
+  return parallel.fsdp_shardings(variables, mesh, rules)
 
 
 def decode(

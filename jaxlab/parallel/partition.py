@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,19 +28,27 @@ def fsdp_spec(shape: Sequence[int], mesh: Mesh, min_size: int) -> PartitionSpec:
   return PartitionSpec(*[None] * axis, 'fsdp')
 
 
-def fsdp_shardings(tree: PyTree, mesh: Mesh, *, fsdp_min_size: int = 2**18) -> PyTree:
-  """Returns the sharding of every array of any pytree by the automatic rule, `fsdp_spec`.
+def fsdp_shardings(
+  tree: PyTree, mesh: Mesh, rules: Rules = (), *, fsdp_min_size: int = 2**18
+) -> PyTree:
+  """Returns the sharding of every array of any pytree: by rules, else by the automatic one, `fsdp_spec`.
 
   For weights that are not trained here: `jax.device_put(variables, fsdp_shardings(variables, mesh))`.
 
   Args:
     tree: of arrays or `jax.ShapeDtypeStruct`s.
     mesh: from `make_mesh`.
+    rules: as of `state_shardings`, for paths in the tree (`params/layers_0/mlp/up_proj/kernel`).
     fsdp_min_size: number of elements from which an array is split.
+
+  Raises:
+    ValueError: as `state_shardings` does.
   """
-  return jax.tree.map(
-    lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh, fsdp_min_size)), tree
-  )
+  decide, finish = _deciding(rules, mesh, fsdp_min_size)
+  paths = tree_paths(tree)
+  shardings = [NamedSharding(mesh, decide(path, tuple(leaf.shape))) for path, leaf in paths]
+  finish([path for path, _ in paths])
+  return jax.tree.unflatten(jax.tree.structure(tree), shardings)
 
 
 def state_shardings(
@@ -80,16 +88,7 @@ def program_shardings(
   Both as `state_shardings` has it: what follows no parameter is matched by `frozen/teacher/...`.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in tree_paths(state.params)}
-  unused = {pattern for pattern, _ in rules}
-
-  def decide(path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    matching = [(pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path)]
-    unused.difference_update(pattern for pattern, _ in matching)
-    if not matching:
-      return fsdp_spec(shape, mesh, fsdp_min_size)
-    _check_spec(*matching[0], path, shape, mesh)
-    return matching[0][1]
-
+  decide, finish = _deciding(rules, mesh, fsdp_min_size)
   params = {path: decide(path, shape) for path, shape in shapes.items()}
   specs, others = [], []
   paths = tree_paths(state) + [(f'frozen/{path}', leaf) for path, leaf in tree_paths(frozen)]
@@ -98,14 +97,33 @@ def program_shardings(
     if followed is None:
       others.append(path)
     specs.append(params[followed] if followed else decide(path, tuple(leaf.shape)))
-  if unused:
-    known = [*shapes, *others]
-    raise ValueError(
-      f'Partition rule(s) {", ".join(map(repr, sorted(unused)))} match none of the {len(known)} '
-      f'paths, such as {", ".join(known[:8])}.'
-    )
+  finish([*shapes, *others])
   shardings = [NamedSharding(mesh, spec) for spec in specs]
   return jax.tree.unflatten(jax.tree.structure((state, frozen)), shardings)
+
+
+def _deciding(
+  rules: Rules, mesh: Mesh, min_size: int
+) -> tuple[Callable[[str, tuple[int, ...]], PartitionSpec], Callable[[Sequence[str]], None]]:
+  """Returns what decides on a path and a shape, and what raises ValueError if a rule has decided on none."""
+  unused = {pattern for pattern, _ in rules}
+
+  def decide(path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    matching = [(pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path)]
+    unused.difference_update(pattern for pattern, _ in matching)
+    if not matching:
+      return fsdp_spec(shape, mesh, min_size)
+    _check_spec(*matching[0], path, shape, mesh)
+    return matching[0][1]
+
+  def finish(known: Sequence[str]) -> None:
+    if unused:
+      raise ValueError(
+        f'Partition rule(s) {", ".join(map(repr, sorted(unused)))} match none of the {len(known)} '
+        f'paths, such as {", ".join(known[:8])}.'
+      )
+
+  return decide, finish
 
 
 def _followed(path: str, shape: tuple[int, ...], params: dict[str, tuple[int, ...]]) -> str | None:

@@ -8,10 +8,12 @@ The two files hold tokens of the model's own tokenizer.
 
 from ml_collections import ConfigDict
 
-from mlcollections_configs.kv_heads.llama2_7b import pretrained
+from mlcollections_configs.kv_heads.llama2_7b import BY_HEADS, pretrained
 
 
 def get_config() -> ConfigDict:
   """Returns the settings."""
   model = dict(name='llama2_13b', dtype='bfloat16', param_dtype='bfloat16', remat=True)
-  return pretrained(model, 'llama2_13b.meta-llama/Llama-2-13b-hf', 32000)
+  config = pretrained(model, 'llama2_13b.meta-llama/Llama-2-13b-hf', 32000)
+  config.decoding.partition = BY_HEADS
+  return config

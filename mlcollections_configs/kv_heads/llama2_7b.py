@@ -8,6 +8,12 @@ of windows of 2048 tokens in the first. Calibration: 128 windows of C4, as in th
 fine-tuning is not told but for LoRA: rank 16, alpha 32, AdamW at 1e-4 and one epoch are taken, here 500 steps
 of 16 windows. The weights (huggingface.co/meta-llama, after its license has been accepted) stay in bfloat16,
 split over the chips.
+
+  python -m experiments aot --config=kv_heads/llama2_7b --topology=v5e:4x4 --mesh=data=2,fsdp=1,tensor=8 \\
+    --programs=decode,decode_svd_a_2,decode_svd_a_4
+
+compiles decoding with heads and channels of the MLPs split over `tensor`: weights stay where they lie, where
+the mesh of the setting gathers them anew for each token.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +22,17 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns the settings."""
   model = dict(name='llama2_7b', dtype='bfloat16', param_dtype='bfloat16', remat=True)
-  return pretrained(model, 'llama2_7b.meta-llama/Llama-2-7b-hf', 32000)
+  config = pretrained(model, 'llama2_7b.meta-llama/Llama-2-7b-hf', 32000)
+  config.decoding.partition = BY_HEADS
+  return config
+
+
+# What makes heads, channels of the MLP and logits is split by these, and what reads heads and channels alike.
+BY_HEADS = (
+  (r'.*/(q|k|v|gate|up)_proj/kernel', (None, 'tensor')),
+  (r'.*/(o|down)_proj/kernel', ('tensor', None)),
+  (r'.*/(embed_tokens/embedding|lm_head/kernel)', (None, 'tensor')),
+)
 
 
 def pretrained(model: dict, weights: str, vocab_size: int) -> ConfigDict:

@@ -15,7 +15,8 @@ from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import decoding
 from jaxlab import adapters, compression, models
-from jaxlab.parallel import make_mesh
+from jaxlab.parallel import aot, make_mesh
+from mlcollections_configs.kv_heads import llama2_7b
 
 TINY = {
   'network.model.width': 16, 'network.model.depth': 1, 'network.model.hidden': 16,
@@ -190,6 +191,37 @@ def test_a_compiled_step_writes_the_cache_that_it_reads():
   assert aliased * jax.device_count() >= models.cache_bytes(cache) > 0
 
 
+def test_decoding_with_split_heads_moves_no_weights_and_chooses_the_same_tokens():
+  rules = llama2_7b.BY_HEADS
+  config = tiny(decoding__partition=repr(rules))
+  small = kv_heads.shapes(config, 'svd_a', 2)
+  variables = random_leaves(small.variables)
+  cache = random_leaves(jax.eval_shape(lambda: small.model.init_cache(8, 8)))
+  cache |= {'slot': jnp.int32(5), 'mask': jnp.arange(8)[None] < jnp.full((8, 1), 5)}
+  found = []
+  for mesh, program in (
+    (make_mesh(devices=jax.devices()[:1]), kv_heads.programs(tiny())['decode_svd_a_2']),
+    (make_mesh(data=4, tensor=2), kv_heads.programs(config)['decode_svd_a_2']),
+  ):
+    compiled = program.lower(mesh).compile()
+    arguments = (variables, cache, jnp.arange(8, dtype=jnp.int32)[:, None])
+    shardings = compiled.input_shardings[0]
+    found.append(compiled(*jax.device_put(jax.tree.map(jnp.copy, arguments), shardings)))
+  tokens, new = (jax.device_get(own) for own in zip(*found))
+  assert np.array_equal(*tokens)
+  jax.tree.map(lambda one, two: assert_close(two, one, 1e-5), *new)
+  moved = aot.report(compiled)['collectives']
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
+  assert sum(own['bytes'] for own in moved.values()) < weights / 2
+
+
+def random_leaves(tree):
+  keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(tree))))
+  return jax.tree.map(
+    lambda leaf: 0.3 * jax.random.normal(next(keys), leaf.shape).astype(leaf.dtype), tree
+  )
+
+
 @pytest.mark.parametrize(
   'setting, changes, message',
   [
@@ -198,6 +230,11 @@ def test_a_compiled_step_writes_the_cache_that_it_reads():
     ('embedded', {'tuned': 'svd_w'}, 'tuned=.*expected some of runs'),
     ('embedded', {'calibration__count': 12}, 'expected at most 32 windows in whole batches'),
     ('embedded', {'tuning__rank': 0}, 'rank=0: expected at least 1'),
+    (
+      'embedded',
+      {'decoding__partition': "(('.*/q_prj/kernel', (None, 'tensor')),)"},
+      'decoding.partition: .*q_prj.* match none of the',
+    ),
     ('embedded', {'decoding__length': 0}, 'length=0'),
     ('embedded_alibi', {'runs': 'svd_a,before'}, 'before are of rotary embedding'),
     ('embedded', {'network__model': "{'name': 'minilm_l6'}"}, 'heads of Bert are not known'),

@@ -59,13 +59,19 @@ def test_automatic_rule_splits_the_largest_dimension_that_divides():
   assert fsdp_spec((64, 64), make_mesh(), 1) == P()
 
 
-def test_weights_that_are_not_trained_are_split_by_the_automatic_rule():
+def test_weights_that_are_not_trained_are_split_by_rules_and_the_automatic_one():
   mesh = make_mesh(data=4, fsdp=2)
   weights = {'kernel': jnp.zeros((4, 6)), 'odd': jnp.zeros((5, 7)), 'scale': jnp.zeros(6)}
   found = fsdp_shardings(weights, mesh, fsdp_min_size=12)
   assert {name: own.spec for name, own in found.items()} == {
     'kernel': P(None, 'fsdp'), 'odd': P(), 'scale': P()
   }  # fmt: skip
+  found = fsdp_shardings(weights, mesh, [('odd|scale', P()), ('k.*', P('data'))], fsdp_min_size=1)
+  assert {name: own.spec for name, own in found.items()} == {
+    'kernel': P('data'), 'odd': P(), 'scale': P()
+  }  # fmt: skip
+  with pytest.raises(ValueError, match="'kernle' match none of the 3 paths, such as kernel"):
+    fsdp_shardings(weights, mesh, [('kernle', P())])
 
 
 def test_automatic_rule_applies_to_the_whole_state():
