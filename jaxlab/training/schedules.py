@@ -373,6 +373,11 @@ def make_schedule(
         f'warmup_epochs={warmup_epochs}.'
       )
     length = int(epochs - warmup_epochs)
+    if not 0 <= warmup_epochs < length:
+      raise ValueError(
+        f'overlaid_cosine: warmup_epochs={warmup_epochs:g}: expected at least 0, and fewer than half of '
+        f'epochs={epochs:g}, for its cosine lasts the epochs less those of the warm-up.'
+      )
     rate = overlaid_cosine(base, length, int(warmup_epochs), end, warmup_start)
     return per_epoch(rate, steps_per_epoch)
   if name in ('displaced_cosine', 'shifted_cosine'):

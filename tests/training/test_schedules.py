@@ -237,5 +237,7 @@ def test_the_overlaid_cosine_is_timms(vectors):
   assert_close(by_step, np.repeat(expected, 3), 1e-6)
   with pytest.raises(ValueError, match='warmup_epochs=5'):
     schedules.overlaid_cosine(0.1, 5, 5)
+  with pytest.raises(ValueError, match=r'warmup_epochs=5: .* fewer than half of epochs=10'):
+    schedules.make_schedule('overlaid_cosine', 0.1, epochs=10, steps_per_epoch=3, warmup_epochs=5)
   with pytest.raises(ValueError, match='whole epochs'):
     schedules.make_schedule('overlaid_cosine', 0.1, epochs=5, steps_per_epoch=3, warmup_epochs=0.5)
