@@ -87,13 +87,21 @@ def merge_lora(
     scale: as of `lora_hooks`.
 
   Raises:
-    ValueError: for a layer that `params` lacks.
+    ValueError: for a layer that `params` lacks or has with a kernel of another shape, and for no layer.
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
-  for path, down in traverse_util.flatten_dict(dict(lora), sep='/').items():
-    layer, _, name = path.rpartition('/')
-    if name == 'down':
-      kernel = leaf_at(params, layer, 'kernel')
-      product = jnp.matmul(down, leaf_at(lora, layer, 'up'), precision='highest')
-      flat[f'{layer}/kernel'] = (kernel + scale * product).astype(kernel.dtype)
+  held = traverse_util.flatten_dict(dict(lora), sep='/')
+  layers = [layer for layer, _, name in (path.rpartition('/') for path in held) if name == 'down']
+  if not layers:
+    raise ValueError(f'lora has no layer with `down` and `up` to merge; got {sorted(held)[:8]}.')
+  for layer in layers:
+    kernel = leaf_at(params, layer, 'kernel')
+    down, up = (leaf_at(lora, layer, name) for name in ('down', 'up'))
+    if (*down.shape[:-1], *up.shape[-1:]) != kernel.shape or down.shape[-1:] != up.shape[-2:-1]:
+      raise ValueError(
+        f'{layer}: down is {down.shape}, up is {up.shape}: expected [in, rank] and [rank, out] for the '
+        f'kernel {kernel.shape}.'
+      )
+    product = jnp.matmul(down, up, precision='highest')
+    flat[f'{layer}/kernel'] = (kernel + scale * product).astype(kernel.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')

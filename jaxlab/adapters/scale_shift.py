@@ -80,14 +80,18 @@ def merge_ssf(params: Mapping[str, PyTree], ssf: Mapping[str, PyTree]) -> dict[s
     ssf: the collection of `init_ssf`.
 
   Raises:
-    ValueError: for a module that `params` lacks, or one without bias (Swin's `reduction`), which cannot take
-      the shift: `ssf_modules(model, mergeable=params)` leaves these out.
+    ValueError: for a module that `params` lacks or has with other channels, no module, or one without bias
+      (Swin's `reduction`), which cannot take the shift: `ssf_modules(model, mergeable=params)` leaves these
+      out.
   """
   flat = traverse_util.flatten_dict(dict(params), sep='/')
-  for path, scale in traverse_util.flatten_dict(dict(ssf), sep='/').items():
-    module, _, name = path.rpartition('/')
-    if name != 'scale':
-      continue
+  held = traverse_util.flatten_dict(dict(ssf), sep='/')
+  scales = {path.rpartition('/')[0]: own for path, own in held.items() if path.endswith('/scale')}
+  if not scales:
+    raise ValueError(
+      f'ssf has no module with `scale` and `shift` to merge; got {sorted(held)[:8]}.'
+    )
+  for module, scale in scales.items():
     weight = 'kernel' if f'{module}/kernel' in flat else 'scale'
     if f'{module}/{weight}' in flat and f'{module}/bias' not in flat:
       raise ValueError(
@@ -96,6 +100,11 @@ def merge_ssf(params: Mapping[str, PyTree], ssf: Mapping[str, PyTree]) -> dict[s
       )
     bias = leaf_at(params, module, 'bias')
     kernel, shift = leaf_at(params, module, weight), leaf_at(ssf, module, 'shift')
+    if not scale.shape == shift.shape == kernel.shape[-1:]:
+      raise ValueError(
+        f'{module}: scale is {scale.shape}, shift is {shift.shape}: expected {kernel.shape[-1:]}, the '
+        f'channels of the {weight} {kernel.shape}.'
+      )
     flat[f'{module}/{weight}'] = (kernel * scale).astype(kernel.dtype)
     flat[f'{module}/bias'] = (bias * scale + shift).astype(bias.dtype)
   return traverse_util.unflatten_dict(flat, sep='/')

@@ -348,6 +348,28 @@ def test_lora_of_a_layer_drops_what_it_reads_and_scales():
   del layer
 
 
+@pytest.mark.parametrize(
+  ('merge', 'tree', 'message'),
+  [
+    ('lora', {'down': (3, 1), 'up': (1, 3)}, r'fc: down is \(3, 1\), up is \(1, 3\): .* \(5, 3\)'),
+    ('lora', {'down': (5, 1), 'up': (2, 3)}, r'fc: down is \(5, 1\), up is \(2, 3\)'),
+    ('lora', {'scale': (3,), 'shift': (3,)}, 'no layer with .*fc/scale'),
+    (
+      'ssf',
+      {'scale': (5,), 'shift': (5,)},
+      r'fc: scale is \(5,\), shift is \(5,\): expected \(3,\)',
+    ),
+    ('ssf', {'scale': (3,), 'shift': (1,)}, r'fc: scale is \(3,\), shift is \(1,\)'),
+    ('ssf', {}, 'no module with .* got '),
+  ],
+)
+def test_what_does_not_fit_is_not_merged(merge, tree, message):
+  params = {'fc': {'kernel': jnp.ones((5, 3)), 'bias': jnp.ones(3)}}
+  own = {'fc': {name: jnp.ones(shape) for name, shape in tree.items()}} if tree else {}
+  with pytest.raises(ValueError, match=message):
+    getattr(adapters, f'merge_{merge}')(params, own)
+
+
 def test_bitfit_trains_biases_and_the_head(vit):
   _, variables = vit
   mask = adapters.bias_mask(variables['params'])
