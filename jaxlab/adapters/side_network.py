@@ -8,7 +8,7 @@ where they are read. DTL+ puts a depthwise convolution behind the activation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,18 @@ def extract_side(state: ArrayLike, tokens: ArrayLike, down: ArrayLike, up: Array
     tokens: `[..., width]`.
     down: `[width, rank]`.
     up: `[rank, width]`.
+
+  Raises:
+    ValueError: for other shapes.
   """
+  whole, thin, wide = jnp.shape(tokens), jnp.shape(down), jnp.shape(up)
+  if len(thin) != 2 or thin[0] != whole[-1] or wide != thin[::-1]:
+    raise ValueError(
+      f'down is {thin}, up is {wide}: expected [width, rank] and [rank, width] with the width '
+      f'{whole[-1]} of the tokens.'
+    )
+  if jnp.shape(state) not in ((), whole):
+    raise ValueError(f'The state is {jnp.shape(state)}: expected that of tokens {whole}, or 0.')
   return state + (tokens @ down) @ up
 
 
@@ -63,10 +74,14 @@ def fuse_side(
     num_prefix_tokens: tokens before the patches, which stay as they are.
 
   Raises:
-    ValueError: if the tokens are not as many as prefix and grid.
+    ValueError: if the tokens are not as many as prefix and grid, or the kernel is of another width.
   """
   state, kernel = jnp.asarray(state), jnp.asarray(kernel)
   maps = state.ndim == 4
+  if kernel.ndim != 4 or kernel.shape[2:] != (1, state.shape[-1]):
+    raise ValueError(
+      f'The kernel is {kernel.shape}: expected [k, k, 1, width] for a state {state.shape}.'
+    )
   if not maps and state.shape[1] != num_prefix_tokens + grid[0] * grid[1]:
     raise ValueError(
       f'{state.shape[1]} tokens are not {num_prefix_tokens} and a grid of {tuple(grid)} patches.'
@@ -144,7 +159,7 @@ def apply_side_network(
   *,
   adding: Sequence[str],
   beta: float = 100.0,
-  pool_patches: bool = True,
+  pool_patches: bool | None = None,
   **options: Any,
 ) -> Any:
   """Returns what a frozen transformer with a side network makes of images.
@@ -162,13 +177,14 @@ def apply_side_network(
     images: `[batch, height, width, channels]`.
     adding: paths of the blocks behind which the state is added; the paper takes the second half.
     beta: of the activation.
-    pool_patches: of a ViT, whether the head sees the final norm of the mean patch token, as DTL has it, in
-      place of what the model pools.
+    pool_patches: whether the head sees the final norm of the mean patch token, as DTL has it of a ViT, in
+      place of what the model pools; None: it does of a ViT, others pool as they do.
     **options: of the model's call, and of `apply`: `train`, `rngs`, `mutable`.
 
   Raises:
     ValueError: for another network than a ViT or a Swin, blocks that are none or unknown, an addition in
-      front of the first extraction of its stage, or a network whose blocks run under a transformation.
+      front of the first extraction of its stage, arrays of `side` of other widths, `pool_patches` of a Swin,
+      or a network whose blocks run under a transformation.
   """
   if not isinstance(model, ViT | Swin):
     raise ValueError(
@@ -203,20 +219,28 @@ def apply_side_network(
     x = jax.lax.stop_gradient(x) if before else x
     if site.path in read:
       down, up = (read[site.path][name].astype(x.dtype) for name in ('down', 'up'))
-      held['state'] = extract_side(held['state'], x, down, up)
+      held['state'] = _named(site.path, extract_side, held['state'], x, down, up)
     y = call(x, *args, **kwargs)
     y = jax.lax.stop_gradient(y) if before else y
     if site.path not in adding:
       return y
     added = swish(held['state'], beta)
     if 'fusion' in side:
-      added = fuse_side(added, side['fusion'][stage], grid, prefix)
+      added = _named(f'fusion/{stage}', fuse_side, added, side['fusion'][stage], grid, prefix)
     return y + added
 
   hooks = [Hook('', input=begin), Hook(any_of(list(order)), call=call)]
-  if isinstance(model, ViT) and pool_patches:
+  if pool_patches or (pool_patches is None and isinstance(model, ViT)):
     hooks += mean_patch_hooks(model)
   return apply(model, variables, images, hooks=hooks, **options)
+
+
+def _named(path: str, function: Callable[..., Array], *arrays: Any) -> Array:
+  """Returns what a function makes of arrays; its errors name the path that they are of."""
+  try:
+    return function(*arrays)
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error
 
 
 def _check_blocks(order: Mapping[str, int], read: Sequence[str], adding: Sequence[str]) -> None:

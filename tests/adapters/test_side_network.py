@@ -173,6 +173,11 @@ def drawn(model, **options):
   return adapters.init_side_network(jax.random.key(0), widths, 2, **options)
 
 
+def of_width(width):
+  widths = {f'blocks_{i}': width for i in range(4)}
+  return adapters.init_side_network(jax.random.key(0), widths, 2, kernel_size=3)
+
+
 def moved(side):
   wave = lambda leaf: leaf + 0.3 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape)  # noqa: E731
   return jax.tree.map(wave, side)
@@ -277,6 +282,32 @@ def test_even_kernels_pad_more_below_and_on_the_right():
       lambda m, v: adapters.fuse_side(jnp.ones((1, 6, 2)), jnp.ones((3, 3, 1, 2)), (2, 3), 1),
       '6 tokens',
     ),
+    (
+      lambda m, v: adapters.fuse_side(jnp.ones((1, 7, 2)), jnp.ones((3, 3, 1, 4)), (2, 3), 1),
+      r'kernel is \(3, 3, 1, 4\): .* a state \(1, 7, 2\)',
+    ),
+    (
+      lambda m, v: adapters.extract_side(
+        0, jnp.ones((1, 7, 2)), jnp.ones((4, 1)), jnp.ones((1, 4))
+      ),
+      r'down is \(4, 1\), up is \(1, 4\): .* width 2 of the tokens',
+    ),
+    (
+      lambda m, v: adapters.extract_side(
+        jnp.ones((1, 7, 1)), jnp.ones((1, 7, 2)), jnp.ones((2, 1)), jnp.ones((1, 2))
+      ),
+      r'state is \(1, 7, 1\): expected that of tokens \(1, 7, 2\)',
+    ),
+    (
+      lambda m, v: adapters.apply_side_network(m, v, of_width(16), IMAGES, adding=ADDING),
+      r'blocks_0: down is \(16, 2\)',
+    ),
+    (
+      lambda m, v: adapters.apply_side_network(
+        m, v, {**drawn(m), 'fusion': of_width(16)['fusion']}, IMAGES, adding=ADDING
+      ),
+      r'fusion/blocks: The kernel is \(3, 3, 1, 16\)',
+    ),
   ],
 )
 def test_side_networks_that_cannot_be_are_refused(vit, make, message):
@@ -295,3 +326,5 @@ def test_a_stage_whose_state_nothing_fills_is_named():
   side = adapters.init_side_network(jax.random.key(0), widths, 2, extracting=[first])
   with pytest.raises(ValueError, match="the state is 0 behind 'layers_1/blocks_0'"):
     adapters.apply_side_network(model, {}, side, images, adding=[second])
+  with pytest.raises(ValueError, match=r'norm of a ViT .* got Swin'):
+    adapters.apply_side_network(model, {}, side, images, adding=[first], pool_patches=True)
