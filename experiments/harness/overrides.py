@@ -76,7 +76,7 @@ def parse(text: str, kind: Any) -> Any:
   ((('a', None), ('b', 2)), {'a': ('b', 'c')})
 
   Raises:
-    ValueError: if it stands for none.
+    ValueError: if it stands for none; names what within a list or mapping is of another type.
   """
   kinds = typing.get_args(kind) if is_union(kind) else (kind,)
   wrapped = text.strip()[:1] + text.strip()[-1:] in ('[]', '()', '{}')
@@ -85,12 +85,17 @@ def parse(text: str, kind: Any) -> Any:
   else:
     tried = [_unquoted(text, _literal)] * wrapped + [_literal(text), text]
     tried += [_unquoted(text if wrapped else f'[{text}]', word) for word in (_literal, _word)]
+  within: list[str] = []
   for value in tried:
     found: list[str] = []
     converted = convert(kind, value, '', found)
     if not found:
       return converted
-  raise ValueError(f'expected {named(kind)}')
+    # Of the text as a whole there is no path.
+    within = within or [
+      own.removeprefix('.') for own in found if wrapped and not own.startswith('=')
+    ]
+  raise ValueError(f'expected {named(kind)}{"; " * bool(within)}{" ".join(within)}')
 
 
 def _literal(text: str) -> Any:

@@ -116,6 +116,14 @@ def test_texts_of_another_type_are_refused(text, kind):
     parse(text, kind)
 
 
+def test_what_is_wrong_within_a_text_is_named():
+  expected = (
+    r"^expected dict\[str, Inner\]; x.rate='high': expected float, got str. y.kin: unknown key"
+  )
+  with pytest.raises(ValueError, match=expected):
+    parse('{x: {rate: high}, y: {rate: 1, kin: a}}', dict[str, Inner])
+
+
 def test_values_may_be_given_in_place_of_texts():
   values = {'inner': {'rate': 1.0}, 'named': {'x': {'rate': 1.0}}}
   changes = {'names': ('a', 'b'), 'named.x.rate': 2, 'limit': '5', 'pair': [3, 4]}
