@@ -6,7 +6,6 @@ compilations and several of both are trained side by side.
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,8 +20,8 @@ from experiments.harness.data import Augment, Images
 from experiments.harness.networks import Network
 from experiments.harness.runs import Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
-from experiments.harness.settings import fill, found_by
 from experiments.harness.tasks import ImageTask
+from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import Order
 from jaxlab import models
 from jaxlab.models.initializers import vit_normal
@@ -107,51 +106,6 @@ class Target:
       yield f'test.num_classes={self.test.num_classes}: expected {self.data.num_classes}.'
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-  """How a row is trained, where that is not said by the recipe alone.
-
-  Attributes:
-    rates: learning rates; of several, trained side by side, the best on held-out images is taken; none: the
-      recipe's.
-    decays: weight decays, likewise.
-    model: fields of the network in training, such as `drop_path`.
-    options: of the method.
-    tasks: fields above that differ on single tasks, by task; options are added to those of the row.
-  """
-
-  rates: tuple[float, ...] = ()
-  decays: tuple[float, ...] = ()
-  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  tasks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  def on(self, task: str) -> 'Tuning':
-    """Returns how the row is trained on a task.
-
-    Raises:
-      ValueError: for fields that do not exist, or values of another type.
-    """
-    own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    given = dict(self.tasks.get(task, {}))
-    given |= {name: {**own[name], **given[name]} for name in ('model', 'options') if name in given}
-    return fill(Tuning, {**own, **given, 'tasks': {}})
-
-  def pairs(self, recipe: Recipe) -> list[tuple[float, float]]:
-    """Returns all pairs of a learning rate and a weight decay."""
-    rates = self.rates or (recipe.schedule.base,)
-    return list(itertools.product(rates, self.decays or (recipe.optimizer.weight_decay,)))
-
-  def check(self) -> Iterator[str]:
-    """Yields what is wrong with the values."""
-    for name in ('rates', 'decays'):
-      own = getattr(self, name)
-      if len(set(own)) < len(own) or any(value < 0 for value in own):
-        yield f'{name}={own}: expected different numbers of at least 0.'
-    for task in self.tasks:
-      yield from found_by(f'tasks.{task}', self.on, task)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Experiment):
   """Settings of the adaptation of one network to several tasks.
@@ -201,6 +155,12 @@ class Settings(Experiment):
       yield f'runs={self.runs}: expected different rows, at least one.'
     if any([*own.check()] for own in self.tuning.values()):
       return
+    for name, row in self.tuning.items():
+      for key, value in row.overruled(self.tasks):
+        yield (
+          f'tuning.{name}.{key}={value}: every task has its own, as '
+          f'tuning.{name}.tasks.{self.tasks[0]}.{key}; expected a change there.'
+        )
     view = self.network.data.view
     for task in self.tasks:
       own = self.target[task]

@@ -17,7 +17,8 @@ from experiments.harness.runs import Run, Variables, say
 from experiments.harness.settings import found_by, identity
 from experiments.harness.tasks import ImageTask, is_correct
 from experiments.protocols import adaptation
-from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target, Tuning
+from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target
+from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import held_out_rows
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, data, parallel

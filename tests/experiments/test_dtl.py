@@ -305,6 +305,11 @@ def test_a_run_chooses_rates_on_held_out_images_and_compares(tmp_path):
       ),
       ('tuning={last: {rates: [0.1]}}', "'last' are none"),
       ("network.model={'name': 'cifar_resnet20'}", 'next to a ViT or a Swin'),
+      ('tuning={dtl: {rates: 0.1}}', r'dtl.rates=0.1: expected tuple\[float, ...\], got float'),
+      ('tuning={dtl: {tasks: {rotation: 3}}}', 'dtl.tasks.rotation=3: expected TaskTuning'),
+      ('tuning={dtl: {tasks: {rotation: {model: 3}}}}', 'dtl.tasks.rotation.model=3: expected'),
+      ('tuning.dtl.tasks.rotation.rate=0.1,', 'Did you mean tuning.dtl.tasks.rotation.rates'),
+      ('tuning.dtl.tasks.rotation.rates=-0.1,', 'dtl.tasks.rotation.rates=.-0.1,.: expected'),
     ],
     3,
   ),
@@ -312,3 +317,23 @@ def test_a_run_chooses_rates_on_held_out_images_and_compares(tmp_path):
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config('runs=dtl,dtl_plus', change))
+
+
+def test_fields_of_a_task_are_named_where_the_setting_has_none():
+  config = tiny_config('tuning.dtl.tasks.rotation.rates=0.1,', 'tuning.dtl.decays=0.2,')
+  pairs = [config.tuned('dtl', task).pairs(config.recipe) for task in config.tasks]
+  assert pairs == [[(3e-3, 0.2)], [(0.1, 0.2)]]
+
+
+def test_what_every_task_overrules_is_refused():
+  some = 'tuning.dtl.tasks={texture: {rates: [0.1], model: {drop_path: 0.1}}}'
+  given = ('runs=dtl,', 'tuning.dtl.rates=0.3,', 'tuning.dtl.model={drop_path: 0.2}', some)
+  launcher.check(tiny_config(*given))
+  for changes in (('tasks=texture,',), ('tuning.dtl.tasks.rotation={rates: [0.2]}',)):
+    with pytest.raises(SettingsError) as caught:
+      launcher.check(tiny_config(*given, *changes))
+    found = ' '.join(caught.value.problems)
+    assert (
+      'tuning.dtl.rates=(0.3,): every task has its own, as tuning.dtl.tasks.texture.rates' in found
+    )
+    assert ('tuning.dtl.model.drop_path=0.2: every' in found) == (changes[0] == 'tasks=texture,')
