@@ -20,13 +20,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from flax import linen as nn
-
 from experiments.harness import launcher, results
 from experiments.harness.runs import Run
 from experiments.harness.settings import section
 from experiments.protocols import adaptation, adaptation_comparison
-from experiments.protocols.adaptation import Method, Pool, Row
+from experiments.protocols.adaptation import Row
 from experiments.protocols.adaptation_baselines import BASELINES
 from experiments.protocols.side_adaptation import side_attention
 
@@ -62,14 +60,9 @@ class Settings(adaptation.Settings):
   runs: tuple[str, ...] = ('linear', 'lora', 'full', 'last')
 
 
-def last(side: Side, model: nn.Module, images: Any, *, pool: Pool, **changes: Any) -> Method:
-  """Returns LAST as a method; `changes` of the side network, or what else `side_attention` has."""
-  return side_attention(model, images, pool=pool, **{**dataclasses.asdict(side), **changes})
-
-
 def table(config: Settings) -> dict[str, Row]:
   """Returns the rows that `config.runs` may name: baselines, LAST, and LAST with one part in another way."""
-  make = functools.partial(last, config.side)
+  make = functools.partial(side_attention, **dataclasses.asdict(config.side))
   changed = {
     'one_module': ('LAST, one module a block', 'method', {'modules': 1}),
     'remat': ('LAST, rematerialized', 'method', {'remat': True}),

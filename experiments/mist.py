@@ -220,7 +220,8 @@ def check(config: Settings) -> Iterator[str]:
     )
   if others.runs:
     yield from adaptation_comparison.check(others, table(config))
-  yield from found_by('edge', edge_runs, config)
+  if adaptation_comparison.can_be_built(config):
+    yield from found_by('edge', edge_runs, config)
   titles = [re.escape(row.title) for row in known.values()]
   groups = {target.group for target in config.target.values()}
   names = [*config.target, *groups, 'mean', *COSTS]

@@ -6,7 +6,9 @@ compilations and several of both are trained side by side.
 """
 
 import dataclasses
+import functools
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +22,7 @@ from experiments.harness.data import Augment, Images
 from experiments.harness.networks import Network
 from experiments.harness.runs import Variables
 from experiments.harness.sections import Experiment, Recipe, check_batch
+from experiments.harness.settings import SettingsError, convert
 from experiments.harness.tasks import ImageTask
 from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import Order
@@ -142,6 +145,7 @@ class Settings(Experiment):
     """Yields what is wrong with the values."""
     yield from super().check()
     yield from check_batch(self.mesh, self.recipe.batch_size, 'recipe.batch_size')
+    yield from self.check_accounted()
     for name in ('mixup', 'cutmix', 'eval_every'):
       if getattr(self.recipe, name):
         yield (
@@ -168,13 +172,24 @@ class Settings(Experiment):
       least = own.size - self.held_out * searched
       if own.data.view != view or (own.test is not None and own.test.view != view):
         yield f'target.{task}.data: images of {own.data.view}, the network sees {view}.'
-      if searched and not 0 < self.held_out < own.size:
+      if searched and self.held_out < 1:
+        yield f'held_out={self.held_out}: expected at least 1 where a row has several rates or decays.'
+      elif searched and self.held_out >= own.size:
         yield f'held_out={self.held_out}: expected fewer than the {own.size} images of {task}.'
       elif least < self.recipe.batch_size:
         yield (
           f'recipe.batch_size={self.recipe.batch_size} exceeds the {least} training images of {task}: an '
           'epoch would have no step.'
         )
+
+  def check_accounted(self) -> Iterator[str]:
+    """Yields what is wrong with the sizes that memory is counted for."""
+    parts, sizes = self.recipe.microbatches, self.accounted
+    for name in ('batch_size', 'image_size'):
+      if name in sizes and (type(sizes[name]) is not int or sizes[name] < 1):
+        yield f'accounted.{name}={sizes[name]!r}: expected a positive integer.'
+      elif name == 'batch_size' and name in sizes and parts > 0 and sizes[name] % parts:
+        yield f'accounted.{name}={sizes[name]}: expected a multiple of recipe.microbatches={parts}.'
 
 
 def backbone(config: Settings, **fields: Any) -> nn.Module:
@@ -334,11 +349,25 @@ def adapted(
     ValueError: for a network that the method cannot adapt, or options that it does not have.
   """
   task = ImageTask.of(target.data, target.augment)
+  given = {'pool': config.pool, **own.options}
+  check_options(row, given)
   model = backbone(config, **{**own.model, **fields})
   images = jax.ShapeDtypeStruct((config.recipe.batch_size, *task.view), jnp.float32)
-  method = row.make(model, images, **{'pool': config.pool, **own.options})
+  method = row.make(model, images, **given)
   variables = models.abstract_variables(model, task.view)
   steps = size // config.recipe.batch_size
   return adaptation(
     method, dict(variables), task, target.data.num_classes, config.recipe, max(steps, 1)
   )
+
+
+def check_options(row: Row, options: Mapping[str, Any]) -> None:
+  """Raises SettingsError for options of a row of another type than `Row.make` is annotated with."""
+  make, wrong = row.make, []
+  while isinstance(make, functools.partial):
+    make, options = make.func, {**make.keywords, **options}
+  kinds = typing.get_type_hints(make)
+  for name in {*kinds} & {*options}:
+    convert(kinds[name], options[name], name, wrong)
+  if wrong:
+    raise SettingsError(sorted(wrong))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,14 +15,14 @@ from experiments.harness import data as harness_data
 from experiments.harness import networks, pictures, results, runs
 from experiments.harness.data import Images
 from experiments.harness.runs import Run, Variables, say
-from experiments.harness.settings import found_by, identity
+from experiments.harness.settings import found_by, identity, problems
 from experiments.harness.tasks import ImageTask, is_correct
 from experiments.protocols import adaptation
 from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target
 from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import held_out_rows
 from experiments.protocols.replicas import sweep
-from jaxlab import adapters, data, parallel
+from jaxlab import adapters, data, models, parallel
 from jaxlab.parallel import aot
 from jaxlab.training import map_batches, step_keys
 
@@ -316,20 +317,57 @@ def check(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
     if wrong := sorted({*own.tasks} - {*config.target}):
       yield f'tuning.{name}.tasks: {wrong} are none of the targets {", ".join(config.target)}.'
 
+  if can_be_built(config):
+    yield from _check_methods(config, table)
+  groups = [target.group for target in config.target.values()]
+  names = [*config.target, *groups, 'mean', *COSTS]
+  titles = [re.escape(row.title) for row in table.values()]
+  yield from results.check_claims(config, titles, list(map(re.escape, names)))
+
+
+def can_be_built(config: Settings) -> bool:
+  """Returns whether nothing is wrong with what all rows build on, which their own errors would repeat."""
+  wrong = [*config.network.check(), *problems(config.recipe)]
+  return bool(config.tasks) and {*config.tasks} <= {*config.target} and not wrong
+
+
+def _check_methods(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
+  """Yields what is wrong with the rows' options, and with the fields of the network that they change.
+
+  A row is traced once for all tasks on which its options are the same, whatever the fields: they must leave
+  variables as they are.
+  """
+  variables = functools.cache(lambda: _shapes(config))
+
+  def compare_shapes(fields: Mapping[str, Any]) -> None:
+    if _shapes(config, **fields) != variables():
+      raise ValueError(f'model={fields}: expected fields that leave the variables as they are.')
+
   def build(name: str, task: str) -> None:
     target, own = config.target[task], config.tuned(name, task)
     made = adaptation.adapted(config, table[name], own, target, target.size)
     jax.eval_shape(made.program.init, jax.random.key(0))
 
-  # What differs between tasks is learning rates and options of the same kind.
-  for name in config.runs:
-    yield from found_by(f'tuning.{name} on {config.tasks[0]}', build, name, config.tasks[0])
-  if config.accounted:
-    yield from found_by('accounted', accounted, config, table[config.runs[0]], config.runs[0])
-  groups = [target.group for target in config.target.values()]
-  names = [*config.target, *groups, 'mean', *COSTS]
-  titles = [re.escape(row.title) for row in table.values()]
-  yield from results.check_claims(config, titles, list(map(re.escape, names)))
+  seen, wrong = set(), set()
+  for name, task in itertools.product(config.runs, config.tasks):
+    own, place, found = config.tuned(name, task), f'tuning.{name} on {task}', []
+    fields, options = repr(sorted(own.model.items())), (name, repr(sorted(own.options.items())))
+    if own.model and fields not in seen:
+      found += found_by(place, compare_shapes, own.model)
+    if options not in seen:
+      found += found_by(place, build, name, task)
+    seen |= {fields, options}
+    wrong |= {name} if found else set()
+    yield from found
+  if config.accounted and not [*config.check_accounted()]:
+    for name in (own for own in config.runs if own not in wrong):
+      yield from found_by('accounted', accounted, config, table[name], name)
+
+
+def _shapes(config: Settings, **fields: Any) -> PyTree:
+  """Returns the shapes of the frozen network's variables, with some fields in place of its own."""
+  model = adaptation.backbone(config, **fields)
+  return models.abstract_variables(model, config.network.data.view)
 
 
 def draw(config: Settings, rows: Sequence[Mapping[str, Any]], path: Any) -> None:

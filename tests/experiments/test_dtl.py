@@ -310,6 +310,24 @@ def test_a_run_chooses_rates_on_held_out_images_and_compares(tmp_path):
       ('tuning={dtl: {tasks: {rotation: {model: 3}}}}', 'dtl.tasks.rotation.model=3: expected'),
       ('tuning.dtl.tasks.rotation.rate=0.1,', 'Did you mean tuning.dtl.tasks.rotation.rates'),
       ('tuning.dtl.tasks.rotation.rates=-0.1,', 'dtl.tasks.rotation.rates=.-0.1,.: expected'),
+      ('tuning={dtl_plus: {options: {kernel_size: 2.5}}}', 'kernel_size=2.5: expected int or none'),
+      (
+        'tuning={dtl: {tasks: {rotation: {options: {kernelsize: 3}}}}}',
+        "tuning.dtl on rotation: .*unexpected keyword argument 'kernelsize'",
+      ),
+      (
+        'tuning.dtl_plus.tasks.rotation.options={kernel_size: 0}',
+        'tuning.dtl_plus on rotation: rank=2, kernel_size=0',
+      ),
+      (
+        'tuning.dtl.tasks.rotation.model={drop_path: 2}',
+        'tuning.dtl on rotation: ViT: drop_path=2 is not in',
+      ),
+      ('tuning.dtl.tasks.rotation.model={depth: 3}', 'that leave the variables as they are'),
+      ('accounted={batch_size: 2.5}', 'accounted.batch_size=2.5: expected a positive integer'),
+      ('accounted={batch_size: 0}', 'accounted.batch_size=0: expected a positive integer'),
+      ('accounted={image_size: [28, 28]}', 'accounted.image_size=.28, 28.: expected a positive'),
+      ('accounted={depth: 1, patch_size: 3}', 'accounted: ViT: an image of 16 x 16'),
     ],
     3,
   ),
@@ -317,6 +335,33 @@ def test_a_run_chooses_rates_on_held_out_images_and_compares(tmp_path):
 def test_settings_that_cannot_be_are_refused(change, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny_config('runs=dtl,dtl_plus', change))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (('tasks=colors,',), "tasks=.'colors',.: expected different ones of count"),
+    (
+      ('recipe.epochs=8', 'recipe.schedule.warmup_epochs=8'),
+      'recipe.schedule: overlaid_cosine: warmup_epochs=8: .*fewer than half of epochs=8',
+    ),
+    (('network.model.name=foo',), 'network.model: .*foo'),
+    (('held_out=-5', 'tuning.dtl.rates=0.1,0.2'), 'held_out=-5: expected at least 1'),
+    (
+      ('accounted={depth: 2}', 'tuning.dtl_plus.options={kernel_size: 2.5}'),
+      'tuning.dtl_plus on texture: kernel_size=2.5',
+    ),
+    (
+      ('recipe.microbatches=2', 'accounted={batch_size: 3}'),
+      'accounted.batch_size=3: expected a multiple of recipe.microbatches=2',
+    ),
+    (('accounted={depth: 1}', 'side.add_from=1', 'runs=linear,dtl'), 'accounted: .* < 1 blocks'),
+  ],
+)
+def test_what_is_wrong_is_said_once(changes, message):
+  with pytest.raises(SettingsError, match=message) as caught:
+    launcher.check(tiny_config('runs=linear,dtl,dtl_plus', *changes))
+  assert len(caught.value.problems) == 1
 
 
 def test_fields_of_a_task_are_named_where_the_setting_has_none():
@@ -337,3 +382,14 @@ def test_what_every_task_overrules_is_refused():
       'tuning.dtl.rates=(0.3,): every task has its own, as tuning.dtl.tasks.texture.rates' in found
     )
     assert ('tuning.dtl.model.drop_path=0.2: every' in found) == (changes[0] == 'tasks=texture,')
+
+
+def test_patches_of_a_swin_are_not_averaged():
+  changes = ('pool=mean_patches', 'runs=dtl,', 'claims=()', 'tasks=svhn,')
+  config = launcher.load('dtl', 'vtab_swin_base', changes)
+  small = {'depths': (1, 1), 'width': 8, 'num_heads': (2, 2)}
+  model = {**config.network.model, **small}
+  network = dataclasses.replace(config.network, model=model)
+  side = dtl.Side(extract_from=0, add_from=1)
+  with pytest.raises(SettingsError, match=r'averaged in front of the norm of a ViT .* got Swin'):
+    launcher.check(dataclasses.replace(config, network=network, side=side))

@@ -317,6 +317,12 @@ def test_settings_that_cannot_be_are_refused(change, message):
     launcher.check(tiny_config(change))
 
 
+def test_unknown_tasks_are_refused_once():
+  with pytest.raises(SettingsError, match=r"tasks=.'colors',") as caught:
+    launcher.check(tiny_config('tasks=colors,'))
+  assert len(caught.value.problems) == 1
+
+
 def test_numbers_are_counted_on_the_network_that_is_judged_and_memory_in_the_type_of_a_step():
   def costs(*changes):
     config = tiny_config(*changes)
