@@ -106,6 +106,17 @@ def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: A
   return Plan(own, made, search, training)
 
 
+def first_alike(config: Settings) -> dict[tuple[str, str], str]:
+  """Returns for every row and task the first task with the same training, if judged on other images."""
+  first: dict[str, str] = {}
+  found = {}
+  for name, task in itertools.product(config.runs, config.tasks):
+    target = dataclasses.replace(config.target[task], test=None, group='')
+    key = repr((name, config.tuned(name, task), identity(target)))
+    found[name, task] = first.setdefault(key, task)
+  return found
+
+
 def programs(config: Settings, table: Mapping[str, Row]) -> dict[str, Run]:
   """Returns each row's training on the first task, and that on the source task as `source`.
 
@@ -245,14 +256,15 @@ def adapt(
 
 def compare(config: Settings, workdir: Any, table: Mapping[str, Row]) -> list[dict[str, Any]]:
   """Returns the rows of the comparison: accuracies by task and group, and costs."""
-  variables, planned = load(config, workdir), plans(config, table)
+  variables, planned, trained_as = load(config, workdir), plans(config, table), first_alike(config)
   found: dict[str, dict[str, float]] = {name: {} for name in config.runs}
   for task in config.tasks:
     target = config.target[task]
     own = sources(config, target)
     for name in config.runs:
-      folder = workdir / f'{name}_{task}'
-      _, found[name][task] = adapt(config, planned[name, task], target, own, variables, folder)
+      first = trained_as[name, task]
+      plan, folder = planned[name, first], workdir / f'{name}_{first}'
+      _, found[name][task] = adapt(config, plan, target, own, variables, folder)
       say(f'{table[name].title}, {task}: accuracy {found[name][task]:.4g}')
   groups = {task: config.target[task].group for task in config.tasks}
   rows = []

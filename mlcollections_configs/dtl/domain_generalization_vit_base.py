@@ -2,8 +2,9 @@
 
   python -m experiments.dtl --config=domain_generalization_vit_base --seeds=0,1,2 --workdir=DIR
 
-ImageNet-V2, Sketch, A and R; all 1000 classes may be answered. Each test set has a learning rate of its
-own, as in the official scripts, and so a training of its own.
+ImageNet-V2, Sketch, A and R; all 1000 classes may be answered. DTL's learning rate is that of the test set,
+as in the official scripts: four rates, four trainings. LoRA and the linear probe have one rate, and so one
+training that is judged on all five.
 """
 
 from ml_collections import ConfigDict

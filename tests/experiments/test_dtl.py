@@ -15,6 +15,7 @@ from experiments import dtl
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
 from experiments.protocols import adaptation, adaptation_comparison
+from experiments.protocols.adaptation_tuning import TaskTuning, Tuning
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, models
 from jaxlab.training import step_keys
@@ -393,3 +394,20 @@ def test_patches_of_a_swin_are_not_averaged():
   side = dtl.Side(extract_from=0, add_from=1)
   with pytest.raises(SettingsError, match=r'averaged in front of the norm of a ViT .* got Swin'):
     launcher.check(dataclasses.replace(config, network=network, side=side))
+
+
+def test_tasks_that_differ_in_their_test_images_share_a_training(tmp_path):
+  config = tiny_config('runs=dtl,', 'recipe.epochs=2', 'recipe.schedule.warmup_epochs=0')
+  first = config.target['texture']
+  other = dataclasses.replace(first, test=config.target['noise'].data, group='shifted')
+  target = {'texture': first, 'shifted': other, 'tuned': other}
+  tuning = {'dtl': Tuning(tasks={'tuned': TaskTuning(rates=(0.1,))})}
+  config = dataclasses.replace(config, target=target, tasks=tuple(target), tuning=tuning)
+  (row,) = adaptation_comparison.compare(config, tmp_path, dtl.table(config))
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['dtl_texture', 'dtl_tuned', 'source']
+  (plan, *_), own = adaptation_comparison.plans(config, dtl.table(config)).values(), other
+  records = adaptation_comparison.sources(config, own)
+  variables = adaptation_comparison.load(config, tmp_path)
+  folder = tmp_path / 'dtl_texture'
+  _, expected = adaptation_comparison.adapt(config, plan, own, records, variables, folder)
+  assert row['metrics']['shifted'] == expected
