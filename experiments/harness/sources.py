@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxlab import models
 from jaxlab.data import EMBEDDED_TABLES
 
 EMBEDDED = (
@@ -134,8 +135,15 @@ def completion_files(*paths: str) -> str:
 
 def weights(names: Sequence[str]) -> str:
   """Returns where public weights come from (names of `jaxlab.models.load_pretrained`)."""
-  found = [name.partition('.')[2] if '/' in name else f'timm/{name}' for name in names]
+  found = [_repository(name) for name in names]
   return f'public weights, downloaded when they are first used: huggingface.co/{", ".join(found)}'
+
+
+def _repository(name: str) -> str:
+  try:
+    return models.pretrained_repository(name)
+  except ValueError:  # without a tag: loading says which there are
+    return f'timm/{name}'
 
 
 def file(name: str) -> pathlib.Path:

@@ -46,6 +46,7 @@ from jaxlab.models.checkpoints import (
   abstract_variables,
   from_torch,
   load_pretrained,
+  pretrained_repository,
   read_state_dict,
   to_torch,
 )
@@ -373,6 +374,7 @@ __all__ = [
   'packed_axes',
   'parameter_changes',
   'parameter_distances',
+  'pretrained_repository',
   'random_subspace_index',
   'read_state_dict',
   'read_tokenizer',

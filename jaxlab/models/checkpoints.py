@@ -28,7 +28,7 @@ from jaxlab.models.checkpoint_names import (
   timm_names,
   torch_name,
 )
-from jaxlab.models.configurations import TOKEN_MODELS
+from jaxlab.models.configurations import SIZES, TOKEN_MODELS
 from jaxlab.models.google_vit import google_vit_state_dict, is_google_vit
 from jaxlab.models.position_embedding import resample_position_embedding
 from jaxlab.models.variants import DEFAULT_TAGS
@@ -194,6 +194,28 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
   )
 
 
+def pretrained_repository(name: str) -> str:
+  """Returns the repository of huggingface.co that `load_pretrained(name)` reads.
+
+  Args:
+    name: see there.
+
+  Raises:
+    ValueError: if the name has no tag, and no default one.
+
+  >>> pretrained_repository('resnet50.tv_in1k'), pretrained_repository('gpt2')
+  ('timm/resnet50.tv_in1k', 'openai-community/gpt2')
+  """
+  architecture, _, tag = name.partition('.')
+  tag = tag or DEFAULT_TAGS.get(architecture)
+  if tag is None:
+    raise ValueError(
+      f'load_pretrained({name!r}): no default weights; give a tag of huggingface.co/timm (of a decoder, a '
+      f"repository), as in 'resnet50.tv_in1k', or one of {', '.join(DEFAULT_TAGS)}."
+    )
+  return tag if architecture in SIZES else f'timm/{architecture}.{tag}'
+
+
 def load_pretrained(
   name: str, *, file: str | os.PathLike | None = None, **overrides: Any
 ) -> tuple[nn.Module, PyTree]:
@@ -215,19 +237,14 @@ def load_pretrained(
     ValueError: if the name has no default tag, or the weights do not fit the model or are another's.
     ConnectionError: if the file is neither in the cache nor can be downloaded.
   """
-  architecture, _, tag = name.partition('.')
+  architecture = name.partition('.')[0]
   model = create(architecture, **overrides)
-  tag = tag or DEFAULT_TAGS.get(architecture)
-  if tag is None and file is None:
-    raise ValueError(
-      f'load_pretrained({name!r}): no default weights; give a tag of huggingface.co/timm (of a decoder, a '
-      f"repository), as in 'resnet50.tv_in1k', or one of {', '.join(DEFAULT_TAGS)}."
-    )
+  repository = pretrained_repository(name) if file is None else ''
   if isinstance(model, TOKEN_MODELS):
-    state_dict = _read_repository(tag) if file is None else read_state_dict(file)
+    state_dict = _read_repository(repository) if file is None else read_state_dict(file)
     return model, from_torch(model, state_dict)
   if file is None:
-    file = _download(f'timm/{architecture}.{tag}', 'model.safetensors')
+    file = _download(repository, 'model.safetensors')
   else:
     _check_architecture(file, architecture)
   state_dict = read_state_dict(file)
