@@ -56,7 +56,13 @@ class Answers:
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""
-    yield from found_by('model', networks.create, self.model)
+    problems = list(found_by('model', networks.create, self.model))
+    yield from problems
+    size = None if problems else getattr(networks.create(self.model), 'vocab_size', None)
+    if not problems and size is None:
+      yield f'model: {self.model.get("name")!r} is no network over tokens.'
+    elif size is not None and not 0 <= self.end < size:
+      yield f'end={self.end}: expected one of the {size} tokens of the model.'
     if '{problem}' not in self.prompt:
       yield f'prompt={self.prompt!r}: expected a text with {{problem}}.'
     for name in ('max_new_tokens', 'max_prompt', 'batch_size'):
@@ -83,31 +89,53 @@ def load(own: Answers) -> Problems:
 
   Raises:
     FileNotFoundError: if a file is not there.
-    ValueError: for a file without problems, a line of another kind (naming it), a prompt that is too long.
+    ValueError: for a file without problems or in another encoding than UTF-8, a line of another kind or with
+      an empty answer (naming it), a prompt that is too long or holds tokens that the model does not know, a
+      file that is no tokenizer.
+    ModuleNotFoundError: without the library tokenizers; says how to install it.
   """
-  import tokenizers
-
-  for name in (own.file, own.tokenizer):
-    if not pathlib.Path(name).is_file():
-      raise FileNotFoundError(f'{name}: there is no such file.')
-  tokenizer = tokenizers.Tokenizer.from_file(own.tokenizer)
+  if not pathlib.Path(own.file).is_file():
+    raise FileNotFoundError(f'{own.file}: there is no such file.')
+  tokenizer, vocab_size = (
+    models.read_tokenizer(own.tokenizer),
+    networks.create(own.model).vocab_size,
+  )
   prompts, answers = [], []
-  for number, line in enumerate(pathlib.Path(own.file).read_text('utf-8').splitlines(), 1):
-    if not line.strip():
-      continue
-    try:
-      item = json.loads(line)
-      problem, answer = str(item['problem']), str(item['answer'])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise ValueError(f'{own.file}:{number}: expected JSON with problem, answer.') from error
+  for where, problem, answer in _lines(own.file):
     ids = tokenizer.encode(own.prompt.replace('{problem}', problem)).ids
     if len(ids) > own.max_prompt:
-      raise ValueError(f'{own.file}:{number}: {len(ids)} tokens, more than {own.max_prompt}.')
+      raise ValueError(f'{where}: {len(ids)} tokens, more than {own.max_prompt}.')
+    if max(ids, default=0) >= vocab_size:
+      raise ValueError(
+        f'{where}: {own.tokenizer} makes the token {max(ids)} of it, the model has {vocab_size} tokens.'
+      )
     prompts.append(ids)
     answers.append(answer)
   if not prompts:
     raise ValueError(f'{own.file} holds no problems.')
   return Problems(tokenizer, prompts, answers)
+
+
+def _lines(name: str) -> Iterator[tuple[str, str, str]]:
+  """Yields place, problem and answer of each line of a file."""
+  try:
+    with open(name, encoding='utf-8') as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          yield f'{name}:{number}', *_item(f'{name}:{number}', line)
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{name} is no text in UTF-8: {error}.') from error
+
+
+def _item(where: str, line: str) -> tuple[str, str]:
+  try:
+    item = json.loads(line)
+    problem, answer = str(item['problem']), str(item['answer'])
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise ValueError(f'{where}: expected JSON with problem, answer.') from error
+  if not answer.strip():
+    raise ValueError(f'{where}: the answer is empty, which every box contains.')
+  return problem, answer
 
 
 def require_model(own: Answers, checkpoint: str) -> None:

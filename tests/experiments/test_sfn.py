@@ -268,9 +268,45 @@ def test_files_of_problems_that_are_none_are_named(answers, tmp_path):
   file.write_text('\n')
   with pytest.raises(ValueError, match='holds no problems'):
     boxed_answers.load(answers)
+  file.write_text('{"problem": "it", "answer": 1}\n{"problem": "it", "answer": " "}\n')
+  with pytest.raises(ValueError, match=r'problems\.jsonl:2: the answer is empty'):
+    boxed_answers.load(answers)
+  file.write_bytes(b'{"problem": "it", "answer": "\xff"}\n')
+  with pytest.raises(ValueError, match=r'problems\.jsonl is no text in UTF-8'):
+    boxed_answers.load(answers)
+  file.write_text('{"problem": "it", "answer": 1}\n')
+  few = dataclasses.replace(answers, model={**answers.model, 'vocab_size': 8})
+  with pytest.raises(ValueError, match='makes the token 8 of it, the model has 8 tokens'):
+    boxed_answers.load(few)
   file.unlink()
   with pytest.raises(FileNotFoundError, match=r'problems\.jsonl: there is no such file'):
     boxed_answers.load(answers)
+
+
+def test_a_line_of_problems_ends_with_its_line_break_alone(answers, tmp_path):
+  line = json.dumps({'problem': 'it\u2028is', 'answer': '1'}, ensure_ascii=False)
+  (tmp_path / 'problems.jsonl').write_text(f'{line}\n', encoding='utf-8')
+  assert boxed_answers.load(answers).prompts == [[7, 3, 2, 8]]
+
+
+def test_prompts_are_whole_whatever_the_tokenizer_cuts(answers, tmp_path):
+  from tokenizers import Tokenizer
+
+  expected, file = boxed_answers.load(answers).prompts, tmp_path / 'tokenizer.json'
+  cutting = Tokenizer.from_file(str(file))
+  cutting.enable_truncation(2)
+  cutting.enable_padding(length=6)
+  cutting.save(str(file))
+  assert boxed_answers.load(answers).prompts == expected
+  file.write_text('{"version"')
+  with pytest.raises(ValueError, match=r'tokenizer\.json.* is no tokenizer\.json'):
+    boxed_answers.load(answers)
+
+
+@pytest.mark.parametrize('end', [-1, 9])
+def test_an_end_that_the_model_cannot_write_is_refused(answers, end):
+  problems = list(dataclasses.replace(answers, end=end).check())
+  assert problems == [f'end={end}: expected one of the 9 tokens of the model.']
 
 
 @pytest.mark.parametrize(

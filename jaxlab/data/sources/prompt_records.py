@@ -38,7 +38,8 @@ def read_prompts(path: str | os.PathLike) -> list[PromptRecord]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for a file without records, and for a line of another form, with its number.
+    ValueError: for a file without records or in another encoding than UTF-8, and for a line of another form,
+      with its number.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -47,10 +48,13 @@ def read_prompts(path: str | os.PathLike) -> list[PromptRecord]:
       'instruction and answers (jaxlab.data.read_prompts).'
     )
   found = []
-  with path.open(encoding='utf-8') as file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
-        found.append(_record(f'{path}:{number}', line))
+  try:
+    with path.open(encoding='utf-8') as file:
+      for number, line in enumerate(file, 1):
+        if line.strip():
+          found.append(_record(f'{path}:{number}', line))
+  except UnicodeDecodeError as error:
+    raise ValueError(f'{path} is no text in UTF-8: {error}.') from error
   if not found:
     raise ValueError(f'{path} holds no records.')
   return found

@@ -36,6 +36,12 @@ def test_lines_of_another_form_are_named(line, message, tmp_path):
     data.read_prompts(tmp_path / 'a.jsonl')
 
 
+def test_a_file_of_another_encoding_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes('{"text": "\xe9"}'.encode('latin-1'))
+  with pytest.raises(ValueError, match=r'a\.jsonl is no text in UTF-8'):
+    data.read_prompts(tmp_path / 'a.jsonl')
+
+
 def test_a_file_that_is_not_there_says_what_it_would_hold(tmp_path):
   with pytest.raises(FileNotFoundError, match='JSON lines with text, compressed'):
     data.read_prompts(tmp_path / 'a.jsonl')
