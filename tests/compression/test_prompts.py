@@ -19,12 +19,15 @@ def test_words_and_their_selection_agree_with_the_official_code(vectors):
   # The official means were taken in float32.
   assert_close(merged.probabilities, vectors['out_word_probs'], rtol=1e-6)
   counts, drop = vectors['in_num_llm_tokens_per_word'], vectors.param('drop_consecutive')
-  for rate in vectors.param('rates'):
+  for name in vectors['param_rates'].astype(
+    str
+  ):  # the shortest decimal form in the file's precision
+    rate = float(name)
     keep = compression.select_words(merged, counts, rate, force_tokens=force, drop_consecutive=drop)
-    np.testing.assert_array_equal(keep, vectors[f'out_keep_rate_{rate}'] == 1)
+    np.testing.assert_array_equal(keep, vectors[f'out_keep_rate_{name}'] == 1)
     if not drop:
       threshold = compression.keep_threshold(merged.probabilities, counts, rate)
-      assert_close(threshold, vectors[f'out_threshold_rate_{rate}'], rtol=1e-6)
+      assert_close(threshold, vectors[f'out_threshold_rate_{name}'], rtol=1e-6)
 
 
 def prompt(words, probabilities):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_vectors import assert_close, golden
+from golden_vectors import Vectors, assert_close, golden
 
 from jaxlab.models import alibi_bias, alibi_slopes, capture, from_torch
 from jaxlab.models.bloom import Bloom
@@ -64,17 +64,31 @@ def cast(tree, dtype):
 
 def llama_of(vectors, names, dtype):
   vocab_size, width = names['model.embed_tokens.weight'].shape
+  num_heads = vectors.param('num_heads')
   return Llama(
     vocab_size,
     width,
     depth_of(names),
-    vectors.param('num_heads'),
+    num_heads,
     vectors.param('num_kv_heads') if 'param_num_kv_heads' in vectors else None,
     hidden=len(names['model.layers.0.mlp.up_proj.weight']),
+    head_width=len(names['model.layers.0.self_attn.q_proj.weight']) // num_heads,
+    tied='lm_head.weight' not in names,
     rope_theta=vectors.param('rope_theta'),
     epsilon=vectors.param('rms_norm_eps'),
     dtype=jnp.dtype(dtype),
   )
+
+
+def test_heads_of_another_width_and_a_tied_head_are_told_by_the_file(tmp_path):
+  shapes = {'model_embed_tokens': (7, 24), 'model_layers_0_mlp_up_proj': (40, 24)}
+  shapes |= {'model_layers_0_self_attn_q_proj': (32, 24)}
+  arrays = {f'param_{name}_weight': np.zeros(shape) for name, shape in shapes.items()}
+  scalars = {'num_heads': 4, 'num_kv_heads': 2, 'rope_theta': 1e4, 'rms_norm_eps': 1e-5}
+  np.savez(tmp_path / 'a.npz', **arrays, **{f'param_{name}': own for name, own in scalars.items()})
+  vectors = Vectors(tmp_path / 'a.npz')
+  model = llama_of(vectors, torch_names(vectors, LLAMA_NAME), 'float32')
+  assert (model.head_width, model.tied, model.depth) == (8, True, 1)
 
 
 @golden('kv_heads', 'llama')

@@ -11,7 +11,7 @@ from rule_weights import rule_tensor
 
 from jaxlab.models import apply, create, from_torch, module_paths, to_torch
 from jaxlab.models.causal_attention import cache_bytes
-from jaxlab.models.checkpoint_names import HF_GPT2, HF_GPT2_BARE, HF_LLAMA
+from jaxlab.models.checkpoint_names import EMBEDDINGS, HF_GPT2, HF_GPT2_BARE, HF_LLAMA
 from jaxlab.models.configurations import from_config
 from jaxlab.models.gpt2 import GPT2, GPT2Block
 from jaxlab.models.intercept import Hook
@@ -39,7 +39,8 @@ def check_decoder(vectors, embeddings, block, norm):
   state_dict = {name: rule_tensor(name, shape) for name, shape in zip(names, shapes, strict=True)}
   model = from_config(vectors['config_json'].item())
   if model.tied:
-    state_dict['transformer.wte.weight'] = state_dict['lm_head.weight']
+    embedding = next(name for name in EMBEDDINGS if name in state_dict)
+    state_dict[embedding] = state_dict['lm_head.weight']
   variables = from_torch(model, state_dict)
   patterns = [embeddings, *(block.format(index) for index in range(model.depth - 1)), norm]
   logits, captured = run_capture(model, variables, patterns, vectors['in_input_ids'])
@@ -58,6 +59,34 @@ def test_gpt2_agrees_with_transformers(vectors):
 @golden('models', 'hf_llama')
 def test_llama_agrees_with_transformers(vectors):
   check_decoder(vectors, 'embed_tokens', 'layers_{}', 'norm')
+
+
+def test_tied_decoders_of_every_family_are_read_from_a_file():
+  for model, renames, config, paths in (
+    (TINY_GPT2, HF_GPT2, {'n_embd': 16, 'n_layer': 2, 'n_head': 4, 'n_positions': 16},
+     ('embeddings', 'h_{}', 'ln_f')),
+    (TINY_LLAMA, HF_LLAMA, {'hidden_size': 16, 'num_hidden_layers': 2, 'num_attention_heads': 4,
+                            'num_key_value_heads': 2, 'intermediate_size': 24},
+     ('embed_tokens', 'layers_{}', 'norm')),
+  ):  # fmt: skip
+    model, tokens = model.clone(tied=True), some_tokens()
+    state_dict = to_torch(random_variables(model, tokens), renames=renames)
+    embedding = next(name for name in state_dict if name in EMBEDDINGS)
+    state_dict = {name: rule_tensor(name, array.shape) for name, array in state_dict.items()}
+    state_dict['lm_head.weight'] = rule_tensor('lm_head.weight', state_dict[embedding].shape)
+    vectors = {
+      'checkpoint_names': np.array(list(state_dict)),
+      'checkpoint_shapes': np.array([json.dumps(a.shape) for a in state_dict.values()]),
+      'config_json': np.array(
+        json.dumps({**config, 'vocab_size': 19, 'tie_word_embeddings': True})
+      ),
+      'in_input_ids': tokens,
+    }
+    variables = from_torch(model, {**state_dict, embedding: state_dict['lm_head.weight']})
+    patterns = [paths[0], paths[1].format(0), paths[2]]
+    vectors['out_logits'], hidden = run_capture(model, variables, patterns, tokens)
+    vectors |= {f'out_hidden_{i}': hidden[name] for i, name in enumerate(patterns)}
+    check_decoder(vectors, *paths)
 
 
 @both

@@ -15,14 +15,17 @@ def _qwen2(vectors):
   """Returns the reference's network and its params: Llama, whose output projection's bias is 0."""
   kernels = vectors.tree('param_model_layers_0_')
   depth = len([name for name in vectors if name.endswith('_mlp_up_proj_weight')])
-  vocab_size, width = vectors['param_lm_head_weight'].shape
+  vocab_size, width = vectors['param_model_embed_tokens_weight'].shape
+  num_heads = vectors.param('num_heads')
   model = models.Llama(
     vocab_size=vocab_size,
     width=width,
     depth=depth,
-    num_heads=vectors.param('num_heads'),
+    num_heads=num_heads,
     num_kv_heads=vectors.param('num_kv_heads'),
     hidden=kernels['mlp_up_proj_weight'].shape[0],
+    head_width=len(kernels['self_attn_q_proj_weight']) // num_heads,
+    tied='param_lm_head_weight' not in vectors,
     rope_theta=vectors.param('rope_theta'),
     epsilon=vectors.param('rms_norm_eps'),
     attention_bias=True,
@@ -46,7 +49,7 @@ def test_destruction_agrees_with_reference(vectors, x64):
   with jax.enable_x64(x64):
     model, params = _qwen2(vectors)
     tokens = vectors['in_input_ids']
-    layers = vectors.param('destroyed_layers')
+    layers = np.atleast_1d(vectors['param_destroyed_layers']).tolist()
     mask = models.select_parameters(params, [vectors.param('destroyed_module')], blocks=layers)
     zeroed = models.destroy_parameters(params, mask)
     removed = [models.remove_blocks(f'layers_{index}' for index in layers)]
