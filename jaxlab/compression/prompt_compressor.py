@@ -266,12 +266,10 @@ def _words(text: str, chunk: PromptChunk, values, count_tokens, merging) -> _Wor
   starts = chunk.offsets[merged.pieces[:, 0], 0]
   stops = chunk.offsets[merged.pieces[:, 1] - 1, 1]
   # Pieces may be lower-cased or unknown: what is forced is looked for in the text as well.
-  own = [text[start:stop] for start, stop in zip(starts, stops)]
-  forced = np.array([word in merging['force_tokens'] for word in own], bool)
-  merged = merged._replace(
-    words=tuple(seen if there else word for seen, word, there in zip(own, merged.words, forced)),
-    probabilities=np.where(forced, 1.0, merged.probabilities),
-  )
+  own, force = [text[start:stop] for start, stop in zip(starts, stops)], merging['force_tokens']
+  words = tuple(seen if seen in force else word for seen, word in zip(own, merged.words))
+  forced = np.array([word in force for word in words], bool)
+  merged = merged._replace(words=words, probabilities=np.where(forced, 1.0, merged.probabilities))
   if count_tokens is None:
     counts = merged.pieces[:, 1] - merged.pieces[:, 0]
   else:

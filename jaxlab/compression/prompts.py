@@ -58,13 +58,13 @@ def merge_words(
   token; the others are appended to the word before (the first piece of a chunk begins one in any case, where
   the official code fails). With `continuation` a piece begins a word unless it starts with that; what was
   between words in the text is then not told by pieces, and all that begin one are `spaced`. Forced tokens,
-  compared without marker and continuation, have probability 1, so have words of several pieces that are
-  forced (inferred), and with `reserve_digits` every piece with a digit.
+  compared without marker and continuation, have probability 1, and with `reserve_digits` every piece with a
+  digit has. Forced are pieces, as in the official code, not words of several (`compress_prompt` forces these).
 
   Args:
     tokens: pieces of a chunk.
     probabilities: `[pieces]`, of being preserved.
-    force_tokens: pieces or words to keep whatever their probability.
+    force_tokens: pieces to keep whatever their probability.
     reserve_digits: keep digits likewise.
     reduce: `'mean'` or `'first'`.
     special_tokens: pieces that are skipped.
@@ -114,10 +114,7 @@ def merge_words(
       words[-1] += bare
       own[-1].append(1.0 if reserved else value)
       places[-1][1] = place + 1
-  means = [
-    1.0 if word in force_tokens else np.mean(pieces) if reduce == 'mean' else pieces[0]
-    for word, pieces in zip(words, own)
-  ]
+  means = [np.mean(pieces) if reduce == 'mean' else pieces[0] for pieces in own]
   return PromptWords(
     tuple(words),
     np.array(means, np.float64),

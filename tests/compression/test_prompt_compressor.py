@@ -146,6 +146,12 @@ def test_forced_words_of_several_pieces_and_of_any_case_stay():
     for words in ((), ('Paris',), ('wide',))
   ]
   assert found == ['red now', 'Paris red now', 'red now wide']
+  merged = compression.merge_words(['wi', '##de'], [0, 0], force_tokens=['wide'], continuation='##')
+  assert merged.probabilities.tolist() == [
+    0
+  ]  # it is forced as a word of the text, not by its pieces
+  whole = compression.compress_prompt('Wide is red', **given, rate=0.9, force_tokens=['wide'])
+  assert whole.probabilities[0][0] == 1
 
 
 def test_line_breaks_are_kept_by_their_number():

@@ -73,6 +73,12 @@ def test_a_forced_token_next_to_its_twin_is_dropped_though_a_word_of_the_first_t
   assert compression.select_words(merged, counts, 0.5)[2]
 
 
+def test_pieces_are_forced_not_words_of_several():
+  for force, expected in (('Newer', 0.3), ('New', 0.7)):
+    merged = compression.merge_words(['\u2581New', 'er'], [0.2, 0.4], force_tokens=[force])
+    assert merged.words == ('Newer',) and merged.probabilities == pytest.approx([expected])
+
+
 def test_rates_and_equal_probabilities():
   assert kept('abc', [0.5] * 3, 0.5) == []
   assert kept('abc', [0.5] * 3, 0.5, at_least_one=True) == ['a']
