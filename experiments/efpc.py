@@ -16,6 +16,7 @@ that the experiment left, or a folder of a compressor, such as a published one o
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -164,19 +165,14 @@ def compress(options: argparse.Namespace) -> None:
     raise ValueError('--force_tokens: expected words, got an empty one.')
   if not options.checkpoint:
     raise ValueError('--checkpoint=DIR is missing: a work directory that the experiment left.')
+  output = _output(options.output)
   made = compression.load_compressor(_folder(pathlib.Path(options.checkpoint)))
   text = _read(options.compress)
   found = compression.compress_prompt(
     text, options.instruction, **made._asdict(), rate=rate, budget=budget, force_tokens=force
   )
-  if options.output:
-    path = pathlib.Path(options.output)
-    partial = path.with_name(f'{path.name}.partial')
-    try:
-      partial.write_text(f'{found.text}\n', encoding='utf-8')
-      partial.replace(path)
-    except OSError as error:
-      raise ValueError(f'--output={path} cannot be written: {error}.') from error
+  if output is not None:
+    _write(output, f'{found.text}\n')
   else:
     print(found.text)
   print(
@@ -192,6 +188,30 @@ def _number(options: argparse.Namespace, name: str, kind: type) -> Any:
   except ValueError:
     wanted = 'a number' if kind is float else 'a whole number'
     raise ValueError(f'--{name}={text}: expected {wanted}.') from None
+
+
+def _output(name: str | None) -> pathlib.Path | None:
+  """Returns where the short text goes, which must be a file in a folder that is there."""
+  if not name:
+    return None
+  path = pathlib.Path(name)
+  if path.is_dir():
+    raise ValueError(f'--output={path} cannot be written: it is a folder, expected a file.')
+  if not path.parent.is_dir():
+    raise ValueError(f'--output={path} cannot be written: there is no folder {path.parent}.')
+  return path
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file at once or not at all."""
+  partial = path.with_name(f'{path.name}.partial')
+  try:
+    partial.write_text(text, encoding='utf-8')
+    partial.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    raise ValueError(f'--output={path} cannot be written: {error}.') from error
 
 
 def _read(name: str) -> str:

@@ -193,8 +193,7 @@ def compress_prompt(
     'at_least_one': at_least_one,
   }
   keep = tuple(
-    _joined([select_words(own.merged, own.counts, own_rate, **options) for own in each], (0,))
-    & stays
+    _joined([_kept(own, own_rate, **options) for own in each], (0,)) & stays
     for each, stays in zip(words, contexts)
   )
   if own_rate == 1:
@@ -277,6 +276,13 @@ def _words(text: str, chunk: PromptChunk, values, count_tokens, merging) -> _Wor
   return _Words(merged, np.stack([starts, stops], 1), counts)
 
 
+def _kept(own: _Words, rate: float, **options: Any) -> np.ndarray:
+  """Returns which words of a chunk stay; none where they are no token of the target model."""
+  if rate < 1 and not own.counts.any():
+    return np.zeros(len(own.counts), bool)
+  return select_words(own.merged, own.counts, rate, **options)
+
+
 def _joined(arrays: list[np.ndarray], empty: tuple[int, ...]) -> np.ndarray:
   """Returns the arrays of a text's chunks behind one another; of none an empty one."""
   return np.concatenate(arrays) if arrays else np.zeros(empty, bool if empty == (0,) else np.int64)
@@ -354,21 +360,46 @@ def load_compressor(folder: str | os.PathLike) -> PromptCompressor:
       f'{folder} is no prompt compressor: it lacks {", ".join(missing)} of {", ".join(names)}.'
     )
   try:
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    limits = folder / _LIMITS
-    limits = json.loads(limits.read_text(encoding='utf-8')) if limits.is_file() else {}
+    config = _entries(folder / 'config.json')
     model = from_config(config)
-  except (ValueError, AttributeError) as error:
+  except (ValueError, TypeError, AttributeError) as error:
     raise ValueError(f'{folder} holds no prompt compressor: {error}') from error
-  if getattr(model, 'num_classes', None) != 2 or model.first_position >= model.max_length:
-    raise ValueError(
-      f'{folder} holds {config.get("architectures")}, expected a classifier of tokens with two classes.'
-    )
+  if getattr(model, 'num_classes', None) != 2:
+    own = config.get('architectures') or type(model).__name__
+    raise ValueError(f'{folder} holds {own}, expected a classifier of tokens with two classes.')
   variables = from_torch(model, read_state_dict(folder / 'model.safetensors'))
   tokenizer = read_tokenizer(folder / 'tokenizer.json')
   if tokenizer.get_vocab_size() > model.vocab_size:
     raise ValueError(
       f'{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}.'
     )
-  limits.setdefault('max_length', min(512, model.max_length - model.first_position))
+  limits = _limits(folder / _LIMITS, model.max_length - model.first_position)
   return PromptCompressor(model, variables, tokenizer, **limits)
+
+
+def _entries(file: pathlib.Path) -> dict[str, Any]:
+  """Returns the object that a file of JSON holds."""
+  try:
+    found = json.loads(file.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(f'{file} is no JSON: {error}.') from error
+  if not isinstance(found, dict):
+    raise ValueError(f'{file}: expected an object, got {type(found).__name__}.')
+  return found
+
+
+def _limits(file: pathlib.Path, positions: int) -> dict[str, int]:
+  """Returns the lengths that a file tells, or, where it is not there, those of published compressors."""
+  found = _entries(file) if file.is_file() else {}
+  known = ('max_length', 'max_instruction')
+  if unknown := sorted(found.keys() - set(known)):
+    raise ValueError(f'{file}: unknown entries {unknown}; expected {", ".join(known)}.')
+  for name, value in found.items():
+    if type(value) is not int or value < 1:
+      raise ValueError(f'{file}: {name}={value!r}, expected a whole number of at least 1.')
+  found.setdefault('max_length', min(512, positions))
+  if found['max_length'] > positions:
+    raise ValueError(
+      f'{file}: max_length={found["max_length"]}, but the model of config.json has {positions} positions.'
+    )
+  return found

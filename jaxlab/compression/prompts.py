@@ -59,7 +59,7 @@ def merge_words(
   the official code fails). With `continuation` a piece begins a word unless it starts with that; what was
   between words in the text is then not told by pieces, and all that begin one are `spaced`. Forced tokens,
   compared without marker and continuation, have probability 1, and with `reserve_digits` every piece with a
-  digit has. Forced are pieces, as in the official code, not words of several (`compress_prompt` forces these).
+  digit has. Forced are pieces, as in the official code, not words of several: `compress_prompt` forces those.
 
   Args:
     tokens: pieces of a chunk.

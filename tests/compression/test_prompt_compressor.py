@@ -187,6 +187,8 @@ def test_edges():
   assert compression.compress_prompt('', **GIVEN, rate=0.5).text == ''
   assert compression.compress_prompt([], **GIVEN, budget=5).text == ''
   assert compression.compress_prompt(' \n', **GIVEN, rate=0.5).text == ''
+  nothing = compression.compress_prompt(' ', **GIVEN, rate=0.5, count_tokens=lambda own: 0)
+  assert nothing.text == '' and not nothing.keep[0].any()
   same = compression.compress_prompt('house house house', **GIVEN, rate=0.5)
   assert same.text == '' and same.compressed_tokens == 0 and same.kept_share == 0
   kept = compression.compress_prompt('house house', **GIVEN, rate=0.5, at_least_one=True)
@@ -290,13 +292,20 @@ def test_folders_of_something_else_are_refused(tmp_path):
     ({'architectures': ['BertModel']}, "holds .'BertModel'., expected a classifier"),
     ({'model_type': 't5'}, "got 't5'"),
     ({'vocab_size': 20}, 'does not fit the model'),
+    ({'hidden_size': '8'}, 'holds no prompt compressor'),
+    ({'model_type': 'xlm-roberta', 'pad_token_id': 31}, 'first_position=32 is not in'),
   ):
     config.write_text(json.dumps({**entries, **change}))
     with pytest.raises(ValueError, match=message):
       compression.load_compressor(tmp_path)
-  config.write_text('no json')
-  with pytest.raises(ValueError, match='holds no prompt compressor'):
-    compression.load_compressor(tmp_path)
+  for text, message in (
+    ('no json', 'holds no prompt compressor'),
+    ('[1]', r'config\.json: expected an object, got list'),
+    ('{"model_type": "gpt2"}', 'holds GPT2, expected a classifier'),
+  ):
+    config.write_text(text)
+    with pytest.raises(ValueError, match=message):
+      compression.load_compressor(tmp_path)
   config.write_text(json.dumps(entries))
   data = (tmp_path / 'model.safetensors').read_bytes()
   (tmp_path / 'model.safetensors').write_bytes(data[:-9])
@@ -310,6 +319,28 @@ def test_folders_of_something_else_are_refused(tmp_path):
     compression.load_compressor(tmp_path)
   with pytest.raises(ValueError, match='num_classes=3 of the model'):
     compression.save_compressor(tmp_path, made._replace(model=model.clone(num_classes=3)))
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('no json', r'compressor\.json is no JSON'),
+    ('[24]', r'compressor\.json: expected an object, got list'),
+    ('{"length": 24}', r"compressor\.json: unknown entries \['length'\]; expected max_length, max"),
+    ('{"max_length": "24"}', r"compressor\.json: max_length='24', expected a whole number"),
+    ('{"max_instruction": 0}', r'compressor\.json: max_instruction=0, expected a whole number'),
+    ('{"max_length": 33}', r'compressor\.json: max_length=33, but the model .* has 32 positions'),
+  ],
+)
+def test_lengths_that_cannot_be_name_their_file(text, message, tmp_path):
+  model = Bert(vocab_size=400, max_length=32, width=8, depth=1, num_heads=2, num_classes=2)
+  variables = random_variables(model, np.zeros((1, 4), np.int32))
+  compression.save_compressor(
+    tmp_path, compression.PromptCompressor(model, variables, TOKENIZER, 32, 5)
+  )
+  (tmp_path / 'compressor.json').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    compression.load_compressor(tmp_path)
 
 
 def load_whole(data, folder):

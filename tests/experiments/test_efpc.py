@@ -135,6 +135,7 @@ def test_an_instruction_that_is_too_long_is_cut_with_a_warning(folder, tmp_path,
     (('--rate', '0.5', '--checkpoint', '{several}'), 'holds several: give one of .*seed0'),
     (('--rate', '0.5', '--checkpoint', '{encoder}'), 'it lacks model.safetensors, tokenizer.json'),
     (('--rate', '0.5', '--output', '{there}/no/where'), 'cannot be written'),
+    (('--rate', '0.5', '--output', '{there}'), 'cannot be written: it is a folder'),
     (('--rate', '0.5', '--seeds', '0,1'), '--compress takes no settings'),
     (('--rate', '0.5', '--config.seed=1'), '--compress takes no settings'),
     (('--rate', '0.5', '--config=minilm'), '--compress takes no settings'),
@@ -161,6 +162,7 @@ def test_a_command_that_cannot_be_says_why(options, message, folder, tmp_path, c
   out, err = capsys.readouterr()
   assert stop.value.code == 2 and not out
   assert re.search(message, err), err
+  assert not list(tmp_path.glob('*.partial'))
 
 
 def test_options_of_the_command_are_refused_without_it(capsys):
