@@ -232,20 +232,26 @@ def change_histogram(
   return ChangeHistogram(counts, counts / (counts.max() + 1e-6), edges.astype(np.float64))
 
 
-def is_bimodal(counts: ArrayLike, window: int = 9, ratio: float = 1.2) -> bool:
+def is_bimodal(
+  counts: ArrayLike, window: int = 9, ratio: float = 1.2, min_height: float = 0.25
+) -> bool:
   """Returns whether a histogram over [-1, 1] has a mode on either side of 0, with a valley between them.
 
-  The histogram is smoothed by a moving average (its ends by what bins are there). It has two modes if the
-  highest bins on either side of 0 are both at least `ratio` times the lowest value between them: ripples of a
-  tail are no modes. The paper judges by eye: window and ratio are this library's.
+  The histogram is smoothed by a moving average (its ends by what bins are there). It has two modes if two
+  local maxima on opposite sides of 0 are both at least `ratio` times the lowest value between them; there may
+  be others, such as that of weights that did not change. Values whose window reaches the bin of 0 are on
+  neither side; ripples below `min_height` times the largest value on either side are no maxima (of a few
+  thousand weights higher ones may be). The paper judges by eye: all of this is inferred.
 
   Args:
     counts: `[bins]`, symmetric around 0, e.g. of `change_histogram`.
     window: bins of the moving average, odd.
     ratio: of the modes to the valley.
+    min_height: of a mode, a share of the largest smoothed value on either side.
 
   Raises:
-    ValueError: unless counts are a vector of at least `window` bins, and the window is odd.
+    ValueError: unless counts are a vector of at least `window` bins, the window is odd, and the height lies
+      in [0, 1].
 
   >>> (
   ...   is_bimodal([0, 2, 6, 2, 1, 1, 3, 7, 1, 0], window=1),
@@ -260,12 +266,21 @@ def is_bimodal(counts: ArrayLike, window: int = 9, ratio: float = 1.2) -> bool:
     raise ValueError(
       f'counts must be a vector of at least {max(window, 2)} bins, got {counts.shape}.'
     )
+  if not 0 <= min_height <= 1:
+    raise ValueError(f'min_height must be in [0, 1], got {min_height}.')
   average = lambda x: np.convolve(x, np.ones(window), 'same')  # noqa: E731
   smooth = average(counts) / average(np.ones_like(counts))
-  half = counts.size // 2
-  left, right = np.argmax(smooth[:half]), counts.size - half + np.argmax(smooth[-half:])
-  modes, valley = min(smooth[left], smooth[right]), smooth[left : right + 1].min()
-  return bool(modes > 0 and modes >= ratio * valley)
+  padded = np.pad(smooth, 1, constant_values=-np.inf)
+  peaks = (smooth > 0) & (smooth >= padded[:-2]) & (smooth >= padded[2:])
+  # 0 lies in the middle bin, or on the edge of the middle two.
+  places, reach = np.arange(counts.size), window // 2
+  left, right = places + reach < (counts.size - 1) // 2, places - reach > counts.size // 2
+  peaks &= smooth >= min_height * np.max(smooth, where=left | right, initial=0)
+  return any(
+    bool(min(smooth[i], smooth[j]) >= ratio * smooth[i : j + 1].min())
+    for i in np.flatnonzero(peaks & left)
+    for j in np.flatnonzero(peaks & right)
+  )
 
 
 def _pairs(base: PyTree, tuned: PyTree) -> Iterator[tuple[str, ArrayLike, ArrayLike]]:

@@ -127,6 +127,27 @@ def test_two_modes_are_told_from_one():
   assert not models.is_bimodal(np.zeros(200))
 
 
+@pytest.mark.parametrize('bins', [200, 201])
+def test_weights_that_did_not_change_are_no_mode_and_hide_none(bins):
+  rng = np.random.default_rng(0)
+  left, right = 0.1 * rng.standard_normal((2, 20000)) + [[-0.4], [0.4]]
+  found = lambda *parts: models.change_histogram(np.concatenate(parts), bins).counts  # noqa: E731
+  for unchanged in (200, 8000, 400000):
+    same = np.zeros(unchanged)
+    assert models.is_bimodal(found(left, right, same))
+    for one in (left, right, left + 0.4):
+      assert not models.is_bimodal(found(one, same))
+  assert not models.is_bimodal(found(left, right[:1000]))
+  assert models.is_bimodal(found(left, right[:1000]), min_height=0.01)
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_ripples_of_a_small_matrix_are_no_modes(seed):
+  change = 0.31 * np.random.default_rng(seed).standard_cauchy(96 * 96)
+  counts = models.change_histogram(np.clip(change, -1, 1)).counts
+  assert not models.is_bimodal(counts)
+
+
 def test_bad_input_is_named():
   base = {'a': np.zeros(2), 'b': np.zeros(3)}
   with pytest.raises(ValueError, match='b: in base, missing in tuned'):
@@ -147,6 +168,8 @@ def test_bad_input_is_named():
     models.is_bimodal(np.zeros(20), window=4)
   with pytest.raises(ValueError, match='vector of at least 9 bins'):
     models.is_bimodal(np.zeros(5))
+  with pytest.raises(ValueError, match=r'min_height must be in \[0, 1\], got 2'):
+    models.is_bimodal(np.zeros(20), min_height=2)
 
 
 @pytest.mark.parametrize('seed', range(5))
