@@ -89,7 +89,8 @@ def select_parameters(
         "'embed_tokens', which changes both, or give each its own by untied(params)."
       )
     if unused:
-      raise_unmatched(unused, [n for parts in names.values() for n in parts], argument, 'module')
+      known = {name for parts in names.values() for name in parts}
+      raise_unmatched(unused, sorted(known), argument, 'module')
   index = {path: found[0] for path in paths if (found := block_of(path))}
   if blocks is not None:
     depth = max(index.values(), default=-1) + 1

@@ -62,6 +62,12 @@ def test_destruction_agrees_with_reference(vectors, x64):
     assert_close(logits, vectors['out_logits_removed_layers'])
 
 
+def test_names_that_are_suggested_are_different_ones():
+  params = {f'layers_{i}': {name: {'kernel': 1} for name in ('o_proj', 'v_proj')} for i in range(9)}
+  with pytest.raises(ValueError, match='Closest of the 12 paths: o_proj, v_proj'):
+    models.select_parameters(params, ['o_prj'])
+
+
 MODEL = models.Llama(vocab_size=11, width=8, depth=3, num_heads=2, hidden=12)
 TOKENS = np.array([[1, 2, 3, 4, 5, 6]])
 
