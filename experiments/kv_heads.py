@@ -144,9 +144,14 @@ class Settings(Experiment):
       yield f'group_sizes={sizes}: expected divisors of the largest.'
     if not self.runs or not set(self.tuned) <= set(self.runs):
       yield f'tuned={self.tuned}: expected some of runs={self.runs}.'
-    yield from check_batch(self.mesh, self.tuning.recipe.batch_size, 'tuning.recipe.batch_size')
-    if own.recipe is not None:
-      yield from check_batch(self.mesh, own.recipe.batch_size, 'network.recipe.batch_size')
+    for name in ('runs', 'tuned'):
+      if len(set(rows := getattr(self, name))) < len(rows):
+        yield f'{name}={",".join(rows)}: each may be there once.'
+    for name, recipe in (('tuning', self.tuning.recipe), ('network', own.recipe)):
+      if recipe is not None:
+        yield from check_batch(self.mesh, recipe.batch_size, f'{name}.recipe.batch_size')
+        if recipe.batch_size > own.data.train_size:
+          yield f'{name}.recipe.batch_size={recipe.batch_size}: more than {own.data.train_size} records.'
 
   @property
   def model(self) -> nn.Module:
