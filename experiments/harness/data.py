@@ -328,6 +328,15 @@ def check_source(
       data.check_multi_labels(batch['multi_label'], own.num_classes)
 
 
+def check_vocabulary(own: Images | Tokens | Sentences, source: data.Source, model: Any) -> None:
+  """Raises ValueError if records may hold tokens that a model does not know: what it said would be NaN."""
+  known = getattr(model, 'vocab_size', None)
+  if isinstance(own, Tokens | Sentences) and known is not None and source.num_classes > known:
+    raise ValueError(
+      f'model.vocab_size={known}, but {own.name} has {source.num_classes} tokens: set at least as many.'
+    )
+
+
 def check_size(key: str, size: int, source: data.Source) -> None:
   """Raises ValueError if `source` has not the `size` that the setting's `key` says."""
   if len(source) != size:

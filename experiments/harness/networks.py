@@ -300,8 +300,14 @@ def load(config: Experiment, network: Network, folder: Any, run: Run | None = No
     network: its section.
     folder: of its training.
     run: its training; None: `training(config, network)`.
+
+  Raises:
+    ValueError: before any training, for data that are not what the setting says, or tokens that the network
+      does not know.
   """
   records = {split: harness_data.load(network.data, split) for split in ('train', 'test')}
+  for source in records.values():
+    harness_data.check_vocabulary(network.data, source, create(network.model))
   if network.pretrained and network.recipe is None:
     model, variables = public(network)
     variables = over_mesh(variables, config.mesh.make())

@@ -229,6 +229,14 @@ def random_leaves(tree):
     ('embedded', {'group_sizes': '(2, 3)'}, 'expected divisors of the largest'),
     ('embedded', {'tuned': 'svd_w'}, 'tuned=.*expected some of runs'),
     ('embedded', {'calibration__count': 12}, 'expected at most 32 windows in whole batches'),
+    ('embedded', {'runs': 'svd_a,mean,mean'}, 'runs=svd_a,mean,mean: each may be there once'),
+    ('embedded', {'tuned': 'svd_a,svd_a'}, 'tuned=svd_a,svd_a: each may be there once'),
+    (
+      'embedded',
+      {'tuning__recipe__batch_size': 64},
+      'tuning.recipe.batch_size=64: more than 32 rec',
+    ),
+    ('embedded', {'network__recipe__batch_size': 64}, 'network.recipe.batch_size=64: more than 32'),
     ('embedded', {'tuning__rank': 0}, 'rank=0: expected at least 1'),
     (
       'embedded',
@@ -243,3 +251,10 @@ def random_leaves(tree):
 def test_settings_that_cannot_be_are_refused(setting, changes, message):
   with pytest.raises(SettingsError, match=message):
     launcher.check(tiny(setting, **changes))
+
+
+def test_a_vocabulary_smaller_than_the_data_is_named_before_any_training(tmp_path):
+  config = tiny(network__model__vocab_size=100)
+  with pytest.raises(ValueError, match=r'model\.vocab_size=100, but text has 256 tokens'):
+    kv_heads.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
