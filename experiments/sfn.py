@@ -34,7 +34,7 @@ from experiments.harness.tasks import Task
 from experiments.protocols import boxed_answers, checkpoint_pairs, completions
 from experiments.protocols.boxed_answers import Answers
 from experiments.protocols.completions import completion_loss
-from jaxlab import models
+from jaxlab import data, models
 from jaxlab.models import LazyStateDict
 from jaxlab.models.checkpoint_names import HF_LLAMA
 
@@ -118,6 +118,10 @@ class Settings(checkpoint_pairs.Settings):
       yield 'destroyed: expected groups of module types, got an empty one.'
     if len(set(self.runs)) < len(self.runs):
       yield f'runs={",".join(self.runs)}: each may be there once.'
+    if self.network is None:
+      for name in ('runs', 'destroyed', 'blocks', 'std', 'compared', 'timed'):
+        if (value := getattr(self, name)) != getattr(Settings, name):
+          yield f'{name}={value}: is of a network that is tuned here, not of two checkpoints.'
 
 
 def pretraining(config: Settings) -> Run | None:
@@ -196,11 +200,13 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Compares two checkpoints, or trains, tunes and destroys a network."""
   if config.network is None:
     return compare_checkpoints(config, workdir)
+  train, test = tuning_data(config)
+  answer = answering(config, workdir)
   base = networks.load(config, config.network, workdir / 'base', pretraining(config))
-  rows, tuned = freeze(config, workdir, base.variables)
+  rows, tuned = freeze(config, workdir, base.variables, train, test, answer)
   parts = destruction(config, base)
   if tuned is not None:
-    rows += merging(config, base.variables, tuned)
+    rows += merging(config, base.variables, tuned, test)
   if tuned is not None and config.compared:
     for name, own in deltas(config, base.variables, tuned, workdir).items():
       parts[name] = parts.get(name, {}) | own
@@ -209,15 +215,36 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   return results.results(config, rows, title=UNITS)
 
 
+def tuning_data(config: Settings) -> tuple[data.Source, data.Source]:
+  """Returns the training and the test records of the tuning, whose tokens the decoder knows."""
+  own = config.tuning.data
+  train, test = (harness_data.load(own, split) for split in ('train', 'test'))
+  for source in (train, test):
+    harness_data.check_vocabulary(own, source, config.model)
+  return train, test
+
+
 def freeze(
-  config: Settings, workdir: pathlib.Path, start: Variables
+  config: Settings,
+  workdir: pathlib.Path,
+  start: Variables,
+  train: data.Source,
+  test: data.Source,
+  answer: Callable[[str, Variables], dict[str, float]],
 ) -> tuple[list[dict[str, Any]], Variables | None]:
-  """Returns the rows of A and of the variants of Freeze, and B, if it is one of them."""
-  train, test = (harness_data.load(config.tuning.data, split) for split in ('train', 'test'))
+  """Returns the rows of A and of the variants of Freeze, and B, if it is one of them.
+
+  Args:
+    config: the experiment.
+    workdir: of the trainings.
+    start: A.
+    train: what is tuned on.
+    test: what is judged on.
+    answer: see `answering`.
+  """
   judge = lambda variables: completions.judge(  # noqa: E731
     config, config.tuning.data, config.model, variables, test
   )
-  answer = answering(config, workdir)
   own = judge(start) | answer('before', start)
   rows, tuned = [results.row(BEFORE, 'reference', own)], None
   trainings = {name: tuning(config, name) for name in config.runs}
@@ -295,9 +322,11 @@ def destruction(config: Settings, base: networks.Loaded) -> dict[str, dict[str, 
   return found
 
 
-def merging(config: Settings, base: Variables, tuned: Variables) -> list[dict[str, Any]]:
-  """Returns rows of A with module types of B."""
-  test, rows = harness_data.load(config.tuning.data, 'test'), []
+def merging(
+  config: Settings, base: Variables, tuned: Variables, test: data.Source
+) -> list[dict[str, Any]]:
+  """Returns rows of A with module types of B, judged on test records."""
+  rows = []
   for types in config.merges:
     mask = models.select_parameters(base['params'], types)
     merged = models.merge_parameters(base['params'], tuned['params'], mask, config.base_share)

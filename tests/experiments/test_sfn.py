@@ -371,6 +371,43 @@ def test_costs_of_a_step_are_those_over_full_tuning(config, monkeypatch):
   assert found['F2'] == {'time': 2}
 
 
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'network.model.vocab_size': 5}, r'model\.vocab_size=5, but sums has 14 tokens'),
+    ({'tuning.data.test_options.low': 50, 'tuning.data.test_options.high': 40}, 'low=50'),
+    ({'tuning.data.train_size': 63}, 'data.train_size=63, but 64 records'),
+  ],
+)
+def test_data_are_looked_at_before_anything_is_trained(changes, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    sfn.run(launcher.load('sfn', 'embedded', {**TINY, **changes}), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_problems_are_read_before_anything_is_trained(config, answers, tmp_path):
+  (tmp_path / 'problems.jsonl').write_text('\n')
+  with pytest.raises(ValueError, match='holds no problems'):
+    sfn.run(dataclasses.replace(config, answers=answers), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'name'),
+  [
+    ({'destroyed': (('o_proj',),)}, 'destroyed'),
+    ({'blocks': (1, 2)}, 'blocks'),
+    ({'runs': ('F2',)}, 'runs'),
+    ({'std': 0.1}, 'std'),
+    ({'compared': False}, 'compared'),
+    ({'timed': 2}, 'timed'),
+  ],
+)
+def test_two_checkpoints_are_not_tuned_or_destroyed(changes, name):
+  with pytest.raises(ValueError, match=f'{name}=.*: is of a network that is tuned here'):
+    launcher.check(launcher.load('sfn', 'checkpoints', changes))
+
+
 def test_two_checkpoints_need_both_names():
   with pytest.raises(ValueError, match='base, tuned: expected two checkpoints'):
     launcher.check(launcher.load('sfn', 'checkpoints', {'tuned': ''}))
