@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_vectors import assert_close, golden
+from golden_vectors import Vectors, assert_close, golden
 
 from jaxlab import models, training
+from jaxlab.models.checkpoint_names import HF_LLAMA
 from jaxlab.trees import tree_paths
 
 
@@ -41,6 +42,24 @@ def _qwen2(vectors):
 
   shapes = models.abstract_variables(model)['params']
   return model, jax.tree_util.tree_map_with_path(read, shapes)
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_heads_of_another_width_and_a_tied_head_are_told_by_the_file(tied, tmp_path):
+  own = models.Llama(
+    vocab_size=7, width=12, depth=1, num_heads=3, num_kv_heads=1, hidden=10, head_width=8, tied=tied,
+    attention_bias='qkv',
+  )  # fmt: skip
+  params = models.abstract_variables(own)['params']
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, leaf.size, np.float32), params)
+  arrays = models.to_torch({'params': params}, renames=HF_LLAMA)
+  arrays = {f'param_{name.replace(".", "_")}': array for name, array in arrays.items()}
+  scalars = {'num_heads': 3, 'num_kv_heads': 1, 'rope_theta': 1e4, 'rms_norm_eps': 1e-6}
+  np.savez(tmp_path / 'a.npz', **arrays, **{f'param_{name}': a for name, a in scalars.items()})
+  model, read = _qwen2(Vectors(tmp_path / 'a.npz'))
+  assert (model.head_width, model.tied) == (8, tied)
+  del read['layers_0']['self_attn']['o_proj']['bias']
+  jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 @golden('sfn', 'qwen2_destruction')
