@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,19 +65,33 @@ def source_training(config: Settings) -> Run | None:
 def plans(config: Settings, table: Mapping[str, Row]) -> dict[tuple[str, str], Plan]:
   """Returns what every row does on every task; tasks of one shape share the functions of a row."""
   shared, found = {}, {}
+
+  def made(name: str, target: Target, own: Tuning, size: int) -> Adaptation:
+    shape = ImageTask.of(target.data), target.augment, target.data.num_classes, size
+    key = repr((name, own.model, own.options, shape))
+    if key not in shared:
+      shared[key] = adaptation.adapted(config, table[name], own, target, size)
+    return shared[key]
+
   for name in config.runs:
     for task in config.tasks:
       target, own = config.target[task], config.tuned(name, task)
-      shape = ImageTask.of(target.data), target.augment, target.data.num_classes, target.size
-      key = repr((name, own.model, own.options, shape))
-      if key not in shared:
-        shared[key] = adaptation.adapted(config, table[name], own, target, target.size)
-      found[name, task] = _plan(config, table[name], name, task, own, shared[key])
+      of_size = functools.partial(made, name, target, own)
+      found[name, task] = _plan(config, table[name], name, task, own, of_size)
   return found
 
 
-def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: Adaptation) -> Plan:
+def _plan(
+  config: Settings,
+  row: Row,
+  name: str,
+  task: str,
+  own: Tuning,
+  of_size: Callable[[int], Adaptation],
+) -> Plan:
+  """Returns the plan of a row on a task; `of_size` makes the functions for so many images."""
   target, recipe = config.target[task], config.recipe
+  made = of_size(target.size)
   steps = target.size // recipe.batch_size
   if target.validation:
     every = target.validation_epochs * max(steps, 1)
@@ -98,11 +112,14 @@ def _plan(config: Settings, row: Row, name: str, task: str, own: Tuning, made: A
     return Plan(own, made, None, training)
   kept = target.size - config.held_out
   few = dataclasses.replace(as_read, train_size=kept)
-  program = sweep(made.program, dict(zip(SWEPT, zip(*pairs, strict=True), strict=True)))
-  steps = recipe.epochs * (kept // recipe.batch_size)
+  # Fewer images make shorter epochs: the schedule is to end where the search does.
+  values = dict(zip(SWEPT, zip(*pairs, strict=True), strict=True))
+  program, steps = sweep(of_size(kept).program, values), kept // recipe.batch_size
   plain = dataclasses.replace(recipe, eval_every=0, best_metric='')
-  decides = {**decides, 'held_out': (config.held_out, config.held_out_order)}
-  search = Run(config, few, plain, program, steps, decides, f'{title}, {len(pairs)} settings')
+  held_out = (config.held_out, config.held_out_order)
+  decides = {**decides, 'held_out': held_out, 'steps_per_epoch': steps}
+  title = f'{title}, {len(pairs)} settings'
+  search = Run(config, few, plain, program, recipe.epochs * steps, decides, title)
   return Plan(own, made, search, training)
 
 

@@ -156,6 +156,24 @@ def test_what_is_kept_is_of_the_type_that_a_step_computes_in():
   assert kept[0] == kept[1]
 
 
+def test_rates_are_searched_under_the_schedule_of_a_training():
+  config = tiny_config('runs=linear,', 'tuning={linear: {rates: [0.01], decays: [0.0, 0.1]}}')
+  plan = adaptation_comparison.plans(config, last.table(config))['linear', 'rotation']
+  assert (plan.search.num_steps, plan.training.num_steps) == (3 * 4, 3 * 6)
+
+  def last_rate(run, frozen):
+    state = jax.eval_shape(run.program.init, jax.random.key(0))
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    state = state.replace(step=jnp.int32(run.num_steps - 1))
+    return jax.jit(run.program.step)(state, frozen, a_batch())[1]['learning_rate']
+
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), plan.training.program.frozen)
+  own = [{**zeros, 'rate': jnp.full(n, 0.01), 'decay': jnp.zeros(n)} for n in ((), (2,))]
+  rate = last_rate(plan.training, own[0])
+  assert rate < 1e-3
+  assert last_rate(plan.search, own[1]) == pytest.approx(rate)
+
+
 def second_half(model, images, *, pool):
   """DTL: a state of rank 2, added from the middle on."""
   widths, paths = adapters.block_widths(model, images), models.anatomy(model).block_paths
