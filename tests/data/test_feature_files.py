@@ -1,9 +1,11 @@
 """Files of features: what goes in comes out, and nothing that does not fit is trained on."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
+from etils.epath import testing
 
 from jaxlab import data
 
@@ -88,6 +90,7 @@ def test_damaged_files_are_refused(tmp_path, suffix):
     ({'labels': np.full(9, 0.5)}, 'no integers'),
     ({'features': np.zeros((9, 5, 3))}, r'\[records, 5, 4\]'),
     ({'features': np.zeros((8, 5, 4)), 'labels': np.zeros(8, int)}, '8 records, but the header says 9'),
+    ({'features': np.zeros((12, 5, 4)), 'labels': np.zeros(12, int)}, '12 records, but the header says 9'),
     ({'features': np.where(np.arange(9)[:, None, None] == 6, np.nan, np.zeros((9, 5, 4)))}, 'record 6'),
     ({'features': np.full((9, 5, 4), 1e39)}, 'not finite in float32, the first is record 0'),
   ],
@@ -124,6 +127,51 @@ def test_files_of_other_programs_are_looked_at(tmp_path, changes, message):
   np.savez(path, **{name: array for name, array in own.items() if array is not None})
   with pytest.raises(ValueError, match=message):
     data.FeatureFile(path)
+
+
+@pytest.fixture
+def bucket(tmp_path):
+  """A bucket, `gs://bucket`, which is a folder of this machine."""
+
+  def local(call, *paths, **options):
+    return call(*(str(own).replace('gs://', f'{tmp_path}/') for own in paths), **options)
+
+  names = ('exists', 'isdir', 'makedirs', 'open', 'remove', 'replace')
+  with testing.mock_epath(**dict.fromkeys(names, local)):
+    yield tmp_path / 'bucket'
+
+
+def test_files_on_buckets_are_written_and_read_there(bucket, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  data.write_feature_file('gs://bucket/run/train.npz', data.in_batches(*arrays(), 4), HEADER)
+  assert [str(own.relative_to(bucket)) for own in bucket.rglob('*.*')] == ['run/train.npz']
+  found = data.FeatureFile('gs://bucket/run/train.npz', {'network': 'a1'})
+  np.testing.assert_array_equal(found.gather(np.arange(9))['features'], arrays()[0])
+  with pytest.raises(ValueError, match=r'gs://bucket/train.array_record: expected \.npz'):
+    data.write_feature_file('gs://bucket/train.array_record', [], HEADER)
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_what_a_killed_process_left_is_written_over(tmp_path, suffix):
+  (tmp_path / f'train{suffix}.partial').write_bytes(b'of before')
+  written(tmp_path, suffix)
+  assert [path.name for path in tmp_path.iterdir()] == [f'train{suffix}']
+
+
+def test_a_file_is_held_once_when_it_is_opened_and_never_when_it_is_written(tmp_path):
+  header = dataclasses.replace(HEADER, shape=(50, 64), count=600)
+  size, path = 600 * header.record_bytes, tmp_path / 'train.npz'
+  parts = ((np.zeros((60, 50, 64), np.float32), np.zeros(60, int)) for _ in range(10))
+  tracemalloc.start()
+  try:
+    data.write_feature_file(path, parts, header)
+    assert tracemalloc.get_traced_memory()[1] < 0.6 * size
+    tracemalloc.reset_peak()
+    found = data.FeatureFile(path)
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * size
+  finally:
+    tracemalloc.stop()
+  assert len(found) == 600
 
 
 def test_files_that_cannot_be_are_named(tmp_path):

@@ -1,7 +1,7 @@
 """Features that a network elsewhere computed of labeled images, in a file that says where they come from.
 
 A device without that network trains on them. A file is `.npz`, read into memory, or `.array_record`, records
-of which are read as they are needed.
+of which are read as they are needed. On buckets (`gs://...`) there are `.npz` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jaxlab.data.sources.source import Record, as_labels, check_labels
 
@@ -105,10 +106,10 @@ class FeatureHeader:
 def write_feature_file(
   path: str | os.PathLike, batches: Iterable[Batch], header: FeatureHeader
 ) -> None:
-  """Writes features and labels, whole or not at all.
+  """Writes features and labels, whole or not at all: first to `<path>.partial`, by one process at a time.
 
   Args:
-    path: `.npz`, for which all is held in memory, or `.array_record`.
+    path: `.npz` or `.array_record`.
     batches: pairs of features `[batch, *header.shape]` and labels `[batch]`, `header.count` records in all.
     header: what they are.
 
@@ -116,22 +117,35 @@ def write_feature_file(
     ValueError: for another kind of file, batches that are not what the header says, labels that are no
       classes, and values that are not finite in the header's type. The file that was there stays.
   """
-  path = pathlib.Path(path)
-  if path.suffix not in SUFFIXES:
-    raise ValueError(f'{path}: expected a file {" or ".join(SUFFIXES)}.')
+  path = feature_path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+  # Under one name, so that what a killed process left is written over.
+  partial = path.with_name(f'{path.name}.partial')
+  partial.unlink(missing_ok=True)
   try:
     checked = check_batches(batches, header, str(path))
     if path.suffix == '.npz':
-      features, labels = map(np.concatenate, zip(*checked, strict=True))
-      with partial.open('wb') as stream:
-        np.savez(stream, features=features, label=labels, header=np.array(header.to_json()))
+      _write_npz(partial, checked, header)
     else:
       _write_records(partial, checked, header)
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def feature_path(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of a file of features, an `epath` on buckets.
+
+  Raises:
+    ValueError: for another kind of file, and for `.array_record` on a bucket.
+  """
+  bucket = '://' in str(path)
+  path = epath.Path(path) if bucket else pathlib.Path(path)
+  if path.suffix not in SUFFIXES:
+    raise ValueError(f'{path}: expected a file {" or ".join(SUFFIXES)}.')
+  if bucket and path.suffix != '.npz':
+    raise ValueError(f'{path}: expected .npz, other files of features are on local disks alone.')
+  return path
 
 
 def check_batches(batches: Iterable[Batch], header: FeatureHeader, where: str) -> Iterator[Batch]:
@@ -145,7 +159,7 @@ def check_batches(batches: Iterable[Batch], header: FeatureHeader, where: str) -
         f'{", ".join(map(str, header.shape))}] and as many labels.'
       )
     with np.errstate(over='ignore'):
-      narrow = features.astype(header.wire_dtype)
+      narrow = features.astype(header.wire_dtype, copy=False)
     wrong = np.flatnonzero(~np.isfinite(narrow).reshape(len(narrow), -1).all(1))
     if wrong.size:
       raise ValueError(
@@ -157,6 +171,8 @@ def check_batches(batches: Iterable[Batch], header: FeatureHeader, where: str) -
     except ValueError as error:
       raise ValueError(f'{where}, from record {count} on: {error}') from None
     count += len(labels)
+    if count > header.count:
+      raise ValueError(f'{where}: at least {count} records, but the header says {header.count}.')
     yield narrow, labels
   if count != header.count:
     raise ValueError(f'{where}: {count} records, but the header says {header.count}.')
@@ -182,11 +198,9 @@ class FeatureFile:
   """
 
   def __init__(self, path: str | os.PathLike, expected: Mapping[str, Any] | None = None):
-    self.path = pathlib.Path(path)
+    self.path = feature_path(path)
     if not self.path.is_file():
       raise FileNotFoundError(f'{path}: there is no such file of features.')
-    if self.path.suffix not in SUFFIXES:
-      raise ValueError(f'{path}: expected a file {" or ".join(SUFFIXES)}.')
     self._features, self._records = None, None
     if self.path.suffix == '.npz':
       text, features, labels = self._read_npz()
@@ -196,7 +210,7 @@ class FeatureFile:
       if features.dtype != self.header.wire_dtype:
         raise ValueError(f'{path}: features are {features.dtype}, not {self.header.dtype}.')
       self._features = features
-      batches = [(features, labels)]
+      batches = in_batches(features, labels)
     else:
       self._records = _open_records(self.path)
       self.header = FeatureHeader.from_json(_text(self._records, 0), str(path))
@@ -244,10 +258,12 @@ class FeatureFile:
 
   def _read_npz(self) -> tuple[str, np.ndarray, np.ndarray]:
     try:
-      if not zipfile.is_zipfile(self.path):
-        raise ValueError('another kind of file, or cut off')
-      with np.load(self.path, allow_pickle=False) as file:
-        return str(file['header']), file['features'], file['label']
+      with self.path.open('rb') as stream:
+        if not zipfile.is_zipfile(stream):
+          raise ValueError('another kind of file, or cut off')
+        stream.seek(0)
+        with np.load(stream, allow_pickle=False) as file:
+          return str(file['header']), file['features'], file['label']
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
       raise ValueError(f'{self.path} is no whole file of features: {error}.') from None
 
@@ -266,6 +282,21 @@ class FeatureFile:
         *(self._record(i) for i in range(start, min(start + size, held))), strict=True
       )
       yield np.stack(features), np.array(labels)
+
+
+def _write_npz(path: pathlib.Path, batches: Iterable[Batch], header: FeatureHeader) -> None:
+  """Writes what `np.savez` would, batch by batch."""
+  about = {'descr': header.wire_dtype.str, 'fortran_order': False}
+  about['shape'], labels = (header.count, *header.shape), []
+  with path.open('wb') as stream, zipfile.ZipFile(stream, 'w') as file:
+    with file.open('features.npy', 'w', force_zip64=True) as member:
+      np.lib.format.write_array_header_1_0(member, about)
+      for own, label in batches:
+        member.write(own.tobytes())
+        labels.append(label)
+    for name, own in ('label', np.concatenate(labels)), ('header', np.array(header.to_json())):
+      with file.open(f'{name}.npy', 'w') as member:
+        np.lib.format.write_array(member, own, allow_pickle=False)
 
 
 def _write_records(path: pathlib.Path, batches: Iterable[Batch], header: FeatureHeader) -> None:
