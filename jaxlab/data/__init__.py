@@ -198,6 +198,7 @@ from jaxlab.data.sources.wider_attribute import (
 )
 from jaxlab.data.transfer import (
   listening,
+  parse_address,
   receive_features,
   send_features,
 )
@@ -396,6 +397,7 @@ __all__ = [
   'noise_rate',
   'normalize',
   'oracle_compress',
+  'parse_address',
   'paste_box',
   'pasted',
   'piece_labels',

@@ -29,6 +29,7 @@ MAX_TEXT = 1 << 20
 MAX_RECORD = 1 << 28
 BATCH = 64  # records of a message, fewer where these would exceed MAX_MESSAGE bytes
 MAX_MESSAGE = 1 << 26
+LAST_PORT = 65535
 
 
 class Features(Protocol):
@@ -40,13 +41,37 @@ class Features(Protocol):
     """Yields features and labels, `size` records at a time."""
 
 
+def parse_address(text: str) -> tuple[str, int]:
+  """Returns host and port of `host:port`; raises ValueError for what is none.
+
+  >>> parse_address('127.0.0.1:7000')
+  ('127.0.0.1', 7000)
+  """
+  parts = re.fullmatch(r'(.+):(\d{1,5})', text)
+  if parts is None or int(parts[2]) > LAST_PORT:
+    raise ValueError(
+      f'{text!r}: expected host:port, such as 127.0.0.1:7000, with a port of 0 to {LAST_PORT}.'
+    )
+  return parts[1], int(parts[2])
+
+
 @contextlib.contextmanager
 def listening(host: str = '127.0.0.1', port: int = 0) -> Iterator[socket.socket]:
   """Yields a socket that waits for a device; `getsockname()` says where. Port 0: any free one.
 
   The default is this machine alone: nothing is encrypted, and whoever connects is served.
+
+  Raises:
+    ConnectionError: if the address is none of this machine, or in use.
   """
-  with socket.create_server((host, port)) as server:
+  try:
+    server = socket.create_server((host, port))
+  except (OSError, OverflowError) as error:
+    raise ConnectionError(
+      f'{host}:{port}: no device can be waited for ({error}); expected an address of this machine and a '
+      'free port.'
+    ) from error
+  with server:
     yield server
 
 
@@ -55,8 +80,11 @@ def send_features(
 ) -> int:
   """Waits for one device, sends it all sets, and returns the bytes on the wire.
 
+  Who connects meanwhile is refused. Who goes away within the first set, such as a probe of the port, was no
+  device: another one is waited for.
+
   Args:
-    server: see `listening`.
+    server: see `listening`; it is closed as soon as somebody connects.
     sets: by name: letters, digits, `_` and `-`.
     timeout: seconds that a connection, or a device that reads nothing, is waited for.
 
@@ -66,42 +94,57 @@ def send_features(
   """
   for name in sets:
     _require_name(name)
-  server.settimeout(timeout)
-  sent = 0
+  place, sent = server.getsockname()[:2], _Sent()
   try:
-    connection, _ = server.accept()
-    with connection:
-      connection.settimeout(timeout)
-      sent += _send(connection, GREETING)
-      for name, features in sets.items():
-        about = {'name': name, 'header': features.header.to_json()}
-        sent += _send(connection, json.dumps(about).encode())
-        sent += _send_records(connection, features)
-      sent += _send(connection, FAREWELL)
-      connection.shutdown(socket.SHUT_WR)
+    while True:
+      with server:
+        server.settimeout(timeout)
+        connection, _ = server.accept()
+      try:
+        with connection:
+          connection.settimeout(timeout)
+          sent = _Sent(connection)
+          _send_sets(sent, sets)
+        return sent.count
+      except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
+        if sent.sets:
+          raise
+      server = socket.create_server(place)
   except OSError as error:  # timeouts and broken pipes are
-    raise ConnectionError(f'features were not sent, {sent} bytes were: {error}.') from error
-  return sent
+    raise ConnectionError(f'features were not sent, {sent.count} bytes were: {error}.') from error
 
 
-def _send_records(connection: socket.socket, features: Features) -> int:
-  sent, check = 0, 0
-  for own, labels in features.batches(_message_records(features.header)):
-    payload = labels.astype('<i4').tobytes() + own.astype(features.header.wire_dtype).tobytes()
-    check = zlib.crc32(payload, check)
-    sent += _send(connection, payload)
-  return sent + _send(connection, struct.pack('>I', check))
+class _Sent:
+  """Messages to a connection, their bytes counted, and the sets that are through."""
+
+  def __init__(self, connection: Any = None):
+    self.connection, self.count, self.sets = connection, 0, 0
+
+  def message(self, payload: bytes) -> None:
+    """Sends a message."""
+    for part in (struct.pack('>Q', len(payload)), payload):
+      self.connection.sendall(part)
+      self.count += len(part)
+
+
+def _send_sets(sent: _Sent, sets: Mapping[str, Features]) -> None:
+  sent.message(GREETING)
+  for name, features in sets.items():
+    sent.message(json.dumps({'name': name, 'header': features.header.to_json()}).encode())
+    check = 0
+    for own, labels in features.batches(_message_records(features.header)):
+      payload = labels.astype('<i4').tobytes() + own.astype(features.header.wire_dtype).tobytes()
+      check = zlib.crc32(payload, check)
+      sent.message(payload)
+    sent.message(struct.pack('>I', check))
+    sent.sets += 1
+  sent.message(FAREWELL)
+  sent.connection.shutdown(socket.SHUT_WR)
 
 
 def _message_records(header: FeatureHeader) -> int:
   """Returns the records of a message; both sides compute it."""
   return max(1, min(BATCH, MAX_MESSAGE // (header.record_bytes + 4)))
-
-
-def _send(connection: socket.socket, payload: bytes) -> int:
-  connection.sendall(struct.pack('>Q', len(payload)))
-  connection.sendall(payload)
-  return 8 + len(payload)
 
 
 def receive_features(
@@ -120,7 +163,7 @@ def receive_features(
   Args:
     host: of the cloud.
     port: of the cloud.
-    folder: made if it is not there.
+    folder: made if it is not there; one process at a time receives into it.
     suffix: `.npz` or `.array_record`.
     timeout: seconds that the cloud is waited for.
 
@@ -134,8 +177,9 @@ def receive_features(
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  arriving = folder / f'arriving.{os.getpid()}.partial'
-  received = _Counted()
+  # Under one name, so that what a killed process left goes.
+  arriving, received = folder / 'arriving.partial', _Counted()
+  shutil.rmtree(arriving, ignore_errors=True)
   try:
     arriving.mkdir()
     with socket.create_connection((host, port), timeout=timeout) as connection:
@@ -151,9 +195,14 @@ def receive_features(
     for name, path in files.items():
       (arriving / f'{name}{suffix}').replace(path)
     return files, received.count
-  except OSError as error:
+  except (OSError, OverflowError) as error:
+    hint = (
+      ''
+      if received.count
+      else ' Either no cloud waits there, or it still gathers or serves another device.'
+    )
     raise ConnectionError(
-      f'features from {host}:{port}: {error}, after {received.count} bytes; nothing of it was kept.'
+      f'features from {host}:{port}: {error}, after {received.count} bytes; nothing of it was kept.{hint}'
     ) from error
   finally:
     shutil.rmtree(arriving, ignore_errors=True)

@@ -1,9 +1,11 @@
 """Features over a socket: all arrives as it was sent and counted, or nothing is kept."""
 
 import json
+import re
 import socket
 import struct
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -174,6 +176,8 @@ def test_clouds_and_devices_that_are_not_there_are_told(sets, tmp_path):
     port = server.getsockname()[1]
   with pytest.raises(ConnectionError, match=f'127.0.0.1:{port}'):
     data.receive_features('127.0.0.1', port, tmp_path)
+  with pytest.raises(ConnectionError, match='gathers or serves another device'):
+    data.receive_features('127.0.0.1', port, tmp_path)
   with data.listening() as server, pytest.raises(ConnectionError, match='not sent'):
     data.send_features(server, sets, timeout=0.1)
   with data.listening() as server, pytest.raises(ValueError, match='names of sets'):
@@ -192,3 +196,72 @@ def test_values_that_are_not_finite_do_not_arrive(tmp_path):
     data.receive_features('127.0.0.1', server.port, tmp_path)
   server.join()
   assert not list(tmp_path.iterdir())
+
+
+class Waiting:
+  """Features whose records come once they are asked for by `go`."""
+
+  header = HEADER
+
+  def __init__(self, features):
+    self._features, self.begun, self.go = features, threading.Event(), threading.Event()
+
+  def batches(self, size):
+    self.begun.set()
+    assert self.go.wait(30)
+    yield from self._features.batches(size)
+
+
+def test_a_second_device_is_refused_at_once_while_the_first_is_served(sets, tmp_path):
+  slow = Waiting(sets['train'])
+  server = Server(lambda own: data.send_features(own, {'train': slow}))
+  found = []
+  first = threading.Thread(
+    target=lambda: found.append(data.receive_features('127.0.0.1', server.port, tmp_path / 'a'))
+  )
+  first.start()
+  assert slow.begun.wait(30)
+  with pytest.raises(ConnectionError, match=r'after 0 bytes.* serves another device'):
+    data.receive_features('127.0.0.1', server.port, tmp_path / 'b', timeout=5.0)
+  assert not found
+  slow.go.set()
+  first.join(30)
+  server.join()
+  assert found[0][1] == server.result
+
+
+def test_who_leaves_within_the_first_set_was_no_device(sets, tmp_path):
+  sent = []
+  with data.listening() as server:
+    place = server.getsockname()
+    socket.create_connection(place).close()
+    thread = threading.Thread(target=lambda: sent.append(data.send_features(server, sets)))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while True:
+      try:
+        _, received = data.receive_features(*place, tmp_path)
+        break
+      except ConnectionError:  # the probe is still served
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    thread.join(30)
+  assert sent == [received] and data.FeatureFile(tmp_path / 'train.npz').header == HEADER
+
+
+def test_what_a_killed_process_received_does_not_stand_in_the_way(sets, tmp_path):
+  (tmp_path / 'arriving.partial').mkdir()
+  (tmp_path / 'arriving.partial' / 'train.npz').write_bytes(b'of before')
+  server = Server(lambda own: data.send_features(own, sets))
+  data.receive_features('127.0.0.1', server.port, tmp_path)
+  server.join()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['test.npz', 'train.npz']
+
+
+def test_addresses_that_cannot_be_waited_at_are_told():
+  with data.listening() as server:
+    port = server.getsockname()[1]
+    for host, own in (('127.0.0.1', port), ('127.0.0.1', 99999), ('no.such.host.invalid', 0)):
+      message = re.escape(f'{host}:{own}: no device can be waited for')
+      with pytest.raises(ConnectionError, match=message), data.listening(host, own):
+        pass
