@@ -15,6 +15,7 @@ of the bytes, of the trained numbers and of the memory.
   python -m experiments.mist --config=vtab_vit_base --config.tasks=caltech101, --workdir=DIR
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -25,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from experiments.harness import launcher, pictures, results
 from experiments.harness.runs import Run, Variables, say
@@ -103,6 +105,8 @@ class Settings(adaptation.Settings):
       yield f"serve={self.serve!r}: expected role='cloud', now {self.role!r}."
     if self.serve and not re.fullmatch(r'[^:]+:\d{1,5}', self.serve):
       yield f'serve={self.serve!r}: expected host:port, such as 127.0.0.1:7000.'
+    elif self.serve:
+      yield from found_by('serve', data.parse_address, self.serve)
     for name, least in (('views', 1), ('timed', 0)):
       if getattr(self, name) < least:
         yield f'{name}={getattr(self, name)}: expected at least {least}.'
@@ -281,8 +285,7 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Gathers the features of every task, trains devices on them, and compares with who sees the network."""
   others, edge = split_runs(config)
   if config.role == 'cloud':
-    variables = adaptation_comparison.load(config, workdir)
-    return only_cloud(config, variables, workdir)
+    return only_cloud(config, workdir)
   rows = adaptation_comparison.compare(others, workdir, table(config)) if others.runs else []
   for item, name in zip(rows, others.runs, strict=True):
     item['metrics'].pop('temporary_mb', None)
@@ -302,20 +305,23 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   return results.results(config, rows, names, UNITS)
 
 
-def only_cloud(config: Settings, variables: Variables, workdir: pathlib.Path) -> dict[str, Any]:
+def only_cloud(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Writes what devices need, serves it if asked to, and tells the bytes."""
   gather = Gather(layers(config), config.sent)
   folder = workdir / 'features' / gather.name
-  files = cloud(config, variables, gather, folder)
-  metrics = {
-    'kb_per_image': files[0].header.record_bytes / 1e3,
-    'images': sum(len(file) for file in files),
-    'file_mb': sum(file.path.stat().st_size for file in files) / 1e6,
-  }
-  say(f'{folder}: python -m experiments edge --features={folder} --workdir=DIR')
-  if config.serve:
-    host, _, port = config.serve.rpartition(':')
-    metrics['wire_mb'] = gathered_features.serve(files, host, int(port)) / 1e6
+  with contextlib.ExitStack() as stack:
+    if config.serve:
+      # An address that cannot be is told before anything is computed.
+      server = stack.enter_context(data.listening(*data.parse_address(config.serve)))
+    files = cloud(config, adaptation_comparison.load(config, workdir), gather, folder)
+    metrics = {
+      'kb_per_image': files[0].header.record_bytes / 1e3,
+      'images': sum(len(file) for file in files),
+      'file_mb': sum(epath.Path(file.path).stat().length for file in files) / 1e6,
+    }
+    say(f'{folder}: python -m experiments edge --features={folder} --workdir=DIR')
+    if config.serve:
+      metrics['wire_mb'] = gathered_features.serve(server, files) / 1e6
   bare = dataclasses.replace(config, claims=(), pictured=())
   return results.results(bare, [results.row('cloud', 'reference', metrics)], [*metrics])
 

@@ -38,6 +38,7 @@ from jaxlab.training import (
 Array = jax.Array
 PyTree = Any
 
+SUFFIXES = ('.npz', '.array_record')
 MODULES = {
   'attention': (adapters.low_rank_attention, adapters.init_low_rank_attention),
   'mlp': (adapters.low_rank_mlp, adapters.init_low_rank_mlp),
@@ -247,8 +248,9 @@ def train(
 def check_pair(edge: Edge, recipe: Recipe, train: FeatureFile, test: FeatureFile) -> None:
   """Raises ValueError for files that an edge network cannot be trained and judged on.
 
-  Those are files of two networks, of other layers, or of different kinds; test images of several views; and
-  several views of training images where learning rates are chosen among on some of them.
+  Those are files of two networks, of other layers, or of different kinds; test images of several views;
+  fewer images than a batch, also of those that a choice among learning rates leaves, and several views of
+  them; and features without the token that the head reads.
   """
   for name in ('network', 'layers', 'shape', 'dtype', 'num_classes', 'num_prefix_tokens'):
     held = [getattr(own.header, name) for own in (train, test)]
@@ -258,11 +260,29 @@ def check_pair(edge: Edge, recipe: Recipe, train: FeatureFile, test: FeatureFile
       )
   if test.header.views > 1:
     raise ValueError(f'{test.path}: {test.header.views} views of each test image; expected one.')
-  if train.header.views > 1 and len(edge.pairs(recipe)) > 1:
+  if edge.pool == 'cls' and not train.header.num_prefix_tokens:
+    raise ValueError(
+      f"{train.path}: pool='cls', but there is no class token; expected mean_patches."
+    )
+  several = len(edge.pairs(recipe)) > 1
+  if train.header.views > 1 and several:
     raise ValueError(
       f'{train.path}: {train.header.views} views of each image; to choose among learning rates and weight '
       'decays one is expected, for the held-out records would be views of images trained on.'
     )
+  found = len(train) // train.header.views
+  if found < recipe.batch_size:
+    raise ValueError(
+      f'{train.path}: batch_size={recipe.batch_size} exceeds the {found} images there are features of.'
+    )
+  if not several:
+    return
+  if len(train) - edge.held_out < recipe.batch_size:
+    raise ValueError(
+      f'{train.path}: held_out={edge.held_out} leaves {len(train) - edge.held_out} of {len(train)} records; '
+      f'expected at least a batch of {recipe.batch_size}.'
+    )
+  held_out_rows(data.source_labels(train), edge.held_out, edge.held_out_order, 0)
 
 
 def _search(
@@ -270,8 +290,6 @@ def _search(
 ) -> tuple[float, float]:
   """Returns the pair that is best on held-out records; of several the first."""
   pairs, kept = edge.pairs(recipe), len(train) - edge.held_out
-  if kept < recipe.batch_size:
-    raise ValueError(f'held_out={edge.held_out}: {kept} of {len(train)} records are left.')
   made, run = training(config, edge, train.header, recipe, f'{title}, {len(pairs)} settings', kept)
   values = dict(zip(('rate', 'decay'), zip(*pairs, strict=True), strict=True))
   run = run._replace(program=sweep(made.program, values))
@@ -331,7 +349,7 @@ def median_seconds(function: Any, times: int, *args: Any) -> float:
 def pair_of(
   folder: pathlib.Path,
   task: str,
-  suffixes: Sequence[str] = ('.npz', '.array_record'),
+  suffixes: Sequence[str] = SUFFIXES,
   **expected: Any,
 ) -> tuple[FeatureFile, FeatureFile]:
   """Returns the training and test features of a task, from `<folder>/<task>-train.*` and `-test.*`.
@@ -339,19 +357,22 @@ def pair_of(
   Args:
     folder: with the files.
     task: name of the task.
-    suffixes: of the files; the first that is there is read.
+    suffixes: of the files; the first that is there is read, of the test features that of the others.
     **expected: fields of the header that both must have.
 
   Raises:
     FileNotFoundError: if one is missing.
     ValueError: see `FeatureFile`.
   """
-  found = []
-  for split in ('train', 'test'):
+
+  def path(split: str, suffixes: Sequence[str]) -> pathlib.Path:
     paths = [folder / f'{task}-{split}{suffix}' for suffix in suffixes]
-    path = next((own for own in paths if own.is_file()), paths[0])
-    found.append(FeatureFile(path, expected))
-  return found[0], found[1]
+    return next((own for own in paths if own.is_file()), paths[0])
+
+  train = path('train', suffixes)
+  # Of the kind that the training features are, first of all.
+  test = path('test', (train.suffix, *suffixes))
+  return FeatureFile(train, expected), FeatureFile(test, expected)
 
 
 def tasks_in(folder: pathlib.Path) -> list[str]:
@@ -360,7 +381,7 @@ def tasks_in(folder: pathlib.Path) -> list[str]:
   Raises:
     FileNotFoundError: if there are none.
   """
-  files = sorted(path for path in folder.glob('*-train.*') if path.suffix != '.partial')
+  files = sorted(path for suffix in SUFFIXES for path in folder.glob(f'*-train{suffix}'))
   if not files:
     raise FileNotFoundError(f'{folder} holds no features: expected <task>-train.npz and the like.')
   return list(dict.fromkeys(path.stem.removesuffix('-train') for path in files))

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -158,11 +159,10 @@ def computed(
       left -= count
 
 
-def serve(files: Sequence[FeatureFile], host: str, port: int) -> int:
-  """Sends files to one device that connects; returns the bytes on the wire."""
-  with data.listening(host, port) as server:
-    place, own = server.getsockname()[:2]
-    say(f'waiting for a device: python -m experiments edge --cloud={place}:{own} --workdir=DIR')
-    sent = data.send_features(server, {file.path.stem: file for file in files}, timeout=600.0)
+def serve(server: socket.socket, files: Sequence[FeatureFile]) -> int:
+  """Sends files to one device that connects to `data.listening`'s socket; returns the bytes on the wire."""
+  place, own = server.getsockname()[:2]
+  say(f'waiting for a device: python -m experiments edge --cloud={place}:{own} --workdir=DIR')
+  sent = data.send_features(server, {file.path.stem: file for file in files}, timeout=600.0)
   say(f'sent {sent} bytes')
   return sent

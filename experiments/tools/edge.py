@@ -1,17 +1,18 @@
 """Trains a small network on features that a cloud gathered, in files or over a socket; loads no backbone."""
 
 import argparse
+import contextlib
 import pathlib
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.harness import overrides, results, settings
 from experiments.harness.runs import say
 from experiments.protocols import edge_training
-from experiments.protocols.edge_training import Settings
+from experiments.protocols.edge_training import SUFFIXES, Settings
 from jaxlab import adapters, data, training
-
-SUFFIXES = ('.npz', '.array_record')
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -41,28 +42,53 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
   changes = [text.removeprefix('--config.') for text in rest]
   config = settings.fill(Settings, overrides.override(Settings, {'paper': 'edge'}, changes))
   settings.require(settings.problems(config))
+  for name in ('workdir', 'features'):
+    if '://' in (getattr(options, name) or ''):
+      raise ValueError(f'--{name}={getattr(options, name)}: expected a folder of this machine.')
+  address = data.parse_address(options.cloud) if options.cloud else None
   workdir = pathlib.Path(options.workdir)
-  host, _, port = (options.cloud or '').rpartition(':')
-  if options.cloud and (not host or not port.isdecimal()):
-    raise ValueError(f'--cloud={options.cloud}: expected HOST:PORT.')
-  with training.locked(workdir):
-    if options.cloud:
+  call = ['python', '-m', 'experiments', 'edge', f'--workdir={workdir}', *rest]
+  call += [f'--network={options.network}'] if options.network else []
+  with training.locked(workdir), _stopping(call) as again:
+    if address:
       folder = workdir / 'features'
       files, received = data.receive_features(
-        host, int(port), folder, suffix=options.suffix, timeout=600.0
+        *address, folder, suffix=options.suffix, timeout=600.0
       )
-      say(f'received {received} bytes')
       # Of what else lies there from before nothing is read.
       tasks = [name.removesuffix('-train') for name in files if name.endswith('-train')]
       suffixes = (options.suffix,)
     else:
       folder, suffixes, received = pathlib.Path(options.features), SUFFIXES, 0
       tasks = edge_training.tasks_in(folder)
+    again.append(f'--features={folder}')
+    if address:
+      say(f'received {received} bytes, which are kept: from here on\n  {shlex.join(call + again)}')
     found = trained(config, folder, tasks, suffixes, workdir, options.network)
   found['received_bytes'] = received
   results.save_json(workdir / 'edge.json', found)
   say(f'Results: {workdir / "edge.json"}')
   return found
+
+
+@contextlib.contextmanager
+def _stopping(call: Sequence[str]) -> Iterator[list[str]]:
+  """SIGTERM and Ctrl-C end a `with` block where nothing gets lost, and say what goes on from there.
+
+  Args:
+    call: the command without its source of features.
+
+  Yields:
+    A list, to which that source is added as soon as there is one.
+  """
+  again: list[str] = []
+  try:
+    with training.catch_signals() as stopping, stopping.at_once():
+      yield again
+  except SystemExit:
+    told = f'goes on from what is saved:\n  {shlex.join([*call, *again])}'
+    print(f'stopped; {told if again else "nothing was received"}', file=sys.stderr)
+    raise
 
 
 def trained(

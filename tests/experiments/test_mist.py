@@ -1,8 +1,11 @@
 """MIST end to end: a cloud that gathers, a device in another process that has no backbone, costs."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -154,13 +157,12 @@ def test_the_cloud_serves_one_device_and_says_where(cloud, tmp_path, capsys):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(gathered_features, 'say', say)
-    thread = threading.Thread(
-      target=lambda: sent.append(gathered_features.serve(files, '127.0.0.1', 0))
-    )
-    thread.start()
-    assert said.wait(60)
-    _, received = data.receive_features(*places[0], tmp_path)
-    thread.join(60)
+    with data.listening() as server:
+      thread = threading.Thread(target=lambda: sent.append(gathered_features.serve(server, files)))
+      thread.start()
+      assert said.wait(60)
+      _, received = data.receive_features(*places[0], tmp_path)
+      thread.join(60)
   assert sent == [received]
 
 
@@ -217,6 +219,93 @@ def test_features_that_do_not_fit_end_the_command_before_any_training(
   assert re.search(message, capsys.readouterr().err)
   assert not (tmp_path / 'w' / 'edge.json').exists()
   assert not (tmp_path / 'w' / 'rotation' / 'checkpoints').exists()
+
+
+def as_two_tasks(cloud, folder, records=48, suffix='.npz', **changes):
+  """Writes a cloud's features as task `a`, and the first of them, with another header, as task `b`."""
+  for split in ('train', 'test'):
+    held = data.FeatureFile(cloud[2] / 'features' / 'all_float16' / f'rotation-{split}.npz')
+    data.write_feature_file(folder / f'a-{split}{suffix}', held.batches(), held.header)
+    header = dataclasses.replace(held.header, count=records, **changes)
+    few = held.gather(np.arange(records))
+    data.write_feature_file(
+      folder / f'b-{split}{suffix}', [(few['features'], few['label'])], header
+    )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'options', 'message'),
+  [
+    ({'records': 6}, (), 'b-train.npz: batch_size=8 exceeds the 6 images'),
+    ({'records': 20}, ('edge.rates=0.1,0.2', 'edge.held_out=16'), 'held_out=16 leaves 4 of 20 records'),
+    ({'num_prefix_tokens': 0}, ('edge.pool=cls',), 'b-train.npz: pool=.cls., but there is no class token'),
+  ],
+)  # fmt: skip
+def test_what_a_later_task_lacks_is_told_before_any_training(
+  cloud, tmp_path, changes, options, message
+):
+  as_two_tasks(cloud, tmp_path / 'features', **changes)
+  with pytest.raises(ValueError, match=message):
+    edge_command.main(
+      [f'--features={tmp_path / "features"}', f'--workdir={tmp_path / "w"}',
+       *(f'--config.{own}' for own in (*EDGE, *options))]
+    )  # fmt: skip
+  assert not (tmp_path / 'w' / 'a').exists()
+
+
+def test_files_of_features_are_told_by_their_names(cloud, tmp_path):
+  as_two_tasks(cloud, tmp_path, suffix='.array_record')
+  for name in ('a-train.npz.bak', 'c-train.npz.partial', 'd-test.npz'):
+    (tmp_path / name).write_bytes(b'')
+  assert edge_training.tasks_in(tmp_path) == ['a', 'b']
+  (tmp_path / 'b-test.array_record').unlink()
+  with pytest.raises(FileNotFoundError, match=r'b-test\.array_record: there is no such file'):
+    edge_training.pair_of(tmp_path, 'b')
+
+
+def test_addresses_and_folders_that_a_device_cannot_use_are_refused(tmp_path):
+  for arguments, message in (
+    (['--cloud=here:99999', f'--workdir={tmp_path}'], "'here:99999': expected host:port"),
+    (['--cloud=here', f'--workdir={tmp_path}'], "'here': expected host:port"),
+    (['--features=gs://a/b', f'--workdir={tmp_path}'], 'features=gs://a/b: expected a folder of this'),
+    ([f'--features={tmp_path}', '--workdir=gs://a/b'], 'workdir=gs://a/b: expected a folder of this'),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      edge_command.main(arguments)
+
+
+def test_a_device_that_is_stopped_leaves_nothing_half_received_and_says_how_it_goes_on(
+  cloud, tmp_path, capsys
+):
+  _, _, folder = cloud
+  file = data.FeatureFile(folder / 'features' / 'all_float16' / 'rotation-train.npz')
+
+  class Stopping:
+    header = file.header
+
+    def batches(self, size):
+      yield next(file.batches(8))
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def send(server):
+    with contextlib.suppress(ConnectionError):
+      data.send_features(server, {'a-test': file, 'a-train': Stopping()}, timeout=5.0)
+
+  with data.listening() as server:
+    arguments = [f'--cloud=127.0.0.1:{server.getsockname()[1]}', f'--workdir={tmp_path}']
+    thread = threading.Thread(target=send, args=(server,))
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+      edge_command.command(arguments)
+    thread.join(60)
+  assert stop.value.code == 0 and not list((tmp_path / 'features').iterdir())
+  assert 'stopped; nothing was received' in capsys.readouterr().err
+  as_two_tasks(cloud, tmp_path / 'features')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(edge_training, 'train', lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+      edge_command.command([f'--features={tmp_path / "features"}', f'--workdir={tmp_path}'])
+  assert f'edge --workdir={tmp_path} --features={tmp_path}/features' in capsys.readouterr().err
 
 
 def test_features_of_another_network_are_not_used_again(cloud, tmp_path):
@@ -365,9 +454,15 @@ def test_a_device_alone_is_told_how_many_views_it_has(cloud, tmp_path):
   assert max(kept) == 3 * 2
 
 
-def test_a_served_address_is_looked_at():
-  with pytest.raises(SettingsError, match='expected host:port'):
-    launcher.check(tiny_config('role=cloud', 'serve=nowhere'))
+def test_a_served_address_is_looked_at(tmp_path):
+  for address in ('nowhere', '127.0.0.1:99999'):
+    with pytest.raises(SettingsError, match='expected host:port'):
+      launcher.check(tiny_config('role=cloud', f'serve={address}'))
+  with data.listening() as server:
+    config = tiny_config('role=cloud', f'serve=127.0.0.1:{server.getsockname()[1]}')
+    with pytest.raises(ConnectionError, match='no device can be waited for'):
+      mist.run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_layers_are_chosen_by_either_reading():
