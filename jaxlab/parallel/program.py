@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxlab.parallel.mesh import batch_sharding, check_batch_size, replicated
@@ -95,7 +96,15 @@ def place(values: PyTree, like: PyTree, what: str = 'arrays') -> PyTree:
     ]
     raise ValueError(f'The {what} do not fit the program:\n' + '\n'.join(lines))
   values = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(values))
-  return jax.tree.map(lambda leaf, own: jax.device_put(leaf, own.sharding), values, like)
+  return jax.tree.map(lambda leaf, own: _put(leaf, own.sharding), values, like)
+
+
+def _put(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+  if local and not sharding.is_fully_addressable:
+    # jax 0.10 makes an array whose shards cannot be read of one on a process's only device.
+    leaf = np.asarray(leaf)
+  return jax.device_put(leaf, sharding)
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -1,3 +1,9 @@
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import chex
 import compilations
 import jax
@@ -62,3 +68,36 @@ def test_shapes_are_given_one_sharding_or_one_for_each_part():
   assert found['a']['y'] == jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=split)
   assert [leaf.sharding for leaf in jax.tree.leaves(found)] == [split, split, whole]
   assert all(leaf.sharding == whole for leaf in jax.tree.leaves(abstract(tree, whole)))
+
+
+PLACED = """
+import jax.numpy as jnp
+from jaxlab.parallel import abstract, initialize, make_mesh, place, replicated
+
+initialize()
+values = [jnp.float32(2), jnp.arange(3.0)]
+placed = place(values, abstract(values, replicated(make_mesh())))
+again = place(placed, abstract(values, replicated(make_mesh())))
+print([shard.data.tolist() for leaf in again for shard in leaf.addressable_shards])
+"""
+
+
+def test_values_of_each_process_are_placed_on_the_mesh_of_two_with_one_device_each():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  environment = {
+    **os.environ, 'PYTHONPATH': str(pathlib.Path(__file__).parents[2]),
+    'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'),
+    'JAX_COORDINATOR_ADDRESS': address, 'JAX_NUM_PROCESSES': '2',
+  }  # fmt: skip
+  hosts = [
+    subprocess.Popen(
+      [sys.executable, '-c', PLACED], env={**environment, 'JAX_PROCESS_ID': str(index)},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for index in range(2)
+  ]  # fmt: skip
+  texts = [host.communicate(timeout=120)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0, 0], '\n'.join(texts)
+  assert all(text.splitlines()[-1] == '[2.0, [0.0, 1.0, 2.0]]' for text in texts), texts
