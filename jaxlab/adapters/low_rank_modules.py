@@ -179,10 +179,10 @@ def run_modules(
   call = jax.checkpoint(call) if remat else call
   x = jnp.asarray(x)
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  added: ArrayLike = 0
+  added = jnp.zeros_like(x)
   for i in range(len(modules)):
     added = added + call(modules[f'modules_{i}'], x + added)
-  return jnp.asarray(added)
+  return added
 
 
 def init_head(key: Array, width: int, num_classes: int) -> dict[str, Array]:

@@ -102,6 +102,19 @@ def test_large_scores_do_not_overflow():
   assert_close(adapters.low_rank_attention(params, x), attention(wide(params), x), 1e-3)
 
 
+@pytest.mark.parametrize('depth', [1, 8])
+def test_what_narrow_modules_add_is_summed_in_float32(depth):
+  modules = drawn(adapters.init_modules(jax.random.key(0), WIDTH, RANK, depth))
+  narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), modules)
+  x = jnp.asarray(tokens(2, 5, WIDTH))
+  found = adapters.run_modules(narrow, x)
+  added = jnp.zeros_like(x)
+  for own in narrow.values():
+    added = added + adapters.low_rank_attention(own, x + added).astype(jnp.float32)
+  assert found.dtype == jnp.float32
+  np.testing.assert_array_equal(found, added)
+
+
 def side_and_features(modules=2, blocks=3, **options):
   init = options.pop('init', adapters.init_low_rank_attention)
   side = adapters.init_attention_side_network(
