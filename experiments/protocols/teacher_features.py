@@ -4,9 +4,12 @@ A file belongs to one network, one data set and one way of reading it: it holds 
 refused for any other.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
+import re
 import warnings
 import zipfile
 import zlib
@@ -33,6 +36,12 @@ Array = jax.Array
 Arrays = dict[str, np.ndarray]
 
 SAMPLED = 256  # records of a source on disk that its fingerprint looks at
+_NO_MATTER = (
+  'parent',
+  'name',
+  'remat',
+  'scan',
+)  # fields of a module that its outputs do not depend on
 _CHANGED = {
   'teacher': 'another network, or of other weights',
   'data': 'other images',
@@ -123,14 +132,33 @@ def fingerprints(
 
 
 def network_fingerprint(model: nn.Module, variables: Variables) -> str:
-  """Returns a digest of a network's kind, and of all its variables by name."""
-  found = hashlib.sha1(type(model).__name__.encode())
+  """Returns a digest of a network's kind and fields, and of all its variables by name.
+
+  Networks of other heads or epsilons are others, also of the same variables; `remat` and `scan` change
+  nothing.
+  """
+  found = hashlib.sha1(_described(model).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
     whole = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
     value = leaf if whole else multihost_utils.process_allgather(leaf, tiled=True)
     found.update(f'{jax.tree_util.keystr(path)} {leaf.shape}'.encode())
     found.update(np.ascontiguousarray(value).tobytes())
   return found.hexdigest()
+
+
+def _described(value: Any) -> str:
+  """Returns a field of a module as text that is the same in all processes: functions by their names."""
+  if isinstance(value, nn.Module):
+    names = [own.name for own in dataclasses.fields(value) if own.name not in _NO_MATTER]
+    told = ', '.join(f'{name}={_described(getattr(value, name))}' for name in names)
+    return f'{type(value).__name__}({told})'
+  if isinstance(value, functools.partial):
+    return _described([value.func, value.args, value.keywords])
+  if isinstance(value, Mapping):
+    return f'{{{", ".join(f"{key}: {_described(own)}" for key, own in sorted(value.items()))}}}'
+  if isinstance(value, list | tuple):
+    return f'[{", ".join(map(_described, value))}]'
+  return re.sub(' at 0x[0-9a-f]+', '', repr(value))
 
 
 def source_fingerprint(source: data.Source) -> str:

@@ -10,7 +10,7 @@ import pytest
 from experiments import feature_mimicking
 from experiments.harness import launcher
 from experiments.protocols import distillation, teacher_features
-from jaxlab import data
+from jaxlab import data, models
 
 
 def pair():
@@ -71,6 +71,19 @@ def test_a_file_of_another_network_or_of_other_data_is_refused(tmp_path, change,
   records = source(changed=change == 'data')
   with pytest.raises(ValueError, match=f'features.npz holds features of .*{message}'):
     kept(tmp_path / 'features.npz', config, model, variables, records, key)
+
+
+def test_networks_of_other_fields_are_others_whatever_their_variables():
+  model = models.create(
+    'vit_tiny_patch4_16', image_size=16, width=16, depth=2, num_heads=2, num_classes=None
+  )
+  variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+  mark = lambda **fields: teacher_features.network_fingerprint(model.clone(**fields), variables)  # noqa: E731
+  assert len({mark(), mark(num_heads=4), mark(epsilon=1e-2), mark(activation='quick_gelu')}) == 4
+  assert mark() == mark(remat=True) == mark(name='teacher')
+  # A function as a field is told by its name, not by where it lies in memory.
+  nets = [models.create('mlp', hidden=(6,)) for _ in range(2)]
+  assert len({teacher_features.network_fingerprint(own, {}) for own in nets}) == 1
 
 
 def test_a_damaged_file_is_written_anew(tmp_path):
