@@ -21,7 +21,7 @@ from experiments.protocols import adaptation
 from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target
 from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import held_out_rows
-from experiments.protocols.replicas import sweep
+from experiments.protocols.replicas import diverged, sweep
 from jaxlab import adapters, data, models, parallel
 from jaxlab.parallel import aot
 from jaxlab.training import map_batches, step_keys
@@ -230,7 +230,8 @@ def search(
     params = jax.tree.map(lambda leaf, index=index: leaf[index], found.state.params)
     own = plan.adaptation.frozen(variables, rate, decay)
     scores.append(accuracy(config, plan.adaptation, target.data, params, own, held))
-  best = int(np.argmax(scores))
+  scores = np.where(diverged(found.state), np.nan, scores)
+  best = int(np.nanargmax(scores))
   told = ', '.join(f'{rate:g}/{decay:g}: {s:.3g}' for (rate, decay), s in zip(pairs, scores))
   say(f'{plan.search.title}: {told}')
   return pairs[best]

@@ -22,7 +22,7 @@ from experiments.harness.runs import Run, say
 from experiments.harness.sections import Experiment, Optimizer, Recipe, Schedule
 from experiments.harness.settings import found_by, section
 from experiments.protocols.hold_out import Order, held_out_rows
-from experiments.protocols.replicas import sweep
+from experiments.protocols.replicas import diverged, sweep
 from jaxlab import adapters, data, losses
 from jaxlab.data import FeatureFile, FeatureHeader
 from jaxlab.training import (
@@ -296,13 +296,14 @@ def _search(
   frozen = {name: jnp.asarray(own, jnp.float32) for name, own in values.items()}
   parts = held_out_rows(data.source_labels(train), edge.held_out, edge.held_out_order, config.seed)
   own, held = (data.subset(train, part) for part in parts)
-  params = runs.train(run, own, folder, frozen=frozen).state.params
+  state = runs.train(run, own, folder, frozen=frozen).state
   scores = [
-    accuracy(config, made, jax.tree.map(lambda leaf, i=i: leaf[i], params), held)
+    accuracy(config, made, jax.tree.map(lambda leaf, i=i: leaf[i], state.params), held)
     for i in range(len(pairs))
   ]
+  scores = np.where(diverged(state), np.nan, scores)
   say(', '.join(f'{r:g}/{d:g}: {score:.3g}' for (r, d), score in zip(pairs, scores)))
-  return pairs[int(np.argmax(scores))]
+  return pairs[int(np.nanargmax(scores))]
 
 
 def accuracy(config: Experiment, made: EdgeTraining, params: PyTree, source: data.Source) -> float:

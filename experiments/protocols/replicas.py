@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlab.training import Program, TrainState
 
@@ -48,14 +49,19 @@ def sweep(single: Program, values: Mapping[str, Sequence[float]]) -> Program:
 
   All start from the same key and see the same batches, augmented alike; each is what it would be alone. What
   does not depend on the values, such as the pass through a frozen network that nothing is fed back into, is
-  computed once. Metrics are means.
+  computed once.
+
+  A run whose loss, parameters or statistics are not finite has `diverged`: it stays as it was before that
+  step, and the others go on. Metrics are means over those that have not, NaN if all have; one more,
+  `diverged`, counts the others.
 
   Args:
     single: whose `frozen[name]` is a scalar for each name of `values`; all else of it is shared.
     values: by name, all of one length.
 
   Returns:
-    The program whose parameters, optimizer state and `frozen[name]` have the runs on their first axis.
+    The program whose parameters, optimizer state and `frozen[name]` have the runs on their first axis. Its
+    `extra` is `{'runs': that of the runs, 'diverged': [runs]}`.
 
   Raises:
     ValueError: for lists of no or of different lengths.
@@ -69,13 +75,38 @@ def sweep(single: Program, values: Mapping[str, Sequence[float]]) -> Program:
 
   def init(key: Array) -> TrainState:
     run = lambda _: single.init(key)  # noqa: E731
-    return jax.vmap(run, out_axes=state_axes)(jnp.arange(count))
+    state = jax.vmap(run, out_axes=state_axes)(jnp.arange(count))
+    return state.replace(extra={'runs': state.extra, 'diverged': jnp.zeros(count, bool)})
+
+  def step_or_stay(state: TrainState, stays: Array, frozen: PyTree, batch: PyTree) -> Any:
+    new, metrics = single.step(state, frozen, batch)
+    stays |= ~_all_finite((metrics.get('loss', 0.0), new.params, new.model_state))
+    for name in ('params', 'opt_state', 'model_state', 'extra'):
+      held = jax.tree.map(
+        lambda old, own: jnp.where(stays, old, own), getattr(state, name), getattr(new, name)
+      )
+      new = new.replace(**{name: held})
+    return new, stays, metrics
 
   def step(state: TrainState, frozen: PyTree, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-    run = jax.vmap(single.step, (state_axes, frozen_axes, None), (state_axes, 0))
-    new, metrics = run(state, frozen, batch)
-    return new, {name: jnp.mean(own) for name, own in metrics.items()}
+    run = jax.vmap(step_or_stay, (state_axes, 0, frozen_axes, None), (state_axes, 0, 0))
+    runs = state.replace(extra=state.extra['runs'])
+    new, gone, metrics = run(runs, state.extra['diverged'], frozen, batch)
+    left = jnp.sum(~gone)
+    means = {name: jnp.sum(jnp.where(gone, 0, own), axis=0) / left for name, own in metrics.items()}
+    new = new.replace(extra={'runs': new.extra, 'diverged': gone})
+    return new, {**means, 'diverged': jnp.sum(gone).astype(jnp.float32)}
 
   many = jax.ShapeDtypeStruct((count,), jnp.float32)
   frozen = {**single.frozen, **dict.fromkeys(values, many)}
   return Program(init, step, single.batch, (), frozen)
+
+
+def diverged(state: TrainState) -> np.ndarray:
+  """Returns which runs of a `sweep` have diverged, bool `[runs]`."""
+  return np.asarray(state.extra['diverged'])
+
+
+def _all_finite(tree: PyTree) -> Array:
+  floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floating]))

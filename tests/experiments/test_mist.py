@@ -30,6 +30,7 @@ from experiments.protocols import (
 from experiments.protocols.gathered_features import Gather, Reading
 from experiments.tools import edge as edge_command
 from jaxlab import adapters, data
+from jaxlab.training import read_metrics
 
 TINY = (
   "network.model={'name': 'vit_tiny_patch4_16', 'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_ratio': 2.0}",
@@ -251,6 +252,22 @@ def test_what_a_later_task_lacks_is_told_before_any_training(
        *(f'--config.{own}' for own in (*EDGE, *options))]
     )  # fmt: skip
   assert not (tmp_path / 'w' / 'a').exists()
+
+
+def test_a_rate_that_diverges_does_not_end_the_search(cloud, tmp_path):
+  features = cloud[2] / 'features' / 'all_float16'
+
+  def searched(rates, workdir):
+    options = (*EDGE, f'edge.rates={rates}', 'edge.held_out=16')
+    edge_command.main(
+      [f'--features={features}', f'--workdir={workdir}', *(f'--config.{own}' for own in options)]
+    )
+    return read_metrics(workdir / 'rotation_search')
+
+  rows = searched('1e30,0.01', tmp_path / 'one')
+  assert 0 < rows[-1]['diverged'] <= 1 and np.isfinite(rows[-1]['loss'])
+  with pytest.raises(FloatingPointError, match='loss is nan at step'):
+    searched('1e30,1e31', tmp_path / 'both')
 
 
 def test_files_of_features_are_told_by_their_names(cloud, tmp_path):
