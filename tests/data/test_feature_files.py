@@ -54,6 +54,26 @@ def test_what_is_written_is_read(tmp_path, suffix, dtype):
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
+def test_a_file_is_read_in_a_narrower_type_as_if_it_were_written_in_it(tmp_path, suffix):
+  wide = data.FeatureFile(written(tmp_path / 'a', suffix))
+  narrow = dataclasses.replace(HEADER, dtype='float16')
+  held = data.FeatureFile(written(tmp_path / 'b', suffix, narrow, arrays()[0]))
+  found = wide.astype('float16')
+  assert found.header == held.header and wide.header == HEADER and wide.astype('float32') is wide
+  for own, other in ((found[4], held[4]), *((x.gather([7, 2]) for x in (found, held)),)):
+    assert own['features'].dtype == np.float16
+    for name in own:
+      np.testing.assert_array_equal(own[name], other[name])
+  np.testing.assert_array_equal(*(next(x.batches())[0] for x in (found, held)))
+  for own in (found, held):
+    with pytest.raises(ValueError, match="dtype='float32': expected no wider one than float16"):
+      own.astype('float32')
+  large = np.where(np.arange(9)[:, None, None] == 6, 1e5, np.zeros((9, 5, 4)))
+  with pytest.raises(ValueError, match='not finite in float16, the first is record 6'):
+    data.FeatureFile(written(tmp_path / 'c', suffix, features=large)).astype('float16')
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
 def test_features_of_another_network_or_other_data_are_refused(tmp_path, suffix):
   path = written(tmp_path, suffix)
   with pytest.raises(ValueError, match="network 'a1', expected 'zz'; data 'b2', expected 'yy'"):

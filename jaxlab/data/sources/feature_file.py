@@ -6,6 +6,7 @@ of which are read as they are needed. On buckets (`gs://...`) there are `.npz` a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -202,6 +203,7 @@ class FeatureFile:
     if not self.path.is_file():
       raise FileNotFoundError(f'{path}: there is no such file of features.')
     self._features, self._records = None, None
+    # `header` is what is handed out, `_stored` what the file holds: see `astype`.
     if self.path.suffix == '.npz':
       text, features, labels = self._read_npz()
       self.header = FeatureHeader.from_json(text, str(path))
@@ -209,11 +211,11 @@ class FeatureFile:
         raise ValueError(f'{path}: {len(labels)} labels for features of {len(features)} records.')
       if features.dtype != self.header.wire_dtype:
         raise ValueError(f'{path}: features are {features.dtype}, not {self.header.dtype}.')
-      self._features = features
+      self._features, self._stored = features, self.header
       batches = in_batches(features, labels)
     else:
       self._records = _open_records(self.path)
-      self.header = FeatureHeader.from_json(_text(self._records, 0), str(path))
+      self.header = self._stored = FeatureHeader.from_json(_text(self._records, 0), str(path))
       batches = self._stored_batches(256)
     if other := {
       name: (getattr(self.header, name), value)
@@ -235,6 +237,7 @@ class FeatureFile:
     if not 0 <= index < len(self):
       raise IndexError(f'record {index} of {len(self)}.')
     features = self._features[index] if self._records is None else self._record(index)[0]
+    features = features.astype(self.header.wire_dtype, copy=False)
     return {'features': features, 'label': self.labels[index], 'index': np.int32(index)}
 
   def gather(self, indices: np.ndarray) -> Record:
@@ -245,10 +248,29 @@ class FeatureFile:
     else:
       features = np.stack([self._record(int(i))[0] for i in indices])
     return {
-      'features': features,
+      'features': features.astype(self.header.wire_dtype, copy=False),
       'label': self.labels[indices],
       'index': indices.astype(np.int32),
     }
+
+  def astype(self, dtype: str) -> FeatureFile:
+    """Returns the same records rounded to a type as they are read: those of a file written in that type.
+
+    Raises:
+      ValueError: for a wider type than the file's, and values that are not finite in it.
+    """
+    if dtype == self.header.dtype:
+      return self
+    header = dataclasses.replace(self.header, dtype=dtype)
+    if header.record_bytes > self.header.record_bytes:
+      raise ValueError(
+        f'{self.path}: dtype={dtype!r}: expected no wider one than {self.header.dtype}.'
+      )
+    for _ in check_batches(self.batches(), header, str(self.path)):
+      pass
+    found = copy.copy(self)
+    found.header = header
+    return found
 
   def batches(self, size: int = 256) -> Iterator[Batch]:
     """Yields all records' features and labels in order, `size` at a time."""
@@ -269,10 +291,10 @@ class FeatureFile:
 
   def _record(self, index: int) -> tuple[np.ndarray, int]:
     blob = _read(self._records, index + 1)
-    size = self.header.record_bytes
+    size = self._stored.record_bytes
     if len(blob) != size + 4:
       raise ValueError(f'{self.path}: record {index} has {len(blob)} bytes, expected {size + 4}.')
-    features = np.frombuffer(blob, self.header.wire_dtype, offset=4).reshape(self.header.shape)
+    features = np.frombuffer(blob, self._stored.wire_dtype, offset=4).reshape(self.header.shape)
     return features, int(np.frombuffer(blob, '<i4', count=1)[0])
 
   def _stored_batches(self, size: int) -> Iterator[Batch]:
