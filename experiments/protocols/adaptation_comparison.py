@@ -176,6 +176,17 @@ def sources(config: Settings, target: Target) -> Sources:
   return Sources(train, harness_data.load(judged, 'test'), validation)
 
 
+def require_sources(config: Settings) -> None:
+  """Opens the records of all tasks, one after the other, and keeps none.
+
+  Raises:
+    ValueError: if the data of a task are not what the setting says.
+    FileNotFoundError: if they are not there.
+  """
+  for task in config.tasks:
+    sources(config, config.target[task])
+
+
 def accuracy(
   config: Settings,
   made: Adaptation,
@@ -273,7 +284,11 @@ def adapt(
 
 
 def compare(config: Settings, workdir: Any, table: Mapping[str, Row]) -> list[dict[str, Any]]:
-  """Returns the rows of the comparison: accuracies by task and group, and costs."""
+  """Returns the rows of the comparison: accuracies by task and group, and costs.
+
+  What is wrong with the data of any task is told before the first training.
+  """
+  require_sources(config)
   variables, planned, trained_as = load(config, workdir), plans(config, table), first_alike(config)
   found: dict[str, dict[str, float]] = {name: {} for name in config.runs}
   for task in config.tasks:
