@@ -101,6 +101,11 @@ class Settings(adaptation.Settings):
     """Yields what is wrong with the values."""
     yield from super().check()
     yield from found_by('k', layers, self)
+    if self.spaced and self.k is None:
+      yield 'spaced=True: expected k, the number of layers; now all are summed.'
+    same = self.role == 'both' and self.sent == 'float16'
+    if same and {'mist', 'mist_float16'} <= {*self.runs}:
+      yield f"sent='float16', runs={self.runs}: mist and mist_float16 are the same; expected one of them."
     if self.serve and self.role != 'cloud':
       yield f"serve={self.serve!r}: expected role='cloud', now {self.role!r}."
     if self.serve and not re.fullmatch(r'[^:]+:\d{1,5}', self.serve):
@@ -214,6 +219,8 @@ def check(config: Settings) -> Iterator[str]:
     yield f'runs: {", ".join(map(repr, unknown))} are none of the rows {", ".join(known)}.'
     return
   others, edge = split_runs(config)
+  if (edge or config.role == 'cloud') and jax.process_count() > 1:
+    yield f'features are gathered by one process; there are {jax.process_count()}.'
   model = adaptation.backbone(config)
   token = config.pool == 'model' and getattr(model, 'pooling', '') == 'token'
   read = 'cls' if token else 'mean_patches'
@@ -327,16 +334,16 @@ def only_cloud(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def sent_by_others(config: Settings, name: str) -> dict[str, float]:
-  """Returns what would be sent for an image to a device that trains a row in float32.
+  """Returns what would be sent for an image to a device that trains a row, in the type that is sent here.
 
   A probe needs the pooled feature, the side network all layers' tokens. Others need the network itself.
   """
   shape = nominal_header(config, Gather(), config.tasks[0]).shape
   depth = adaptation.backbone(config).depth
   sizes = {
-    'linear': adapters.transfer_bytes(shape[1:]),
+    'linear': adapters.transfer_bytes(shape[1:], config.sent),
     'all_layers': adapters.transfer_bytes(
-      shape, num_tensors=depth // config.reference.get('gap', 1) + 1
+      shape, config.sent, num_tensors=depth // config.reference.get('gap', 1) + 1
     ),
   }
   return {'kb_per_image': sizes[name] / 1e3} if name in sizes else {}

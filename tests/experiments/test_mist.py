@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from golden_vectors import assert_close
 from models.random_variables import random_variables
 
@@ -414,6 +415,8 @@ def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
     ('runs=mist,last', "'last' are none of the rows"),
     ('serve=127.0.0.1:0', "expected role='cloud'"),
     ('views=0', 'views=0'),
+    ('spaced=true', 'spaced=True: expected k'),
+    ('sent=float16', 'mist and mist_float16 are the same'),
     ('recipe.batch_size=64', 'an epoch would have no step'),
     ('reference={ranks: 2}', "unexpected keyword argument 'ranks'"),
   ],
@@ -427,6 +430,30 @@ def test_unknown_tasks_are_refused_once():
   with pytest.raises(SettingsError, match=r"tasks=.'colors',") as caught:
     launcher.check(tiny_config('tasks=colors,'))
   assert len(caught.value.problems) == 1
+
+
+def test_bytes_of_all_rows_are_those_of_the_type_that_is_sent():
+  kinds = [tiny_config(f'sent={dtype}') for dtype in ('float32', 'float16')]
+  for name in ('linear', 'all_layers'):
+    wide, narrow = (mist.sent_by_others(config, name)['kb_per_image'] for config in kinds)
+    assert wide == 2 * narrow
+
+
+@pytest.mark.parametrize('role', ['both', 'cloud'])
+def test_data_that_a_later_task_lacks_end_a_run_before_any_training(tmp_path, role):
+  lacking = ('tasks=rotation,count', 'target.count.data.train_options.length=40')
+  with pytest.raises(ValueError, match='train_size'):
+    launcher.launch(tiny_config(*lacking, f'role={role}'), tmp_path)
+  assert not (tmp_path / 'source').exists()
+
+
+def test_features_are_gathered_by_one_process_and_read_by_record_on_local_disks_alone(monkeypatch):
+  config = tiny_config('suffix=.array_record', 'runs=mist,')
+  with pytest.raises(ValueError, match=r'expected \.npz in --workdir=gs://a/b'):
+    mist.run(config, epath.Path('gs://a/b'))
+  assert not list(mist.check(config))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  assert list(mist.check(config)) == ['features are gathered by one process; there are 2.']
 
 
 def test_numbers_are_counted_on_the_network_that_is_judged_and_memory_in_the_type_of_a_step():
