@@ -44,7 +44,7 @@ from experiments.protocols.edge_training import Edge
 from experiments.protocols.gathered_features import Gather, Reading, Suffix
 from experiments.protocols.side_adaptation import side_attention
 from jaxlab import adapters, data
-from jaxlab.data import FeatureHeader
+from jaxlab.data import FeatureFile, FeatureHeader
 
 UNITS = (
   'accuracy in %; numbers that are trained; megabytes kept by a step; kilobytes sent for an image'
@@ -248,8 +248,8 @@ def programs(config: Settings, facts: None = None) -> dict[str, Run]:
 
 def cloud(
   config: Settings, variables: Variables, gather: Gather, folder: pathlib.Path
-) -> list[data.FeatureFile]:
-  """Writes the features of all tasks, `<folder>/<task>-{train,test}`; returns the files."""
+) -> list[FeatureFile]:
+  """Writes the features of all tasks, `<folder>/<task>-{train,test}`; returns the files in this order."""
   model, files = adaptation.backbone(config), []
   for task in config.tasks:
     target = config.target[task]
@@ -268,12 +268,12 @@ def cloud(
 
 
 def device(
-  config: Settings, name: str, folder: pathlib.Path, workdir: pathlib.Path
+  config: Settings, name: str, files: Sequence[FeatureFile], workdir: pathlib.Path
 ) -> dict[str, float]:
-  """Trains a row on the files of a folder, task by task; returns accuracies."""
+  """Trains a row on what `cloud` returns, read in the row's type, task by task; returns accuracies."""
   row, found = edge_table(config)[name], {}
-  for task in config.tasks:
-    train, test = edge_training.pair_of(folder, task)
+  for task, *pair in zip(config.tasks, files[::2], files[1::2], strict=True):
+    train, test = (file.astype(row.gather.dtype) for file in pair)
     ended = edge_training.train(
       config,
       row.edge,
@@ -288,11 +288,30 @@ def device(
   return found
 
 
+def devices(
+  config: Settings, variables: Variables, names: Sequence[str], workdir: pathlib.Path
+) -> dict[str, dict[str, float]]:
+  """Trains rows; returns accuracies by row. Rows of the same layers read one file a task and split."""
+  gathers = {name: edge_table(config)[name].gather for name in names}
+  found = {}
+  for layers in dict.fromkeys(gather.layers for gather in gathers.values()):
+    own = {name: gather for name, gather in gathers.items() if gather.layers == layers}
+    widest = max(own.values(), key=lambda gather: np.dtype(gather.dtype).itemsize)
+    files = cloud(config, variables, widest, workdir / 'features' / widest.layer_names)
+    found |= {name: device(config, name, files, workdir) for name in own}
+  return found
+
+
 def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   """Gathers the features of every task, trains devices on them, and compares with who sees the network."""
   others, edge = split_runs(config)
+  gathers = edge or config.role == 'cloud'
+  if gathers and config.suffix != '.npz' and '://' in str(workdir):
+    raise ValueError(f'suffix={config.suffix!r}: expected .npz in --workdir={workdir}.')
   if config.role == 'cloud':
     return only_cloud(config, workdir)
+  if not others.runs:
+    adaptation_comparison.require_sources(config)
   rows = adaptation_comparison.compare(others, workdir, table(config)) if others.runs else []
   for item, name in zip(rows, others.runs, strict=True):
     item['metrics'].pop('temporary_mb', None)
@@ -300,12 +319,10 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
   variables = adaptation_comparison.load(config, workdir)
   forward = forward_seconds(config, variables) if config.timed else 0.0
   groups = {task: config.target[task].group for task in config.tasks}
+  scores = devices(config, variables, edge, workdir)
   for name in edge:
-    row = edge_table(config)[name]
-    folder = workdir / 'features' / row.gather.name
-    cloud(config, variables, row.gather, folder)
-    scores = device(config, name, folder, workdir)
-    metrics = {**scores, **data.group_means(scores, groups), **edge_costs(config, row, forward)}
+    row, own = edge_table(config)[name], scores[name]
+    metrics = {**own, **data.group_means(own, groups), **edge_costs(config, row, forward)}
     rows.append(results.row(row.title, row.role, metrics))
   draw(config, rows, workdir / 'accuracy_over_transfer.png')
   names = [*config.tasks, *dict.fromkeys(groups.values()), 'mean', *COSTS]
@@ -313,13 +330,16 @@ def run(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def only_cloud(config: Settings, workdir: pathlib.Path) -> dict[str, Any]:
-  """Writes what devices need, serves it if asked to, and tells the bytes."""
+  """Writes what devices need, serves it if asked to, and tells the bytes.
+
+  What cannot be waited at or read is told before anything is computed.
+  """
   gather = Gather(layers(config), config.sent)
   folder = workdir / 'features' / gather.name
   with contextlib.ExitStack() as stack:
     if config.serve:
-      # An address that cannot be is told before anything is computed.
       server = stack.enter_context(data.listening(*data.parse_address(config.serve)))
+    adaptation_comparison.require_sources(config)
     files = cloud(config, adaptation_comparison.load(config, workdir), gather, folder)
     metrics = {
       'kb_per_image': files[0].header.record_bytes / 1e3,

@@ -38,9 +38,14 @@ class Gather(NamedTuple):
   dtype: Literal['float32', 'float16'] = 'float32'
 
   @property
+  def layer_names(self) -> str:
+    """The layers, as a name for a folder."""
+    return 'all' if self.layers is None else '_'.join(map(str, self.layers))
+
+  @property
   def name(self) -> str:
-    """A name for a folder."""
-    return f'{"all" if self.layers is None else "_".join(map(str, self.layers))}_{self.dtype}'
+    """A name for a folder of this type alone."""
+    return f'{self.layer_names}_{self.dtype}'
 
   def gathered(self, model: nn.Module, variables: Variables, x: Array) -> Array:
     """Returns the features of images, `[batch, tokens, width]`."""
@@ -110,6 +115,7 @@ def feature_file(
 ) -> FeatureFile:
   """Returns the file of what a network makes of some images; it is written if it is not there.
 
+  It may hold a wider type than is asked for (`FeatureFile.astype`); of a narrower one it is written anew.
   Batch by batch: an `.array_record` is never in memory as a whole.
 
   Raises:
@@ -119,11 +125,13 @@ def feature_file(
   if jax.process_count() > 1:
     raise ValueError('Features are gathered by one process; there are several.')
   own = header(gather, reading, model, variables, source)
-  if not path.exists():
-    say(f'{path.name}: features of {own.count} images, {own.record_bytes} bytes each')
-    batches = computed(config, gather, reading, model, variables, source)
-    data.write_feature_file(path, batches, own)
   expected = {name: getattr(own, name) for name in ('network', 'data', 'layers', 'views')}
+  held = FeatureFile(path, expected) if path.exists() else None
+  if held is not None and held.header.record_bytes >= own.record_bytes:
+    return held
+  say(f'{path.name}: features of {own.count} images, {own.record_bytes} bytes each')
+  batches = computed(config, gather, reading, model, variables, source)
+  data.write_feature_file(path, batches, own)
   return FeatureFile(path, expected)
 
 

@@ -338,6 +338,29 @@ def test_features_of_another_network_are_not_used_again(cloud, tmp_path):
     gathered_features.feature_file(config, path, *arguments, other, source)
 
 
+def test_features_are_stored_in_the_widest_type_and_rounded_to_what_a_cloud_sends(cloud, tmp_path):
+  config, _, folder = cloud
+  variables, model = adaptation_comparison.load(config, folder), adaptation.backbone(config)
+  source = adaptation_comparison.sources(config, config.target['rotation']).train
+  own = config.target['rotation'].data
+  path = tmp_path / 'rotation-train.npz'
+  path.write_bytes((folder / 'features' / 'all_float16' / path.name).read_bytes())
+  sent = data.FeatureFile(path)
+
+  def stored(dtype):
+    return gathered_features.feature_file(
+      config, path, Gather(None, dtype), Reading(own, ImageTask.of(own)), model, variables, source
+    )
+
+  # A narrower file is written anew, a wider one is read.
+  assert [stored(dtype).header.dtype for dtype in ('float16', 'float32', 'float16')] == [
+    'float16', 'float32', 'float32'
+  ]  # fmt: skip
+  found = stored('float16').astype('float16')
+  assert found.header == sent.header
+  np.testing.assert_array_equal(*(x.gather(np.arange(48))['features'] for x in (found, sent)))
+
+
 @pytest.mark.exhaustive
 def test_views_are_augmented_and_records_alike_in_files_of_both_kinds(cloud, tmp_path):
   config, _, folder = cloud
@@ -388,7 +411,18 @@ def test_a_run_compares_devices_with_who_sees_the_network(tmp_path):
     'runs=linear,all_layers,linear_sum,mist,mist_float16', 'edge.rates=0.0,0.01', 'timed=2',
     'edge.held_out=16',
   )  # fmt: skip
-  found = launcher.launch(config, tmp_path)
+  opened, read = [], data.FeatureFile._read_npz
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      data.FeatureFile, '_read_npz', lambda own: opened.append(own.path.name) or read(own)
+    )
+    found = launcher.launch(config, tmp_path)
+  # One file a task and split, opened once, for all rows of the same layers.
+  files = ['rotation-test.npz', 'rotation-train.npz']
+  assert sorted(opened) == files
+  assert sorted(str(own.relative_to(tmp_path)) for own in (tmp_path / 'features').rglob('*.*')) == [
+    f'features/all/{name}' for name in files
+  ]
   rows = {row['name']: row['metrics'] for row in found['rows']}
   one = 17 * 16 * 4 / 1e3
   sent = {name: own['kb_per_image'] for name, own in rows.items()}
