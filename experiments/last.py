@@ -23,7 +23,7 @@ from typing import Any, Literal
 from experiments.harness import launcher, results
 from experiments.harness.runs import Run
 from experiments.harness.settings import section
-from experiments.protocols import adaptation, adaptation_comparison
+from experiments.protocols import adaptation, adaptation_checks, adaptation_comparison
 from experiments.protocols.adaptation import Row
 from experiments.protocols.adaptation_baselines import BASELINES
 from experiments.protocols.side_adaptation import side_attention
@@ -80,7 +80,7 @@ def table(config: Settings) -> dict[str, Row]:
 
 def check(config: Settings) -> Iterator[str]:
   """Yields everything that is wrong with the settings."""
-  yield from adaptation_comparison.check(config, table(config))
+  yield from adaptation_checks.check(config, table(config))
 
 
 def programs(config: Settings, facts: None = None) -> dict[str, Run]:

@@ -34,6 +34,7 @@ from experiments.harness.settings import found_by, free, section
 from experiments.harness.tasks import ImageTask
 from experiments.protocols import (
   adaptation,
+  adaptation_checks,
   adaptation_comparison,
   edge_training,
   gathered_features,
@@ -230,8 +231,8 @@ def check(config: Settings) -> Iterator[str]:
       f'by pool={config.pool!r}.'
     )
   if others.runs:
-    yield from adaptation_comparison.check(others, table(config))
-  if adaptation_comparison.can_be_built(config):
+    yield from adaptation_checks.check(others, table(config))
+  if adaptation_checks.can_be_built(config):
     yield from found_by('edge', edge_runs, config)
   titles = [re.escape(row.title) for row in known.values()]
   groups = {target.group for target in config.target.values()}
@@ -294,8 +295,8 @@ def devices(
   """Trains rows; returns accuracies by row. Rows of the same layers read one file a task and split."""
   gathers = {name: edge_table(config)[name].gather for name in names}
   found = {}
-  for layers in dict.fromkeys(gather.layers for gather in gathers.values()):
-    own = {name: gather for name, gather in gathers.items() if gather.layers == layers}
+  for chosen in dict.fromkeys(gather.layers for gather in gathers.values()):
+    own = {name: gather for name, gather in gathers.items() if gather.layers == chosen}
     widest = max(own.values(), key=lambda gather: np.dtype(gather.dtype).itemsize)
     files = cloud(config, variables, widest, workdir / 'features' / widest.layer_names)
     found |= {name: device(config, name, files, workdir) for name in own}

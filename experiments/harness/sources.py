@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxlab import models
 from jaxlab.data import EMBEDDED_TABLES
 
 EMBEDDED = (
@@ -140,6 +139,8 @@ def weights(names: Sequence[str]) -> str:
 
 
 def _repository(name: str) -> str:
+  from jaxlab import models  # a device that trains on features alone loads no network
+
   try:
     return models.pretrained_repository(name)
   except ValueError:  # without a tag: loading says which there are

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +14,21 @@ from experiments.harness import data as harness_data
 from experiments.harness import networks, pictures, results, runs
 from experiments.harness.data import Images
 from experiments.harness.runs import Run, Variables, say
-from experiments.harness.settings import found_by, identity, problems
+from experiments.harness.settings import identity
 from experiments.harness.tasks import ImageTask, is_correct
 from experiments.protocols import adaptation
 from experiments.protocols.adaptation import SWEPT, Adaptation, Row, Settings, Target
+from experiments.protocols.adaptation_costs import COSTS, costs
 from experiments.protocols.adaptation_tuning import Tuning
 from experiments.protocols.hold_out import held_out_rows
 from experiments.protocols.replicas import diverged, sweep
-from jaxlab import adapters, data, models, parallel
-from jaxlab.parallel import aot
-from jaxlab.training import map_batches, step_keys
+from jaxlab import data
+from jaxlab.training import map_batches
 
 Array = jax.Array
 PyTree = Any
 
 UNITS = 'accuracy in %; numbers that are trained; megabytes of a step'
-COSTS = ('trained', 'trained_with_head', 'residual_mb', 'temporary_mb')
 
 
 class Plan(NamedTuple):
@@ -307,112 +305,10 @@ def compare(config: Settings, workdir: Any, table: Mapping[str, Row]) -> list[di
   return rows
 
 
-def costs(config: Settings, row: Row, name: str) -> dict[str, float]:
-  """Returns what a step of a row costs on the first task: `COSTS`.
-
-  Numbers that are trained, without and with the head; megabytes (10^6) of what the backward pass keeps
-  (`adapters.residual_bytes`, as if nothing were fused), and of the temporaries of the compiled step on one
-  device. Megabytes are those of another network where the settings say so (`accounted`).
-  """
-  task = config.tasks[0]
-  target = config.target[task]
-  judged = adaptation.adapted(config, row, config.tuned(name, task), target, target.size)
-  params = jax.eval_shape(judged.program.init, jax.random.key(0)).params
-  trained = {part: adapters.count_parameters(own) for part, own in params.items()}
-  made = accounted(config, row, name)
-  program = made.program
-  state = jax.eval_shape(program.init, jax.random.key(0))
-  given = program.frozen, program.batch, jax.eval_shape(step_keys, state)
-  mesh = parallel.make_mesh(devices=jax.local_devices()[:1])
-  needs = aot.report(aot.compile_step(program, mesh))['hbm']
-  return {
-    'trained': trained['tuned'] + trained['network'],
-    'trained_with_head': sum(trained.values()),
-    'residual_mb': adapters.residual_bytes(made.loss, state.params, *given) / 1e6,
-    'temporary_mb': needs['temporaries'] / 1e6,
-  }
-
-
-def accounted(config: Settings, row: Row, name: str) -> Adaptation:
-  """Returns a row's training on the first task as its memory is counted."""
-  task = config.tasks[0]
-  target, fields = config.target[task], dict(config.accounted)
-  size = fields.pop('batch_size', config.recipe.batch_size)
-  config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, batch_size=size))
-  if 'image_size' in fields:
-    sides = (fields['image_size'],) * 2
-    images = (*sides, target.data.stored_image[-1])
-    own = dataclasses.replace(target.data, stored_image=images, image_size=None)
-    target = dataclasses.replace(target, data=own)
-  return adaptation.adapted(config, row, config.tuned(name, task), target, target.size, **fields)
-
-
 def metrics(config: Settings) -> list[str]:
   """Returns the metrics of a comparison, in the order of its table."""
   groups = dict.fromkeys(config.target[task].group for task in config.tasks)
   return [*config.tasks, *groups, 'mean', *COSTS]
-
-
-def check(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
-  """Yields what is wrong with rows, networks, and claims about them."""
-  if unknown := sorted({*config.runs, *config.tuning} - {*table}):
-    yield f'runs, tuning: {", ".join(map(repr, unknown))} are none of the rows {", ".join(table)}.'
-    return
-  for name, own in config.tuning.items():
-    if wrong := sorted({*own.tasks} - {*config.target}):
-      yield f'tuning.{name}.tasks: {wrong} are none of the targets {", ".join(config.target)}.'
-
-  if can_be_built(config):
-    yield from _check_methods(config, table)
-  groups = [target.group for target in config.target.values()]
-  names = [*config.target, *groups, 'mean', *COSTS]
-  titles = [re.escape(row.title) for row in table.values()]
-  yield from results.check_claims(config, titles, list(map(re.escape, names)))
-
-
-def can_be_built(config: Settings) -> bool:
-  """Returns whether nothing is wrong with what all rows build on, which their own errors would repeat."""
-  wrong = [*config.network.check(), *problems(config.recipe)]
-  return bool(config.tasks) and {*config.tasks} <= {*config.target} and not wrong
-
-
-def _check_methods(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
-  """Yields what is wrong with the rows' options, and with the fields of the network that they change.
-
-  A row is traced once for all tasks on which its options are the same, whatever the fields: they must leave
-  variables as they are.
-  """
-  variables = functools.cache(lambda: _shapes(config))
-
-  def compare_shapes(fields: Mapping[str, Any]) -> None:
-    if _shapes(config, **fields) != variables():
-      raise ValueError(f'model={fields}: expected fields that leave the variables as they are.')
-
-  def build(name: str, task: str) -> None:
-    target, own = config.target[task], config.tuned(name, task)
-    made = adaptation.adapted(config, table[name], own, target, target.size)
-    jax.eval_shape(made.program.init, jax.random.key(0))
-
-  seen, wrong = set(), set()
-  for name, task in itertools.product(config.runs, config.tasks):
-    own, place, found = config.tuned(name, task), f'tuning.{name} on {task}', []
-    fields, options = repr(sorted(own.model.items())), (name, repr(sorted(own.options.items())))
-    if own.model and fields not in seen:
-      found += found_by(place, compare_shapes, own.model)
-    if options not in seen:
-      found += found_by(place, build, name, task)
-    seen |= {fields, options}
-    wrong |= {name} if found else set()
-    yield from found
-  if config.accounted and not [*config.check_accounted()]:
-    for name in (own for own in config.runs if own not in wrong):
-      yield from found_by('accounted', accounted, config, table[name], name)
-
-
-def _shapes(config: Settings, **fields: Any) -> PyTree:
-  """Returns the shapes of the frozen network's variables, with some fields in place of its own."""
-  model = adaptation.backbone(config, **fields)
-  return models.abstract_variables(model, config.network.data.view)
 
 
 def draw(config: Settings, rows: Sequence[Mapping[str, Any]], path: Any) -> None:

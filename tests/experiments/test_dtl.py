@@ -14,7 +14,7 @@ from models.random_variables import random_variables
 from experiments import dtl
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
-from experiments.protocols import adaptation, adaptation_comparison
+from experiments.protocols import adaptation, adaptation_comparison, adaptation_costs
 from experiments.protocols.adaptation_tuning import TaskTuning, Tuning
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, models
@@ -246,7 +246,7 @@ def test_residuals_fall_from_full_tuning_to_the_linear_probe():
   config = launcher.load('dtl', 'embedded')
   kept, rows = {}, dtl.table(config)
   for name in ('linear', 'dtl', 'lora', 'full'):
-    own = adaptation_comparison.accounted(config, rows[name], name)
+    own = adaptation_costs.accounted(config, rows[name], name)
     state = jax.eval_shape(own.program.init, jax.random.key(0))
     given = own.program.frozen, own.program.batch, jax.eval_shape(step_keys, state)
     kept[name] = adapters.residual_bytes(own.loss, state.params, *given)

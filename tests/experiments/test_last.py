@@ -11,7 +11,12 @@ from models.random_variables import random_images, random_variables
 from experiments import last
 from experiments.harness import launcher
 from experiments.harness.settings import SettingsError
-from experiments.protocols import adaptation, adaptation_comparison, side_adaptation
+from experiments.protocols import (
+  adaptation,
+  adaptation_comparison,
+  adaptation_costs,
+  side_adaptation,
+)
 from experiments.protocols.replicas import sweep
 from jaxlab import adapters, models
 from jaxlab.training import cast_floating, step_keys
@@ -135,7 +140,7 @@ def test_what_is_kept_falls_from_full_tuning_to_the_linear_probe():
   rows = {**last.table(config), 'mist': edge, 'dtl': side}
   kept = {}
   for name in ('linear', 'mist', 'one_module', 'remat', 'last', 'dtl', 'lora', 'full'):
-    own = adaptation_comparison.accounted(config, rows[name], name)
+    own = adaptation_costs.accounted(config, rows[name], name)
     state = jax.eval_shape(own.program.init, jax.random.key(0))
     given = own.program.frozen, own.program.batch, jax.eval_shape(step_keys, state)
     kept[name] = adapters.residual_bytes(own.loss, state.params, *given) / 1e6
