@@ -8,8 +8,9 @@ which do not count, and thoughts with the answer. Weights and a batch of 16 are 
 Longer traces are cut at 4096 tokens. The paper's windows have 32768, `--config.tuning.data.length=32768` with
 `train_options.length` and `test_options.length` there: attention keeps the scores of a whole window, in
 float32 172 GB a sequence and layer where 4096 tokens take 2.7, and logits are 20 GB for 2.5. AIME 2024 is
-answered with `answers` (see `qwen2_5_math_1_5b`), MATH-500 likewise; the paper's GPQA and its forcing of longer
-thoughts are not here. Delta and Merge take checkpoints (`checkpoints`), not networks that lie on many chips.
+answered with `answers` (see `qwen2_5_math_1_5b`), MATH-500 likewise; the paper's GPQA and its forcing of
+longer thoughts are not here. Delta and Merge take checkpoints (`checkpoints`), not networks that lie on many
+chips.
 """
 
 from ml_collections import ConfigDict
