@@ -197,9 +197,13 @@ def backbone(config: Settings, **fields: Any) -> nn.Module:
   return networks.create({**config.network.model, 'num_classes': None, **fields})
 
 
+# Rows and tasks of one network share it: to trace large ones takes a second.
+shapes_of = functools.lru_cache(maxsize=32)(models.abstract_variables)
+
+
 def without_classifier(config: Settings, variables: Variables) -> Variables:
   """Returns the variables of `backbone` out of those of the whole network."""
-  own = models.abstract_variables(backbone(config), config.network.data.view)
+  own = shapes_of(backbone(config), config.network.data.view)
   return runs.matched(dict(own), variables)
 
 
@@ -354,7 +358,7 @@ def adapted(
   model = backbone(config, **{**own.model, **fields})
   images = jax.ShapeDtypeStruct((config.recipe.batch_size, *task.view), jnp.float32)
   method = row.make(model, images, **given)
-  variables = models.abstract_variables(model, task.view)
+  variables = shapes_of(model, task.view)
   steps = size // config.recipe.batch_size
   return adaptation(
     method, dict(variables), task, target.data.num_classes, config.recipe, max(steps, 1)

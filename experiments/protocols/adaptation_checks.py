@@ -1,6 +1,5 @@
 """What is wrong with the settings of a comparison of ways to adapt a frozen network."""
 
-import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,6 @@ from experiments.harness.settings import found_by, problems
 from experiments.protocols import adaptation
 from experiments.protocols.adaptation import Row, Settings
 from experiments.protocols.adaptation_costs import COSTS, accounted
-from jaxlab import models
 
 PyTree = Any
 
@@ -47,10 +45,9 @@ def _check_methods(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
   A row is traced once for all tasks on which its options are the same, whatever the fields: they must leave
   variables as they are.
   """
-  variables = functools.cache(lambda: _shapes(config))
 
   def compare_shapes(fields: Mapping[str, Any]) -> None:
-    if _shapes(config, **fields) != variables():
+    if _shapes(config, **fields) != _shapes(config):
       raise ValueError(f'model={fields}: expected fields that leave the variables as they are.')
 
   def build(name: str, task: str) -> None:
@@ -77,4 +74,4 @@ def _check_methods(config: Settings, table: Mapping[str, Row]) -> Iterator[str]:
 def _shapes(config: Settings, **fields: Any) -> PyTree:
   """Returns the shapes of the frozen network's variables, with some fields in place of its own."""
   model = adaptation.backbone(config, **fields)
-  return models.abstract_variables(model, config.network.data.view)
+  return adaptation.shapes_of(model, config.network.data.view)

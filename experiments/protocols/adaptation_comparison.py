@@ -126,10 +126,14 @@ def first_alike(config: Settings) -> dict[tuple[str, str], str]:
   first: dict[str, str] = {}
   found = {}
   for name, task in itertools.product(config.runs, config.tasks):
-    target = dataclasses.replace(config.target[task], test=None, group='')
-    key = repr((name, config.tuned(name, task), identity(target)))
+    key = repr((name, config.tuned(name, task), training_key(config.target[task])))
     found[name, task] = first.setdefault(key, task)
   return found
+
+
+def training_key(target: Target) -> str:
+  """Returns what tells the training of a task from others: all but the images it is judged on."""
+  return repr(identity(dataclasses.replace(target, test=None, group='')))
 
 
 def programs(config: Settings, table: Mapping[str, Row]) -> dict[str, Run]:
@@ -181,8 +185,14 @@ def require_sources(config: Settings) -> None:
     ValueError: if the data of a task are not what the setting says.
     FileNotFoundError: if they are not there.
   """
+  opened = set()
   for task in config.tasks:
-    sources(config, config.target[task])
+    target, first = config.target[task], training_key(config.target[task])
+    if first not in opened:
+      sources(config, target)
+    elif target.test is not None:
+      harness_data.load(target.test, 'test')
+    opened.add(first)
 
 
 def accuracy(

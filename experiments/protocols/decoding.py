@@ -32,7 +32,7 @@ class Decoding:
   batch_size: int = 8
   length: int = 512
   repeats: int = 5
-  partition: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+  partition: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = ()
 
   def check(self) -> Iterator[str]:
     """Yields what is wrong with the values."""

@@ -25,6 +25,7 @@ from experiments.protocols.hold_out import Order, held_out_rows
 from experiments.protocols.replicas import diverged, sweep
 from jaxlab import adapters, data, losses
 from jaxlab.data import FeatureFile, FeatureHeader
+from jaxlab.data.sources.feature_file import SUFFIXES
 from jaxlab.training import (
   Initial,
   LossState,
@@ -38,7 +39,6 @@ from jaxlab.training import (
 Array = jax.Array
 PyTree = Any
 
-SUFFIXES = ('.npz', '.array_record')
 MODULES = {
   'attention': (adapters.low_rank_attention, adapters.init_low_rank_attention),
   'mlp': (adapters.low_rank_mlp, adapters.init_low_rank_mlp),
@@ -292,7 +292,8 @@ def _search(
   pairs, kept = edge.pairs(recipe), len(train) - edge.held_out
   made, run = training(config, edge, train.header, recipe, f'{title}, {len(pairs)} settings', kept)
   values = dict(zip(('rate', 'decay'), zip(*pairs, strict=True), strict=True))
-  run = run._replace(program=sweep(made.program, values))
+  decides = {**run.decides, 'diverging': 'stays'}
+  run = run._replace(program=sweep(made.program, values), decides=decides)
   frozen = {name: jnp.asarray(own, jnp.float32) for name, own in values.items()}
   parts = held_out_rows(data.source_labels(train), edge.held_out, edge.held_out_order, config.seed)
   own, held = (data.subset(train, part) for part in parts)
@@ -358,7 +359,8 @@ def pair_of(
   Args:
     folder: with the files.
     task: name of the task.
-    suffixes: of the files; the first that is there is read, of the test features that of the others.
+    suffixes: of the files, the first that is there is read; for the test features the training file's own is
+      tried first.
     **expected: fields of the header that both must have.
 
   Raises:
@@ -371,7 +373,6 @@ def pair_of(
     return next((own for own in paths if own.is_file()), paths[0])
 
   train = path('train', suffixes)
-  # Of the kind that the training features are, first of all.
   test = path('test', (train.suffix, *suffixes))
   return FeatureFile(train, expected), FeatureFile(test, expected)
 
@@ -382,7 +383,15 @@ def tasks_in(folder: pathlib.Path) -> list[str]:
   Raises:
     FileNotFoundError: if there are none.
   """
-  files = sorted(path for suffix in SUFFIXES for path in folder.glob(f'*-train{suffix}'))
+  files = sorted(feature_files(folder, ('train',)))
   if not files:
     raise FileNotFoundError(f'{folder} holds no features: expected <task>-train.npz and the like.')
   return list(dict.fromkeys(path.stem.removesuffix('-train') for path in files))
+
+
+def feature_files(
+  folder: pathlib.Path, splits: Sequence[str] = ('train', 'test')
+) -> set[pathlib.Path]:
+  """Returns the files of features, `<task>-<split>.*`, that a folder holds."""
+  kinds = itertools.product(splits, SUFFIXES)
+  return {path for split, suffix in kinds for path in folder.glob(f'*-{split}{suffix}')}

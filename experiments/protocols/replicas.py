@@ -52,8 +52,8 @@ def sweep(single: Program, values: Mapping[str, Sequence[float]]) -> Program:
   computed once.
 
   A run whose loss, parameters or statistics are not finite has `diverged`: it stays as it was before that
-  step, and the others go on. Metrics are means over those that have not, NaN if all have; one more,
-  `diverged`, counts the others.
+  step, and the others go on. Metrics are means over those that have not, the loss is NaN if all have; one
+  more, `diverged`, counts the others.
 
   Args:
     single: whose `frozen[name]` is a scalar for each name of `values`; all else of it is shared.
@@ -92,8 +92,11 @@ def sweep(single: Program, values: Mapping[str, Sequence[float]]) -> Program:
     run = jax.vmap(step_or_stay, (state_axes, 0, frozen_axes, None), (state_axes, 0, 0))
     runs = state.replace(extra=state.extra['runs'])
     new, gone, metrics = run(runs, state.extra['diverged'], frozen, batch)
+    sums = {name: jnp.sum(jnp.where(gone, 0, own), axis=0) for name, own in metrics.items()}
     left = jnp.sum(~gone)
-    means = {name: jnp.sum(jnp.where(gone, 0, own), axis=0) / left for name, own in metrics.items()}
+    means = {name: own / jnp.maximum(left, 1) for name, own in sums.items()}
+    if 'loss' in sums:
+      means['loss'] = sums['loss'] / left  # without any run left no number, which ends the training
     new = new.replace(extra={'runs': new.extra, 'diverged': gone})
     return new, {**means, 'diverged': jnp.sum(gone).astype(jnp.float32)}
 

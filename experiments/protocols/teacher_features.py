@@ -7,6 +7,7 @@ refused for any other.
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -36,12 +37,8 @@ Array = jax.Array
 Arrays = dict[str, np.ndarray]
 
 SAMPLED = 256  # records of a source on disk that its fingerprint looks at
-_NO_MATTER = (
-  'parent',
-  'name',
-  'remat',
-  'scan',
-)  # fields of a module that its outputs do not depend on
+# Fields of a module that its outputs do not depend on.
+_NO_MATTER = ('parent', 'name', 'remat', 'scan')
 _CHANGED = {
   'teacher': 'another network, or of other weights',
   'data': 'other images',
@@ -158,6 +155,10 @@ def _described(value: Any) -> str:
     return f'{{{", ".join(f"{key}: {_described(own)}" for key, own in sorted(value.items()))}}}'
   if isinstance(value, list | tuple):
     return f'[{", ".join(map(_described, value))}]'
+  if callable(value):
+    own = inspect.unwrap(value)  # functions of jax with a gradient of their own wrap one of a name
+    if hasattr(own, '__qualname__'):
+      return f'{own.__module__}.{own.__qualname__}'
   return re.sub(' at 0x[0-9a-f]+', '', repr(value))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import pathlib
 import shlex
 import sys
@@ -13,6 +14,8 @@ from experiments.harness.runs import say
 from experiments.protocols import edge_training
 from experiments.protocols.edge_training import SUFFIXES, Settings
 from jaxlab import adapters, data, training
+
+RECEIVED = 'received.json'  # beside the files of features that came over a socket
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any]:
@@ -55,11 +58,15 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
       files, received = data.receive_features(
         *address, folder, suffix=options.suffix, timeout=600.0
       )
-      # Of what else lies there from before nothing is read.
+      # The folder holds what was received alone, so that `--features` goes on with just that.
+      for path in edge_training.feature_files(folder) - {*files.values()}:
+        path.unlink()
+      results.save_json(folder / RECEIVED, {'bytes': received})
       tasks = [name.removesuffix('-train') for name in files if name.endswith('-train')]
       suffixes = (options.suffix,)
     else:
-      folder, suffixes, received = pathlib.Path(options.features), SUFFIXES, 0
+      folder, suffixes = pathlib.Path(options.features), SUFFIXES
+      received = received_bytes(folder)
       tasks = edge_training.tasks_in(folder)
     again.append(f'--features={folder}')
     if address:
@@ -69,6 +76,12 @@ def main(arguments: Sequence[str]) -> dict[str, Any]:
   results.save_json(workdir / 'edge.json', found)
   say(f'Results: {workdir / "edge.json"}')
   return found
+
+
+def received_bytes(folder: pathlib.Path) -> int:
+  """Returns the bytes on the wire that files of a folder came with, 0 for those that did not."""
+  file = folder / RECEIVED
+  return json.loads(file.read_text(encoding='utf-8'))['bytes'] if file.is_file() else 0
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def send_features(
   """Waits for one device, sends it all sets, and returns the bytes on the wire.
 
   Who connects meanwhile is refused. Who goes away within the first set, such as a probe of the port, was no
-  device: another one is waited for.
+  device: another one is waited for. Where all fits on its way at once, that is seen at the end, and an error.
 
   Args:
     server: see `listening`; it is closed as soon as somebody connects.
@@ -99,12 +99,13 @@ def send_features(
     while True:
       with server:
         server.settimeout(timeout)
-        connection, _ = server.accept()
+        connection = _next_peer(server)
       try:
         with connection:
           connection.settimeout(timeout)
           sent = _Sent(connection)
           _send_sets(sent, sets)
+          _require_read(connection)
         return sent.count
       except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
         if sent.sets:
@@ -112,6 +113,30 @@ def send_features(
       server = socket.create_server(place)
   except OSError as error:  # timeouts and broken pipes are
     raise ConnectionError(f'features were not sent, {sent.count} bytes were: {error}.') from error
+
+
+def _next_peer(server: socket.socket) -> socket.socket:
+  """Returns the first connection that is still open: who gave up waiting is passed over."""
+  while True:
+    connection, _ = server.accept()
+    connection.setblocking(False)
+    try:
+      closed = connection.recv(1, socket.MSG_PEEK) == b''
+    except BlockingIOError:  # open, and nothing is sent to a cloud
+      return connection
+    except ConnectionError:
+      closed = True
+    if not closed:
+      return connection
+    connection.close()
+
+
+def _require_read(connection: socket.socket) -> None:
+  """Raises ConnectionError unless the other side closes behind the last byte: what is sent may lie unread."""
+  try:
+    connection.recv(1)
+  except ConnectionError as error:
+    raise ConnectionError('the device left before it had read all') from error
 
 
 class _Sent:

@@ -233,29 +233,36 @@ def change_histogram(
 
 
 def is_bimodal(
-  counts: ArrayLike, window: int = 9, ratio: float = 1.2, min_height: float = 0.25
+  counts: ArrayLike,
+  window: int = 9,
+  ratio: float = 1.2,
+  min_height: float = 0.25,
+  deviations: float = 4.0,
 ) -> bool:
   """Returns whether a histogram over [-1, 1] has a mode on either side of 0, with a valley between them.
 
   The histogram is smoothed by a moving average (its ends by what bins are there). It has two modes if two
   local maxima on opposite sides of 0 are both at least `ratio` times the lowest value between them; there may
   be others, such as that of weights that did not change. Values whose window reaches the bin of 0 are on
-  neither side; ripples below `min_height` times the largest value on either side are no maxima (of a few
-  thousand weights higher ones may be). The paper judges by eye: all of this is inferred.
+  neither side. Ripples are no maxima: those below `min_height` times the largest value on either side, and
+  those above the valley by fewer than `deviations` standard deviations of the difference of two counts, which
+  chance makes of a few thousand weights. The paper judges by eye: all of this is inferred.
 
   Args:
-    counts: `[bins]`, symmetric around 0, e.g. of `change_histogram`.
+    counts: `[bins]`, how many weights fall into each, symmetric around 0, e.g. of `change_histogram`; not
+      normalized.
     window: bins of the moving average, odd.
     ratio: of the modes to the valley.
     min_height: of a mode, a share of the largest smoothed value on either side.
+    deviations: of a mode above the valley; 0: chance does not matter.
 
   Raises:
-    ValueError: unless counts are a vector of at least `window` bins, the window is odd, and the height lies
-      in [0, 1].
+    ValueError: unless counts are a vector of at least `window` bins, the window is odd, the height lies in
+      [0, 1] and deviations are not negative.
 
   >>> (
-  ...   is_bimodal([0, 2, 6, 2, 1, 1, 3, 7, 1, 0], window=1),
-  ...   is_bimodal([0, 1, 2, 5, 5, 2, 1, 0], window=1),
+  ...   is_bimodal([0, 20, 60, 20, 10, 10, 30, 70, 10, 0], window=1),
+  ...   is_bimodal([0, 10, 20, 50, 50, 20, 10, 0], window=1),
   ... )
   (True, False)
   """
@@ -268,6 +275,8 @@ def is_bimodal(
     )
   if not 0 <= min_height <= 1:
     raise ValueError(f'min_height must be in [0, 1], got {min_height}.')
+  if deviations < 0:
+    raise ValueError(f'deviations must not be negative, got {deviations}.')
   average = lambda x: np.convolve(x, np.ones(window), 'same')  # noqa: E731
   smooth = average(counts) / average(np.ones_like(counts))
   padded = np.pad(smooth, 1, constant_values=-np.inf)
@@ -276,10 +285,14 @@ def is_bimodal(
   places, reach = np.arange(counts.size), window // 2
   left, right = places + reach < (counts.size - 1) // 2, places - reach > counts.size // 2
   peaks &= smooth >= min_height * np.max(smooth, where=left | right, initial=0)
+
+  def two_modes(i: int, j: int) -> bool:
+    mode, valley = min(smooth[i], smooth[j]), smooth[i : j + 1].min()
+    chance = np.sqrt((mode + valley) / window)
+    return bool(mode >= ratio * valley and mode - valley >= deviations * chance)
+
   return any(
-    bool(min(smooth[i], smooth[j]) >= ratio * smooth[i : j + 1].min())
-    for i in np.flatnonzero(peaks & left)
-    for j in np.flatnonzero(peaks & right)
+    two_modes(i, j) for i in np.flatnonzero(peaks & left) for j in np.flatnonzero(peaks & right)
   )
 
 

@@ -12,8 +12,8 @@ split over the chips.
   python -m experiments aot --config=kv_heads/llama2_7b --topology=v5e:4x4 --mesh=data=2,fsdp=1,tensor=8 \\
     --programs=decode,decode_svd_a_2,decode_svd_a_4
 
-compiles decoding with heads and channels of the MLPs split over `tensor`: weights stay where they lie, where
-the mesh of the setting gathers them anew for each token.
+compiles decoding with heads and channels of the MLPs split over `tensor`: weights stay where they lie. On the
+setting's mesh, where batches are split over the same chips, they are gathered anew for each token.
 """
 
 from ml_collections import ConfigDict
@@ -28,10 +28,11 @@ def get_config() -> ConfigDict:
 
 
 # What makes heads, channels of the MLP and logits is split by these, and what reads heads and channels alike.
+OVER = ('fsdp', 'tensor')
 BY_HEADS = (
-  (r'.*/(q|k|v|gate|up)_proj/kernel', (None, 'tensor')),
-  (r'.*/(o|down)_proj/kernel', ('tensor', None)),
-  (r'.*/(embed_tokens/embedding|lm_head/kernel)', (None, 'tensor')),
+  (r'.*/(q|k|v|gate|up)_proj/kernel', (None, OVER)),
+  (r'.*/(o|down)_proj/kernel', (OVER, None)),
+  (r'.*/(embed_tokens/embedding|lm_head/kernel)', (None, OVER)),
 )
 
 

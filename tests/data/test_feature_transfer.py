@@ -191,7 +191,8 @@ def test_values_that_are_not_finite_do_not_arrive(tmp_path):
     def batches(self, size):
       yield from data.in_batches(np.full((150, 3, 4), np.nan), np.zeros(150, int), size)
 
-  server = Server(lambda own: data.send_features(own, {'train': Broken()}))
+  # Who refuses them has left within the first set: another device is waited for.
+  server = Server(lambda own: data.send_features(own, {'train': Broken()}, timeout=2.0))
   with pytest.raises(ValueError, match='not finite'):
     data.receive_features('127.0.0.1', server.port, tmp_path)
   server.join()
@@ -247,6 +248,30 @@ def test_who_leaves_within_the_first_set_was_no_device(sets, tmp_path):
         time.sleep(0.01)
     thread.join(30)
   assert sent == [received] and data.FeatureFile(tmp_path / 'train.npz').header == HEADER
+
+
+def test_who_reads_nothing_is_not_taken_for_a_device_although_all_fits_on_its_way(sets):
+  with data.listening() as server:
+    probe = socket.create_connection(server.getsockname())
+    leave = threading.Timer(0.3, probe.close)  # by then all is on its way
+    leave.start()
+    with pytest.raises(ConnectionError, match='left before it had read all'):
+      data.send_features(server, {'train': sets['train']}, timeout=30.0)
+
+
+def test_who_gave_up_before_is_passed_over_without_a_word_to_who_waits(sets, tmp_path):
+  with data.listening() as server:
+    place, found = server.getsockname(), []
+    for _ in range(3):
+      socket.create_connection(place).close()
+    device = threading.Thread(
+      target=lambda: found.append(data.receive_features(*place, tmp_path, timeout=30.0))
+    )
+    device.start()
+    time.sleep(0.2)  # it waits behind the others
+    sent = data.send_features(server, sets, timeout=30.0)
+    device.join(30)
+  assert found[0][1] == sent
 
 
 def test_what_a_killed_process_received_does_not_stand_in_the_way(sets, tmp_path):

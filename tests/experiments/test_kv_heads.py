@@ -215,6 +215,17 @@ def test_decoding_with_split_heads_moves_no_weights_and_chooses_the_same_tokens(
   assert sum(own['bytes'] for own in moved.values()) < weights / 2
 
 
+def test_split_heads_leave_no_chip_more_of_the_weights_than_the_automatic_rule():
+  weights = kv_heads.whole_shapes(launcher.load('kv_heads', 'llama2_7b')).variables
+  for axes in ({'fsdp': 8}, {'fsdp': 2, 'tensor': 4}):
+    mesh, sizes = make_mesh(**axes), []
+    for own in (decoding.Decoding(partition=llama2_7b.BY_HEADS), decoding.Decoding()):
+      shardings = jax.tree.leaves(decoding.weight_shardings(own, weights, mesh))
+      parts = zip(jax.tree.leaves(weights), shardings, strict=True)
+      sizes.append(sum(np.prod(own.shard_shape(leaf.shape)) for leaf, own in parts))
+    assert sizes[0] <= sizes[1]
+
+
 def random_leaves(tree):
   keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(tree))))
   return jax.tree.map(

@@ -1,11 +1,13 @@
 """Features kept in a file: of one network and one data set, and fit for use."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from experiments import feature_mimicking
 from experiments.harness import launcher
@@ -84,6 +86,12 @@ def test_networks_of_other_fields_are_others_whatever_their_variables():
   # A function as a field is told by its name, not by where it lies in memory.
   nets = [models.create('mlp', hidden=(6,)) for _ in range(2)]
   assert len({teacher_features.network_fingerprint(own, {}) for own in nets}) == 1
+  kinds = [Activated(own) for own in (nn.relu, jax.nn.relu6, jnp.tanh, jax.nn.tanh)]
+  assert len({teacher_features.network_fingerprint(own, {}) for own in kinds}) == 3
+
+
+class Activated(nn.Module):
+  activation: Callable
 
 
 def test_a_damaged_file_is_written_anew(tmp_path):

@@ -148,6 +148,20 @@ def test_ripples_of_a_small_matrix_are_no_modes(seed):
   assert not models.is_bimodal(counts)
 
 
+@pytest.mark.parametrize(
+  'draw', [lambda rng, n: rng.standard_cauchy(n), lambda rng, n: 0.6 * rng.standard_normal(n),
+           lambda rng, n: rng.laplace(0, 0.2, n)]
+)  # fmt: skip
+def test_chance_makes_no_modes_of_a_flat_distribution(draw):
+  rng = np.random.default_rng(0)
+  for size in (1000, 4000, 9216):
+    draws = [models.change_histogram(np.clip(draw(rng, size), -1, 1)).counts for _ in range(20)]
+    assert sum(map(models.is_bimodal, draws)) <= 1
+    assert sum(models.is_bimodal(own, deviations=0) for own in draws) >= sum(
+      map(models.is_bimodal, draws)
+    )
+
+
 def test_bad_input_is_named():
   base = {'a': np.zeros(2), 'b': np.zeros(3)}
   with pytest.raises(ValueError, match='b: in base, missing in tuned'):
