@@ -50,6 +50,7 @@ from jaxlab.quantizers.networks.rules import (
 from jaxlab.quantizers.networks.tables import find_tables
 from jaxlab.quantizers.numerics import affine
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
+from jaxlab.quantizers.numerics.extremes import largest_magnitude
 from jaxlab.tracing import is_concrete
 
 Array = jax.Array
@@ -194,10 +195,10 @@ def absmax_ptq(
 
 def _largest(kernel: Array, channels: tuple[int, ...], by_channel: bool) -> Array:
   """Returns `max |kernel|` for each output channel (of a table: row), of the channel or of the whole."""
-  size = jnp.abs(kernel).astype(jnp.promote_types(kernel.dtype, jnp.float32))
-  inputs = [axis for axis in range(size.ndim) if axis - size.ndim not in channels]
-  largest = jnp.max(size, inputs).reshape(channel_shape(kernel.shape, channels))
-  return largest if by_channel else jnp.full_like(largest, jnp.max(largest))
+  wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+  inputs = tuple(axis for axis in range(wide.ndim) if axis - wide.ndim not in channels)
+  largest = largest_magnitude(wide, inputs).reshape(channel_shape(kernel.shape, channels))
+  return largest if by_channel else jnp.full_like(largest, largest_magnitude(largest))
 
 
 def _constants(name: str, largest: Array, bits: Bits, epsilon: float) -> dict[str, Array]:
@@ -266,7 +267,7 @@ def largest_magnitudes(
   def largest(site: Site, name: str, x: Array, mask: Array | None) -> Array:
     x = only_counted(jax.lax.stop_gradient(x), mask, site.path)
     axes = tuple(range(x.ndim - 1)) if by_channel else None
-    found = jnp.max(jnp.abs(x), axes).astype(jnp.promote_types(x.dtype, jnp.float32))
+    found = largest_magnitude(x, axes).astype(jnp.promote_types(x.dtype, jnp.float32))
     # Several calls of one module share its quantizer.
     return jnp.maximum(found, site.read(name)) if site.has(name) else found
 

@@ -11,7 +11,7 @@ Array = jax.Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def extremes(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-  """Returns minimum and maximum over `axes`, kept; elements that tie share the gradient, as jax's do.
+  """Returns minimum and maximum over `axes`, kept; NaN where there is one. Ties share the gradient.
 
   Both kinds are counted in one pass, in the two halves of an int32, where jax's derivative writes two arrays
   of ones and sums them up.
@@ -20,7 +20,16 @@ def extremes(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     x: float array.
     axes: reduced axes.
   """
-  return jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+  bounds = jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+  # XLA's reductions on CPUs pass over NaN in arrays of some thousand elements.
+  missing = jnp.any(jnp.isnan(x), axes, keepdims=True)
+  return tuple(jnp.where(missing, jnp.nan, bound) for bound in bounds)
+
+
+def largest_magnitude(x: Array, axes: tuple[int, ...] | None = None) -> Array:
+  """Returns the maximum of |x| over `axes` (None: all), NaN where there is one."""
+  missing = jnp.any(jnp.isnan(x), axes)
+  return jnp.where(missing, jnp.nan, jnp.max(jnp.abs(x), axes))
 
 
 @extremes.defjvp

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlab.quantizers.numerics.extremes import extremes
+from jaxlab import quantizers
+from jaxlab.quantizers.networks.operands import is_finite
+from jaxlab.quantizers.numerics.extremes import extremes, largest_magnitude
 
 
 def reference(x, axes):
@@ -44,3 +46,19 @@ def test_values_and_gradients_are_those_of_jax_also_at_ties(shape, dtype):
     strict=True,
   ):
     np.testing.assert_allclose(own, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(64,), (65536,), (8, 32, 32, 3)])
+@pytest.mark.parametrize('at', [9, -1])
+def test_one_missing_number_among_many_is_seen(shape, at):
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  whole = x.copy()
+  x.reshape(-1)[at] = np.nan
+  axes = tuple(range(x.ndim))
+  for call in (lambda f: f, jax.jit):
+    assert not call(is_finite)(x) and call(is_finite)(whole)
+    assert np.isnan(call(lambda x: extremes(x, axes))(x)).all()
+    assert np.isnan(call(largest_magnitude)(x))
+    np.testing.assert_array_equal(call(largest_magnitude)(whole), np.abs(whole).max())
+  with pytest.raises(ValueError, match='not finite'):
+    quantizers.calibrate(quantizers.AffineQuantizer(bits=4), x)
