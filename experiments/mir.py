@@ -68,6 +68,8 @@ class Settings(few_shot_compression.Settings):
     for name in ('label_rate', 'temperature'):
       if not getattr(self, name) > 0:
         yield f'{name}={getattr(self, name)}: expected a positive number.'
+    if self.ratio == 0 and not self.drop:
+      yield 'ratio=0.0: expected a share above 0, or blocks in drop: nothing would be removed.'
     if not self.runs:
       yield f'runs is empty; runs: {", ".join(TITLES)}.'
     if 'bp' in self.runs and not self.labeled:

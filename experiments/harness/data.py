@@ -83,6 +83,11 @@ class Images(Records):
       yield f'num_classes={self.num_classes}: expected at least 1.'
     if min(self.view) < 1 or min(self.stored_image) < 1:
       yield f'stored_image={self.stored_image}, image_size={self.image_size}: expected positive sizes.'
+    elif self.view != tuple(self.stored_image) and self.test_decode is None:
+      yield (
+        f'image_size={self.image_size}: test images of {self.stored_image} keep their size; expected none, '
+        'or test_decode, which changes it.'
+      )
 
   @property
   def needs(self) -> str:

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -195,8 +196,21 @@ def launch(config: Any, workdir: str | pathlib.Path | None = None) -> Results:
       'machine': machine.describe(),
     }
     if jax.process_index() == 0:
+      _keep_others(file, outcome['config'])
       results.save_json(file, outcome)
   return Results(outcome, workdir)
+
+
+def _keep_others(file: Any, config: dict[str, Any]) -> None:
+  """Renames results of other settings, such as other rows of the same trainings, to `results.<n>.json`."""
+  held = json.loads(file.read_text()).get('config', {}) if file.exists() else config
+  if held == config:
+    return
+  number = next(n for n in itertools.count(1) if not file.with_name(f'results.{n}.json').exists())
+  kept = file.with_name(f'results.{number}.json')
+  file.rename(kept)
+  changed = ', '.join(sorted(key for key in {*held, *config} if held.get(key) != config.get(key)))
+  say(f'{file.name} was of other settings ({changed}); it is kept as {kept.name}.')
 
 
 def _finished(file: Any, config: Any) -> Results | None:

@@ -98,6 +98,8 @@ class Experiment:
     """Yields what is wrong with the values."""
     yield from found_by('mesh', self.mesh.make)
     yield from check_batch(self.mesh, self.eval_batch_size, 'eval_batch_size')
+    if not 0 <= self.seed < 2**32:
+      yield f'seed={self.seed}: expected 0 to {2**32 - 1}.'
     for name in ('log_every', 'checkpoint_every'):
       if getattr(self, name) < 1:
         yield f'{name}={getattr(self, name)}: expected a positive number of steps.'

@@ -44,6 +44,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   unknown = [text for text in rest if not text.startswith('--config.')]
   if unknown:
     parser.error(f'unknown arguments: {" ".join(unknown)}')
+  if options.json and not pathlib.Path(options.json).absolute().parent.is_dir():
+    parser.error(f'--json={options.json}: there is no folder {pathlib.Path(options.json).parent}.')
   options.overrides = [text.removeprefix('--config.') for text in rest]
   return options
 

@@ -68,7 +68,16 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def num_parameters(variables: Mapping[str, PyTree]) -> int:
-  """Returns the number of trained numbers, those of the collection `params`."""
+  """Returns the number of trained numbers, those of the collection `params`.
+
+  Raises:
+    ValueError: for variables without it, such as the parameters alone.
+  """
+  if 'params' not in variables:
+    raise ValueError(
+      f"variables has {', '.join(map(str, variables))}, expected the collection 'params': "
+      "{'params': params} of parameters alone."
+    )
   return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(variables['params']))
 
 

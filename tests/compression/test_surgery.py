@@ -316,6 +316,8 @@ def test_multiply_accumulates_follow_from_shapes():
   assert compression.multiply_accumulates(model, variables, x[:1]) == expected
   assert compression.multiply_accumulates(model, None, x[:1]) == expected
   assert compression.num_parameters(variables) == sum(map(np.size, jax.tree.leaves(variables)))
+  with pytest.raises(ValueError, match="expected the collection 'params'"):
+    compression.num_parameters(variables['params'])
 
 
 def test_latency_takes_sides_in_turns():

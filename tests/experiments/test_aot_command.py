@@ -63,6 +63,12 @@ def test_report_is_printed_and_written(config, tmp_path, capsys):
   assert named['programs']['step [a]']['flops'] == found['programs']['step [a]']['flops']
 
 
+def test_a_report_that_could_not_be_written_is_told_before_anything_is_compiled(config, capsys):
+  with pytest.raises(SystemExit):
+    aot.main([f'--config={config}', '--json=/no/such/folder/report.json'])
+  assert 'there is no folder /no/such/folder' in capsys.readouterr().err
+
+
 def test_what_was_compiled_before_one_failed_is_written(config, tmp_path, monkeypatch, capsys):
   out, report, calls = tmp_path / 'report.json', library.report, []
 

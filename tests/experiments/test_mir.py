@@ -198,6 +198,7 @@ def test_the_rate_falls_twice_at_shares_of_the_steps():
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
+    ('ratio=0', r'ratio=0\.0: expected a share above 0, or blocks in drop'),
     ('ratio=1.0', r'ratio, drop: ratio=1.0: expected a share in \[0, 1\)'),
     ('drop=layer9_1', "ratio, drop: .*'layer9_1' cannot be left out"),
     ('totals=[]', r'totals=\(\): expected numbers of images'),

@@ -49,8 +49,11 @@ def normalize(
     std: divides; must be positive.
 
   Raises:
-    ValueError: if `std` is not positive, or a length differs from the number of channels.
+    ValueError: if images are no floats, `std` is not positive, or a length differs from the number of
+      channels.
   """
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(f'images has dtype {images.dtype}, expected floats: use to_float first.')
   mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
   if not np.all(std > 0):
     raise ValueError(f'std is {std.tolist()}, expected positive numbers.')

@@ -28,6 +28,8 @@ class QwT:
   relative: bool = False
 
   def __post_init__(self):
+    if self.ridge is not None and not self.ridge >= 0:
+      raise ValueError(f'ridge={self.ridge}: expected a number of at least 0, or None.')
     if self.relative and (self.ridge is None or self.kind == 'conv'):
       raise ValueError(
         f'relative=True is about a ridge of the linear form; got ridge={self.ridge}, kind={self.kind!r}.'
@@ -91,6 +93,8 @@ class NBC:
 
   def __post_init__(self):
     rule = self.scale_rule
+    if not self.ridge >= 0:
+      raise ValueError(f'ridge={self.ridge}: expected a number of at least 0.')
     if isinstance(rule, str):
       if rule not in ('mean_abs', 'max_abs', 'search'):
         raise ValueError(

@@ -173,6 +173,10 @@ def test_the_same_views_on_one_and_on_eight_devices():
     (lambda k, x: data.compose(), 'at least one'),
     (lambda k, x: data.normalize(x, (0.1, 0.2), 1.0), 'mean has 2 values, .* 3 channels'),
     (lambda k, x: data.normalize(x, 0.0, 0.0), 'std is 0.0'),
+    (
+      lambda k, x: data.normalize(jnp.uint8(x), 0.5, 0.5),
+      'images has dtype uint8, expected floats',
+    ),
     (lambda k, x: data.to_float(x.astype(jnp.int32)), 'images have dtype int32'),
     (lambda k, x: data.grayscale(x[..., :2]), '2 channels'),
   ],

@@ -175,6 +175,31 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path, capsys, run, monke
   )
 
 
+def test_results_of_other_rows_are_kept_beside_the_new_ones(tmp_path, capsys, run):
+  launcher.main('gml', [f'--workdir={tmp_path}'])
+  first = (tmp_path / 'results.json').read_bytes()
+  for number, tau in enumerate((2.0, 3.0), 1):
+    launcher.main('gml', [f'--workdir={tmp_path}', f'--config.posthoc_tau={tau}'])
+    told = f'results.json was of other settings (posthoc_tau); it is kept as results.{number}.json'
+    assert told in capsys.readouterr().out
+  assert (tmp_path / 'results.1.json').read_bytes() == first
+  assert json.loads((tmp_path / 'results.2.json').read_text())['config']['posthoc_tau'] == 2.0
+  assert json.loads((tmp_path / 'results.json').read_text())['config']['posthoc_tau'] == 3.0
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ('seed=-1', r'seed=-1: expected 0 to 4294967295'),
+    ('seed=4294967296', r'seed=4294967296: expected 0 to 4294967295'),
+    ('data.image_size=16', r'data.*image_size=16: test images of \(8, 8, 1\) keep their size'),
+  ],
+)
+def test_numbers_that_nothing_could_be_made_of_are_refused(change, message):
+  with pytest.raises(ValueError, match=message):
+    launcher.load_checked('gml', 'embedded', [change])
+
+
 def test_results_of_files_that_changed_since_say_so(tmp_path, capsys, run, monkeypatch):
   weights, folder = tmp_path / 'weights.npz', tmp_path / 'folder'
   folder.mkdir()

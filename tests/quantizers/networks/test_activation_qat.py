@@ -22,7 +22,7 @@ from jaxlab.quantizers import (
   weight_only_lsq,
   weight_only_ptq,
 )
-from jaxlab.quantizers.compensation import QwT, compensate, fits
+from jaxlab.quantizers.compensation import NBC, QwT, compensate, fits
 from jaxlab.quantizers.networks.operands import affine_constants, fake_quantize_operand
 from jaxlab.quantizers.numerics.affine import AffineQuantizer
 
@@ -290,6 +290,9 @@ def test_the_ridge_may_be_relative_and_spare_the_bias():
   )
   with pytest.raises(ValueError, match='relative=True is about a ridge of the linear form'):
     QwT(relative=True)
+  for method in (QwT, NBC):
+    with pytest.raises(ValueError, match='ridge=-1: expected a number of at least 0'):
+      method(ridge=-1)
 
 
 @pytest.mark.exhaustive
