@@ -17,7 +17,9 @@ def leaf_at(tree: Mapping[str, PyTree], path: str, name: str) -> Any:
     found = found.get(part) if isinstance(found, Mapping) else None
   if found is None:
     known = sorted({p.rpartition('/')[0] for p in traverse_util.flatten_dict(dict(tree), sep='/')})
-    raise ValueError(f'There is no {name!r} at {path!r}; modules are {", ".join(known[:8])}, ...')
+    shown = ', '.join(own for own in known[:8] if own)
+    hint = " These are variables: give variables['params']." if 'params' in tree else ''
+    raise ValueError(f'There is no {name!r} at {path!r}; modules are {shown}, ...{hint}')
   return found
 
 

@@ -39,6 +39,8 @@ def init_lora(
   """
   if rank < 1:
     raise ValueError(f'rank={rank}: expected at least 1.')
+  if isinstance(layers, str):
+    raise ValueError(f'layers={layers!r}: expected a list of paths, got one text.')
   found = {}
   for path, own in zip(layers, jax.random.split(key, max(len(layers), 1))):
     kernel = leaf_at(params, path, 'kernel')

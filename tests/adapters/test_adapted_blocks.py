@@ -452,3 +452,13 @@ def test_prompts_of_another_number_are_refused():
   hooks = adapters.prompt_hooks(['blocks_0'], 4, deep=False)
   with pytest.raises(ValueError, match='blocks_0 has 2 prompts, count=4'):
     models.apply(model, variables, x, hooks=hooks)
+
+
+def test_variables_in_place_of_parameters_and_a_text_in_place_of_a_list_are_told():
+  model = models.create('vit_tiny_patch16_224', depth=1, image_size=32, width=16, num_heads=2)
+  variables = random_variables(model, jnp.asarray(random_images((1, 32, 32, 3))))
+  path = 'blocks_0/attention/qkv'
+  with pytest.raises(ValueError, match=r"These are variables: give variables\['params'\]"):
+    adapters.init_lora(jax.random.key(0), variables, [path], 4)
+  with pytest.raises(ValueError, match='expected a list of paths, got one text'):
+    adapters.init_lora(jax.random.key(0), variables['params'], path, 4)
