@@ -11,7 +11,7 @@ Array = jax.Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def extremes(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-  """Returns minimum and maximum over `axes`, kept; NaN where there is one. Ties share the gradient.
+  """Returns minimum and maximum over `axes`, kept; NaN where a value is not finite. Ties share the gradient.
 
   Both kinds are counted in one pass, in the two halves of an int32, where jax's derivative writes two arrays
   of ones and sums them up.
@@ -21,15 +21,23 @@ def extremes(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     axes: reduced axes.
   """
   bounds = jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
-  # XLA's reductions on CPUs pass over NaN in arrays of some thousand elements.
-  missing = jnp.any(jnp.isnan(x), axes, keepdims=True)
-  return tuple(jnp.where(missing, jnp.nan, bound) for bound in bounds)
+  left = _zero_of_finite(x, axes, keepdims=True)
+  return tuple(jnp.where(jnp.isnan(left), jnp.nan, bound) for bound in bounds)
 
 
 def largest_magnitude(x: Array, axes: tuple[int, ...] | None = None) -> Array:
-  """Returns the maximum of |x| over `axes` (None: all), NaN where there is one."""
-  missing = jnp.any(jnp.isnan(x), axes)
-  return jnp.where(missing, jnp.nan, jnp.max(jnp.abs(x), axes))
+  """Returns the maximum of |x| over `axes` (None: all), NaN where a value is not finite."""
+  left = _zero_of_finite(x, axes)
+  return jnp.where(jnp.isnan(left), jnp.nan, jnp.max(jnp.abs(x), axes))
+
+
+def _zero_of_finite(x: Array, axes: tuple[int, ...] | None, keepdims: bool = False) -> Array:
+  """Returns 0, or NaN where a value is not finite.
+
+  XLA's maxima on CPUs pass over NaN in arrays of some thousand elements; a sum does not, and takes a third of
+  the time that a test of each element does.
+  """
+  return jnp.sum(0 * x, axes, keepdims=keepdims)
 
 
 @extremes.defjvp
